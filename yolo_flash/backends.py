@@ -1,0 +1,266 @@
+"""The backends of attention: what each computes with, and, in sentences with numbers, what it cannot do.
+
+torch's fused kernels are called as the aten operators behind `scaled_dot_product_attention`, since `sdpa_kernel()` flips
+switches of the whole process and two threads would see each other's. The price is that torch's own checks of
+`aten/src/ATen/native/transformers/cuda/sdp_utils.cpp` do not run: the limits below restate them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .machine import Machine, cudnn_release, dotted
+
+aten = torch.ops.aten
+
+Layout = Literal["nhwc", "nchw", "separate"]
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One attention problem: everything that decides which backend can run it and which is fastest.
+
+    Attributes:
+        batch: Independent problems; for area attention the batch size times the number of areas.
+        num_heads: Heads.
+        seq_len_q: Query tokens of one problem.
+        seq_len_k: Key tokens of one problem.
+        head_dim: Channels of a query and of a key.
+        head_dim_v: Channels of a value.
+        dtype: Of the queries, keys and values.
+        layout: How they lie in memory: `nhwc` and `nchw` are the packed output of one convolution in that memory
+            format, `separate` is three tensors.
+        mask: Whether the scores are masked.
+        training: Whether a backward pass will follow.
+        deterministic: Whether torch asks for deterministic algorithms.
+    """
+
+    batch: int
+    num_heads: int
+    seq_len_q: int
+    seq_len_k: int
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype
+    layout: Layout
+    mask: bool = False
+    training: bool = True
+    deterministic: bool = False
+
+    def __str__(self) -> str:
+        """`256 x 2 heads x 400 tokens x 32/64, float16, nhwc, train`."""
+        tokens = f"{self.seq_len_q}" + (f"/{self.seq_len_k}" if self.seq_len_k != self.seq_len_q else "")
+        dims = f"{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
+        return (
+            f"{self.batch} x {self.num_heads} heads x {tokens} tokens x {dims}, {short(self.dtype)}, {self.layout}, "
+            f"{'train' if self.training else 'predict'}"
+        )
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute exact attention.
+
+    Attributes:
+        name: As written in YAML and in logs.
+        limits: Yields, for a spec and a machine, why the backend cannot run; nothing when it can. Never touches a GPU.
+        run: `(packed, spec) -> (out, v)` with packed `[batch, seq_len, num_heads, 2*head_dim + head_dim_v]`, of any
+            strides but unit last, and out and v both contiguous `[batch, seq_len, num_heads, head_dim_v]`. None for
+            `stock`, which is the block's own forward.
+        reproducible: Whether the backward gives the same bits every time, on a machine.
+    """
+
+    name: str
+    limits: Callable[[AttentionSpec, Machine], Iterator[str]]
+    run: Callable[[Tensor, AttentionSpec], tuple[Tensor, Tensor]] | None
+    reproducible: Callable[[Machine], bool]
+
+    def not_supported_reasons(self, spec: AttentionSpec, machine: Machine) -> tuple[str, ...]:
+        """Why this backend cannot run `spec` on `machine`, one sentence a reason; empty when it can."""
+        return tuple(self.limits(spec, machine))
+
+
+class BackendNotSupportedError(ValueError):
+    """A backend asked for by name cannot run. The message has its reasons and what would run instead."""
+
+
+def short(dtype: torch.dtype) -> str:
+    """`torch.float16` -> `float16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+# Limits ---------------------------------------------------------------------------------------------------------------
+def _no_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
+    return iter(())
+
+
+def _math_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
+    if spec.mask:
+        yield "masks are not passed on yet"
+
+
+def _fused_limits(
+    spec: AttentionSpec, machine: Machine, *, dtypes: tuple[torch.dtype, ...], head_dim_max: int
+) -> Iterator[str]:
+    """What the fused kernels of torch have in common."""
+    if spec.mask:
+        yield "masks are not passed on yet"
+    if spec.dtype not in dtypes:
+        yield f"needs {' or '.join(map(short, dtypes))}, the tensors are {short(spec.dtype)}"
+    if (largest := max(spec.head_dim, spec.head_dim_v)) > head_dim_max:
+        yield f"needs head_dim <= {head_dim_max}, the layer has {largest}"
+
+
+def _capability_limits(machine: Machine, lowest: tuple[int, int]) -> Iterator[str]:
+    if machine.capability is not None and machine.capability < lowest:
+        yield f"needs compute capability >= {dotted(lowest)}, {machine.name} has {dotted(machine.capability)}"
+
+
+def _flash_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
+    if machine.kind == "cpu":
+        yield from _fused_limits(
+            spec,
+            machine,
+            dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+            head_dim_max=1024,
+        )
+        return
+    if machine.kind not in ("cuda", "rocm"):
+        yield f"runs on CUDA, ROCm and the CPU, the device is {machine}"
+        return
+    if not machine.flash_built:
+        yield f"torch {machine.torch} was built without the flash kernels"
+    yield from _capability_limits(machine, (8, 0))
+    yield from _aotriton_limits(machine)
+    yield from _fused_limits(spec, machine, dtypes=(torch.float16, torch.bfloat16), head_dim_max=256)
+    largest = max(spec.head_dim, spec.head_dim_v)
+    if spec.training and 192 < largest <= 224 and machine.capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
+        yield f"no backward for head_dim {largest} at compute capability {dotted(machine.capability)}"
+
+
+def _efficient_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
+    if machine.kind not in ("cuda", "rocm"):
+        yield f"runs on CUDA and ROCm, the device is {machine}"
+        return
+    yield from _capability_limits(machine, (5, 0))
+    yield from _aotriton_limits(machine)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
+    if machine.capability is None or machine.capability >= (8, 0):
+        dtypes += (torch.bfloat16,)
+    elif spec.dtype is torch.bfloat16:
+        yield f"bfloat16 needs compute capability >= 8.0, {machine.name} has {dotted(machine.capability)}"
+        dtypes += (torch.bfloat16,)
+    yield from _fused_limits(spec, machine, dtypes=dtypes, head_dim_max=1024 if machine.kind == "cuda" else 256)
+
+
+def _cudnn_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
+    if machine.kind != "cuda":
+        yield f"runs on NVIDIA cards, the device is {machine}"
+        return
+    yield from _capability_limits(machine, (8, 0))
+    yield from _fused_limits(spec, machine, dtypes=(torch.float16, torch.bfloat16), head_dim_max=128)
+    if machine.cudnn is None:
+        yield "needs cuDNN, torch reports none"
+    elif machine.cudnn <= 91500 and spec.seq_len_k % 128:  # torch itself avoids it: pytorch issue 169849
+        yield (
+            f"needs cuDNN >= 9.15.1 for a sequence length that is no multiple of 128, found "
+            f"{cudnn_release(machine.cudnn)} and {spec.seq_len_k} tokens"
+        )
+    if spec.seq_len_k < 2:
+        yield f"needs at least 2 key tokens, the layer has {spec.seq_len_k}"
+    if spec.batch > 65535:
+        yield f"needs batch x area <= 65535, found {spec.batch}"
+
+
+def _aotriton_limits(machine: Machine) -> Iterator[str]:
+    """AMD's kernels are built ahead for a few architectures; torch calls all others experimental."""
+    if machine.kind == "rocm" and not (machine.gcn or "").startswith(("gfx90a", "gfx942", "gfx950")):
+        yield f"torch ships AMD kernels for gfx90a, gfx942 and gfx950, the device is {machine.gcn}"
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+def _attend(
+    packed: Tensor, spec: AttentionSpec, dim_qk: int, dim_v: int, op: Callable[..., tuple[Tensor, ...]], *args: object
+) -> tuple[Tensor, Tensor]:
+    """Call an aten operator on the packed tensor; both results as `Backend.run` promises.
+
+    The operator gets views `[batch, num_heads, seq_len, dim]` of the packed tensor, or, where it needs other head dims,
+    copies with zero channels up to `dim_qk` and `dim_v`: zeros change neither a score nor a channel that is kept. The
+    scale is that of the true head_dim.
+    """
+    q, k, v = packed.split([spec.head_dim, spec.head_dim, spec.head_dim_v], dim=-1)
+    image = v.contiguous()
+    if dim_qk > spec.head_dim:
+        q, k = pad(q, (0, dim_qk - spec.head_dim)), pad(k, (0, dim_qk - spec.head_dim))
+    if dim_v > spec.head_dim_v:
+        v = pad(v, (0, dim_v - spec.head_dim_v))
+    out = op(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *args, scale=spec.head_dim**-0.5)[0]
+    return out.transpose(1, 2)[..., : spec.head_dim_v].contiguous(), image
+
+
+def _multiple_of_8(dim: int) -> int:
+    return -(-dim // 8) * 8
+
+
+def _run_math(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    return _attend(packed, spec, spec.head_dim, spec.head_dim_v, aten._scaled_dot_product_attention_math)
+
+
+def _run_flash(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    dim = max(spec.head_dim, spec.head_dim_v)  # the kernels know one head_dim for all three
+    if packed.device.type == "cpu":
+        return _attend(packed, spec, dim, dim, aten._scaled_dot_product_flash_attention_for_cpu)
+    dim = _multiple_of_8(dim)
+    return _attend(packed, spec, dim, dim, aten._scaled_dot_product_flash_attention)
+
+
+def _run_efficient(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    dims = _multiple_of_8(spec.head_dim), _multiple_of_8(spec.head_dim_v)
+    return _attend(packed, spec, *dims, aten._scaled_dot_product_efficient_attention, None, spec.training)
+
+
+def _run_cudnn(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    dims = _multiple_of_8(spec.head_dim), _multiple_of_8(spec.head_dim_v)
+    return _attend(packed, spec, *dims, aten._scaled_dot_product_cudnn_attention, None, spec.training)
+
+
+def _always(machine: Machine) -> bool:
+    return True
+
+
+def _on_cpu(machine: Machine) -> bool:
+    """The CPU's kernel gives each head to one thread; the GPU's backwards add with atomics unless torch forbids it."""
+    return machine.kind == "cpu"
+
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("stock", _no_limits, None, _always),
+        Backend("sdpa_math", _math_limits, _run_math, _always),
+        Backend("sdpa_flash", _flash_limits, _run_flash, _on_cpu),
+        Backend("sdpa_efficient", _efficient_limits, _run_efficient, _on_cpu),
+        Backend("sdpa_cudnn", _cudnn_limits, _run_cudnn, _on_cpu),
+    )
+}
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it is `auto` or a backend.
+
+    Raises:
+        BackendNotSupportedError: It is neither, with the nearest valid name.
+    """
+    valid = ["auto", *BACKENDS]
+    if name not in valid:
+        close = difflib.get_close_matches(name, valid, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise BackendNotSupportedError(f"there is no backend {name!r}.{hint} Valid: {', '.join(valid)}.")
+    return name

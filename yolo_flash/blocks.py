@@ -1,0 +1,217 @@
+"""The attention blocks that we take over: how each packs its queries, keys and values, and its fused forward."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from ultralytics.nn.modules.block import AAttn, Attention
+
+from .backends import BACKENDS, AttentionSpec
+from .runtime import Runtime
+from .selector import Decision
+from .stock_pickle import StockPickle
+
+
+class FlashKernelError(Exception):
+    """A backend asked for by name raised in the forward. No RuntimeError: the trainer would take it for out of memory."""
+
+
+class FlashBlock(StockPickle):
+    """The forward that the blocks share: 1x1 convolution to packed qkv, attention, positional convolution, projection.
+
+    Attributes:
+        _flash_layer: The block's name in the model, for messages.
+        _flash_choice: `auto` or the name of the backend for this block.
+        _flash_runtime: Shared by the blocks of a model.
+    """
+
+    _flash_layer: str
+    _flash_choice: str
+    _flash_runtime: Runtime
+    qkv: Any
+    pe: Any
+    proj: Any
+    num_heads: int
+
+    @staticmethod
+    def problem(block: Any, batch: int, tokens: int) -> tuple[int, int, int, int] | None:
+        """`(groups, seq_len, head_dim, head_dim_v)` for an input of that size; None if the block cannot run it."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attention over an image `[batch, channels, height, width]`, in and out; see the stock block for its meaning.
+
+        Raises:
+            BackendNotSupportedError: The backend asked for by name cannot run this input.
+            FlashKernelError: The backend asked for by name raised.
+        """
+        decision = None if _leave_stock(self) else self._decide(x)
+        if decision is None or BACKENDS[decision.backend].run is None:
+            return self._stock.forward(self, x)  # type: ignore[attr-defined]
+        qkv = self.qkv(x)
+        batch, _, height, width = qkv.shape
+        layout = _memory_format(qkv)
+        spec = decision.spec
+        packed = _relayout(qkv, torch.channels_last, back=layout).permute(0, 2, 3, 1)
+        packed = packed.reshape(spec.batch, spec.seq_len_q, spec.num_heads, -1)
+        out, v = (
+            _relayout(t.view(batch, height, width, -1).permute(0, 3, 1, 2), layout, back=torch.channels_last)
+            for t in self._run(packed, decision)
+        )
+        return self.proj(out + self.pe(v))
+
+    def _decide(self, x: Tensor) -> Decision | None:
+        batch, _, height, width = x.shape
+        spec = block_spec(
+            self,
+            type(self),
+            batch,
+            height * width,
+            dtype=_compute_dtype(x),
+            nhwc=_memory_format(x) is torch.channels_last,
+            training=torch.is_grad_enabled(),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        return spec and self._flash_runtime.decide(spec, self._flash_choice, x.device)
+
+    def _run(self, packed: Tensor, decision: Decision) -> tuple[Tensor, Tensor]:
+        """Run the decision's backend; when `auto` chose it and it raises, run the next one instead."""
+        run = BACKENDS[decision.backend].run or BACKENDS["sdpa_math"].run  # qkv is spent: too late for the stock forward
+        assert run is not None
+        if torch.compiler.is_compiling():
+            return run(packed, decision.spec)
+        try:
+            return run(packed, decision.spec)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self._flash_choice != "auto":
+                raise FlashKernelError(
+                    f"{decision.backend} raised in {self._flash_layer} ({decision.spec}): {error}. "
+                    f"flash.backend=auto, or flash.layers={{'{self._flash_layer}': 'stock'}}, avoids it."
+                ) from error
+            if decision.backend in ("stock", "sdpa_math"):
+                raise
+            self._flash_runtime.fail(self._flash_layer, decision, error)
+            return self._run(packed, self._flash_runtime.decide(decision.spec, "auto", packed.device))
+
+
+class FlashAAttn(FlashBlock, AAttn):
+    """YOLO12's area attention (arXiv 2502.12524): the image is cut into `area` strips that attend within themselves."""
+
+    _stock: ClassVar[type] = AAttn
+
+    @staticmethod
+    def problem(block: Any, batch: int, tokens: int) -> tuple[int, int, int, int] | None:
+        """Each area is a group of its own; the stock block cannot cut tokens that area does not divide."""
+        if tokens % block.area:
+            return None
+        return batch * block.area, tokens // block.area, block.head_dim, block.head_dim
+
+
+class FlashAttention(FlashBlock, Attention):
+    """The attention of PSA in YOLO10, 11 and 26: keys narrower than values."""
+
+    _stock: ClassVar[type] = Attention
+
+    @staticmethod
+    def problem(block: Any, batch: int, tokens: int) -> tuple[int, int, int, int]:
+        """The whole image is one group."""
+        return batch, tokens, block.key_dim, block.head_dim
+
+
+BLOCKS: dict[type, type[FlashBlock]] = {cls._stock: cls for cls in (FlashAAttn, FlashAttention)}
+
+
+def block_spec(
+    block: Any,
+    cls: type[FlashBlock],
+    batch: int,
+    tokens: int,
+    *,
+    dtype: torch.dtype,
+    nhwc: bool,
+    training: bool,
+    deterministic: bool,
+) -> AttentionSpec | None:
+    """The spec of a block, patched or stock, for an input of `batch` images with `tokens` pixels each.
+
+    Args:
+        block: The block.
+        cls: Our class for it, `BLOCKS[type(block)]` for a stock one.
+        batch: Images.
+        tokens: Height times width of the block's input.
+        dtype: Of the queries.
+        nhwc: Whether the block's input is channels_last.
+        training: Whether a backward pass follows.
+        deterministic: Whether torch asks for deterministic algorithms; it matters to the backward alone.
+
+    Returns:
+        None where the stock block cannot run either, so that its own error reaches the user.
+    """
+    problem = cls.problem(block, batch, tokens)
+    if problem is None:
+        return None
+    groups, seq_len, head_dim, head_dim_v = problem
+    return AttentionSpec(
+        batch=groups,
+        num_heads=block.num_heads,
+        seq_len_q=seq_len,
+        seq_len_k=seq_len,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        dtype=dtype,
+        layout="nhwc" if nhwc else "nchw",
+        training=training,
+        deterministic=training and deterministic,
+    )
+
+
+def _leave_stock(block: FlashBlock) -> bool:
+    """Exporters and tracers record operators: they get the stock ones, which every runtime knows."""
+    return (
+        torch.jit.is_tracing()
+        or torch.onnx.is_in_onnx_export()
+        or getattr(torch.compiler, "is_exporting", bool)()  # torch >= 2.7
+        or getattr(block, "format", None) == "coreml"
+        or block.qkv.conv.weight.is_meta
+    )
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a convolution of `x` gives, under autocast too."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    nhwc = x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if nhwc else torch.contiguous_format
+
+
+def _relayout(x: Tensor, layout: torch.memory_format, back: torch.memory_format) -> Tensor:
+    """`x` in a memory format, its gradient in another: a copy only where `x` lies differently."""
+    if x.requires_grad:
+        return _Relayout.apply(x, layout, back)
+    return x.contiguous(memory_format=layout)
+
+
+class _Relayout(torch.autograd.Function):
+    """Hands each neighbour the layout that it expects.
+
+    The CPU's flash backward reads garbage from a gradient whose last stride is not 1 (pytorch pull 187506), and
+    BatchNorm's CPU backward in torch 2.14.1 is wrong for a gradient that lies differently from its output.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: torch.memory_format, back: torch.memory_format) -> Tensor:
+        ctx.back = back
+        return x.contiguous(memory_format=layout).view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad.contiguous(memory_format=ctx.back), None, None

@@ -1,0 +1,164 @@
+"""The settings of the plugin: one frozen dataclass, filled from files, the environment, the command line and keywords."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ultralytics.cfg import smart_value
+from ultralytics.utils import YAML
+
+ENV = "YOLO_FLASH"
+_OTHER_ENV = {"YOLO_FLASH_DATASETS"}  # names a folder of data sets, see offline.py; not a setting of the plugin
+
+
+class FlashConfigError(ValueError):
+    """A setting that does not exist or has a value it cannot have. The message names what is valid."""
+
+
+@dataclass(frozen=True)
+class FlashConfig:
+    """What the user asked of the plugin; `configs/default.yaml` explains every key.
+
+    Attributes:
+        enabled: False leaves the model stock.
+        backend: `auto`, or the name of the backend that every attention layer shall run.
+        layers: fnmatch pattern of layer names -> backend, over `backend`; the last matching pattern wins.
+        deterministic: `prefer` lets a reproducible backend win a tie, `strict` takes no other.
+        log: Write the plan to Ultralytics' log.
+
+    Raises:
+        FlashConfigError: A value has the wrong type or is not among the valid ones.
+    """
+
+    enabled: bool = True
+    backend: str = "auto"
+    layers: dict[str, str] = field(default_factory=dict)
+    deterministic: Literal["prefer", "strict"] = "prefer"
+    log: bool = True
+
+    def __post_init__(self) -> None:
+        """Bring every value to its type, or say what was expected."""
+        for key, kind in typing.get_type_hints(type(self)).items():
+            object.__setattr__(self, key, _coerce(key, getattr(self, key), kind))
+
+    @classmethod
+    def resolve(
+        cls,
+        *,
+        section: Mapping[str, Any] | None = None,
+        cli: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> FlashConfig:
+        """Merge all sources, later wins: defaults, config file, `flash:` section, environment, command line, keywords.
+
+        Args:
+            section: The `flash:` section of an Ultralytics `cfg=` file.
+            cli: The `flash.key=value` arguments, without `flash.`.
+            **kwargs: Keys given in Python.
+
+        Any source may hold `config`: the path of a YAML file, or the name of a shipped one, read before all others.
+
+        Raises:
+            FlashConfigError: An unknown key, a wrong type, or a config file that does not exist.
+        """
+        environment, switch = _from_environment()
+        merged: dict[str, Any] = {}
+        for source, values in (
+            ("the flash: section", section),
+            ("the environment", environment),
+            ("the command line", cli),
+            ("the keyword arguments", kwargs),
+        ):
+            if not isinstance(values, Mapping) and values is not None:
+                raise FlashConfigError(f"{source} must map keys to values, found {values!r}.")
+            merged |= _known(values or {}, source)
+        file = merged.pop("config", None)
+        base = {} if file is None else read_config_file(file)
+        return cls(**(base | merged | switch))
+
+
+def read_config_file(name: str | Path) -> dict[str, Any]:
+    """Read a YAML file of settings.
+
+    Args:
+        name: Path of the file, or the name of a shipped one (`strict`).
+
+    Raises:
+        FlashConfigError: No such file, with the shipped names; or a key in it that does not exist.
+    """
+    shipped = {file.stem: file for file in sorted(config_folder().glob("*.yaml"))}
+    path = shipped.get(str(name), Path(name))
+    if not path.is_file():
+        raise FlashConfigError(
+            f"flash.config={name}: no such file, and not a shipped one.{_did_you_mean(str(name), shipped)}"
+        )
+    values = YAML.load(path)
+    values = values.get("flash", values)  # a file of settings may be the flash: section of a larger one
+    if not isinstance(values, Mapping):
+        raise FlashConfigError(f"{path} must map keys to values, found {values!r}.")
+    return _known({k: v for k, v in values.items() if k != "config"}, str(path))
+
+
+def config_folder() -> Path:
+    """Where the shipped YAML files lie: inside the wheel, or beside the package in a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def _keys() -> list[str]:
+    return [f.name for f in dataclasses.fields(FlashConfig)]
+
+
+def _from_environment() -> tuple[dict[str, Any], dict[str, Any]]:
+    """`YOLO_FLASH_<KEY>` values, and `{"enabled": False}` when `YOLO_FLASH` itself switches all off."""
+    prefix = f"{ENV}_"
+    values = {
+        name.removeprefix(prefix).lower(): smart_value(value)
+        for name, value in os.environ.items()
+        if name.startswith(prefix) and name not in _OTHER_ENV
+    }
+    switch = os.environ.get(ENV, "").strip()
+    if not switch or _coerce(ENV, smart_value(switch), bool):
+        return values, {}
+    return values, {"enabled": False}
+
+
+def _known(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    valid = [*_keys(), "config"]
+    for key in values:
+        if key not in valid:
+            raise FlashConfigError(f"{source}: there is no setting {key!r}.{_did_you_mean(str(key), valid)}")
+    return dict(values)
+
+
+def _did_you_mean(word: str, valid: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(valid), n=1)
+    return (f" Did you mean {close[0]!r}?" if close else "") + f" Valid: {', '.join(valid)}."
+
+
+def _coerce(key: str, value: Any, kind: Any) -> Any:
+    if kind is bool:
+        if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+            return bool(value)
+        raise FlashConfigError(f"{key} must be true or false, found {value!r}.")
+    if typing.get_origin(kind) is Literal:
+        valid = typing.get_args(kind)
+        if value not in valid:
+            raise FlashConfigError(f"{key}={value!r} is not valid.{_did_you_mean(str(value), valid)}")
+        return value
+    if typing.get_origin(kind) is dict:
+        if isinstance(value, str):  # "model.6*:stock, model.8*:sdpa_math", as typed in a shell
+            value = dict([part.strip() for part in item.rsplit(":", 1)] for item in value.split(",") if ":" in item)
+        if not (isinstance(value, Mapping) and all(isinstance(s, str) for pair in value.items() for s in pair)):
+            raise FlashConfigError(f"{key} must map layer patterns to backend names, found {value!r}.")
+        return dict(value)
+    if not isinstance(value, kind):
+        raise FlashConfigError(f"{key} must be {kind.__name__}, found {value!r}.")
+    return value

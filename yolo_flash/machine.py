@@ -1,0 +1,131 @@
+"""What one device and this installation can do, as plain data: a T4 or a B200 is a literal in a test."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from packaging.version import Version
+
+Kind = Literal["cuda", "rocm", "mps", "cpu", "other"]
+Release = tuple[int, ...]
+
+_ARCHITECTURES = (  # the highest entry not above the device's compute capability names it
+    ((12, 0), "Blackwell"),
+    ((10, 0), "Blackwell"),
+    ((9, 0), "Hopper"),
+    ((8, 9), "Ada"),
+    ((8, 0), "Ampere"),
+    ((7, 5), "Turing"),
+    ((7, 0), "Volta"),
+    ((6, 0), "Pascal"),
+    ((5, 0), "Maxwell"),
+)
+_PACKAGES = ("triton",)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One device with the software that drives it.
+
+    Attributes:
+        kind: `cuda` is NVIDIA; AMD's cards call themselves cuda in torch and are `rocm` here.
+        name: The device's own name, such as `Tesla T4`.
+        capability: Compute capability (major, minor) of an NVIDIA card, else None.
+        gcn: AMD's architecture name, such as `gfx942`, else None.
+        memory_gib: Memory of the device in GiB, None where torch does not tell.
+        torch: Version of torch.
+        toolkit: Version of CUDA or ROCm that torch was built with, None for a CPU build.
+        cudnn: Version of cuDNN as torch's integer (9.15.1 is 91501), None without.
+        flash_built: Whether this build of torch contains the CUDA flash kernels.
+        packages: Package -> version, or why it cannot be imported.
+        system: Python and operating system.
+    """
+
+    kind: Kind
+    name: str
+    capability: tuple[int, int] | None = None
+    gcn: str | None = None
+    memory_gib: float | None = None
+    torch: str = torch.__version__
+    toolkit: str | None = None
+    cudnn: int | None = None
+    flash_built: bool = True
+    packages: Mapping[str, str] = field(default_factory=dict)
+    system: str = ""
+
+    @property
+    def architecture(self) -> str:
+        """The name people know: `Turing`, `Hopper`, `gfx942`, `CPU`."""
+        if self.capability is None:
+            return self.gcn or self.kind.upper()
+        return next((name for low, name in _ARCHITECTURES if self.capability >= low), "older than Maxwell")
+
+    @property
+    def release(self) -> Release:
+        """torch's version as numbers, (2, 5, 1)."""
+        return Version(self.torch).release
+
+    def __str__(self) -> str:
+        """`Tesla T4 (Turing, compute capability 7.5)`."""
+        if self.capability is not None:
+            return f"{self.name} ({self.architecture}, compute capability {dotted(self.capability)})"
+        return f"{self.name} ({self.architecture})"
+
+
+def dotted(numbers: Release) -> str:
+    """(9, 0) -> `9.0`."""
+    return ".".join(map(str, numbers))
+
+
+def cudnn_release(version: int) -> str:
+    """torch's integer of cuDNN as people write it: 91501 -> `9.15.1`, 8907 -> `8.9.7`."""
+    major, rest = divmod(version, 10000 if version >= 90000 else 1000)
+    return f"{major}.{rest // 100}.{rest % 100}"
+
+
+@functools.lru_cache
+def detect(device: torch.device) -> Machine:
+    """Read the Machine of a device. Initialises CUDA when the device is one, and only then.
+
+    Args:
+        device: Any torch device; a `meta` tensor's device counts as a device of kind `other`.
+    """
+    common = {
+        "torch": str(torch.__version__),
+        "packages": {name: _import_result(name) for name in _PACKAGES},
+        "system": f"Python {platform.python_version()}, {platform.platform(terse=True)}",
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        rocm = torch.version.hip is not None
+        return Machine(
+            kind="rocm" if rocm else "cuda",
+            name=properties.name,
+            capability=None if rocm else (properties.major, properties.minor),
+            gcn=properties.gcnArchName.split(":")[0] if rocm else None,
+            memory_gib=properties.total_memory / 2**30,
+            toolkit=torch.version.hip if rocm else torch.version.cuda,
+            cudnn=None if rocm else torch.backends.cudnn.version(),
+            flash_built=torch.backends.cuda.is_flash_attention_available(),
+            **common,
+        )
+    if device.type == "cpu":
+        from ultralytics.utils.torch_utils import get_cpu_info
+
+        return Machine(kind="cpu", name=get_cpu_info(), **common)
+    if device.type == "mps":
+        return Machine(kind="mps", name="Apple GPU", **common)
+    return Machine(kind="other", name=str(device), **common)
+
+
+def _import_result(name: str) -> str:
+    try:
+        return str(importlib.import_module(name).__version__)
+    except Exception as error:  # a broken installation raises anything, and its text is what the user needs
+        return f"{type(error).__name__}: {error}"

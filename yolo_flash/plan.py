@@ -1,0 +1,164 @@
+"""The plan of a run: which backend every attention layer will use, known before the first step."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.utils.torch_utils import unwrap_model
+
+from .blocks import BLOCKS, FlashBlock, block_spec
+from .machine import Machine
+from .patch import layer_choices, targets, unpatch_modules
+from .runtime import Runtime
+from .selector import Decision
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What one layer does in one mode.
+
+    Attributes:
+        layer: Name in the model, as patterns of `flash.layers` see it.
+        block: Name of the stock class.
+        mode: `train` or `val`.
+        decision: The backend with everything that led to it.
+    """
+
+    layer: str
+    block: str
+    mode: str
+    decision: Decision
+
+
+@dataclass(frozen=True)
+class Shot:
+    """The input of a mode: enough to know every layer's spec.
+
+    Attributes:
+        mode: `train` or `val`.
+        batch: Images.
+        height: Pixels.
+        width: Pixels.
+        dtype: That convolutions compute in.
+        nhwc: Whether the model runs in channels_last.
+        deterministic: Whether torch asks for deterministic algorithms.
+    """
+
+    mode: str
+    batch: int
+    height: int
+    width: int
+    dtype: torch.dtype
+    nhwc: bool
+    deterministic: bool = False
+
+
+class _AllSeen(Exception):
+    """Every attention layer has reported its input: the rest of the forward is not needed."""
+
+
+def layer_inputs(model: nn.Module, batch: int, height: int, width: int) -> dict[str, tuple[int, int]]:
+    """Run a copy of the model on torch's meta device and note what reaches the attention layers.
+
+    No memory is touched beyond the modules' Python objects, no BatchNorm statistic and no random number.
+
+    Args:
+        model: A model that takes `[batch, channels, height, width]` images.
+        batch: Images.
+        height: Pixels.
+        width: Pixels.
+
+    Returns:
+        Layer name -> (images, tokens), for layers that a plain forward reaches.
+    """
+    model = unwrap_model(model)
+    names = list(targets(model))
+    if not names:
+        return {}
+    memo: dict[int, Any] = {
+        id(t): nn.Parameter(t.to("meta"), requires_grad=False) if isinstance(t, nn.Parameter) else t.to("meta")
+        for t in (*model.parameters(), *model.buffers())
+    }
+    if (criterion := getattr(model, "criterion", None)) is not None:
+        memo[id(criterion)] = None  # holds tensors of the real device and refers back to the model
+    ghost = copy.deepcopy(model, memo)
+    unpatch_modules(ghost)
+    seen: dict[str, tuple[int, int]] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            images, _, h, w = args[0].shape
+            seen[name] = (images, h * w)
+            if len(seen) == len(names):
+                raise _AllSeen
+
+        return hook
+
+    for name, block in targets(ghost).items():
+        block.register_forward_pre_hook(note(name))
+    channels = model.yaml.get("channels", 3) if isinstance(getattr(model, "yaml", None), dict) else 3
+    try:
+        with torch.no_grad():
+            ghost.train()(torch.empty(batch, channels, height, width, device="meta"))
+    except _AllSeen:
+        pass
+    return seen
+
+
+def make_plan(model: nn.Module, runtime: Runtime, machine: Machine, shots: Iterable[Shot]) -> list[PlanRow]:
+    """Decide for every layer and mode.
+
+    Args:
+        model: Patched or stock.
+        runtime: Settings, and the backends that failed so far.
+        machine: The device to plan for; it need not be the one at hand.
+        shots: One for each mode.
+
+    Returns:
+        One row a layer and mode, layers in the order of the model.
+
+    Raises:
+        BackendNotSupportedError: A backend asked for by name cannot run a layer.
+    """
+    blocks = targets(unwrap_model(model))
+    choices = layer_choices(list(blocks), runtime.config)
+    rows = []
+    for shot in shots:
+        for layer, (images, tokens) in layer_inputs(model, shot.batch, shot.height, shot.width).items():
+            block = blocks[layer]
+            cls = type(block) if isinstance(block, FlashBlock) else BLOCKS[type(block)]
+            spec = block_spec(
+                block,
+                cls,
+                images,
+                tokens,
+                dtype=shot.dtype,
+                nhwc=shot.nhwc,
+                training=shot.mode == "train",
+                deterministic=shot.deterministic,
+            )
+            if spec is not None:
+                decision = runtime.select(spec, choices[layer], machine)
+                rows.append(PlanRow(layer, cls._stock.__name__, shot.mode, decision))
+    return rows
+
+
+def describe(rows: list[PlanRow], machine: Machine) -> str:
+    """The plan in a few lines: layers of equal spec and backend are folded into one."""
+    counts = Counter((row.mode, row.block, row.decision.backend, row.decision.why, row.decision.spec) for row in rows)
+    lines = [f"yolo-flash: {len({row.layer for row in rows})} attention layers on {machine}"]
+    for (mode, block, backend, why, spec), count in counts.items():
+        shape = f"{spec.batch} groups, {spec.num_heads} heads, {spec.seq_len_q} tokens"
+        lines.append(f"  {mode:<5} {count:>2} x {block} ({shape}): {backend}, {why}")
+    if any(row.decision.spec.deterministic and not row.decision.reproducible for row in rows):
+        lines.append(
+            "  deterministic=True does not reach these backwards: losses may differ in the last bits from run to run. "
+            "flash.deterministic=strict takes reproducible backends only."
+        )
+    return "\n".join(lines)

@@ -1,0 +1,113 @@
+"""From a spec and a machine to a `Decision`: data in, data out, the same on every rank and every run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from .backends import BACKENDS, AttentionSpec, BackendNotSupportedError, check_name
+from .machine import Machine
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which backend runs a spec, why, and what became of the others.
+
+    Attributes:
+        spec: The problem.
+        backend: The winner's name.
+        why: One clause for the log.
+        refused: Backend -> the reasons for which it cannot or shall not run.
+        reproducible: Whether the winner's backward gives the same bits every time.
+        ms: Backend -> measured milliseconds; empty where nothing was measured.
+        error: Backend -> measured relative error; empty where nothing was measured.
+    """
+
+    spec: AttentionSpec
+    backend: str
+    why: str
+    refused: Mapping[str, tuple[str, ...]]
+    reproducible: bool
+    ms: Mapping[str, float] = field(default_factory=dict)
+    error: Mapping[str, float] = field(default_factory=dict)
+
+
+def select(
+    spec: AttentionSpec,
+    machine: Machine,
+    choice: str = "auto",
+    deterministic: str = "prefer",
+    failed: Mapping[str, str] | None = None,
+) -> Decision:
+    """Choose the backend for a spec.
+
+    Args:
+        spec: The problem.
+        machine: The device it runs on.
+        choice: `auto`, or the name of the backend to use.
+        deterministic: `prefer` or `strict`, see FlashConfig.
+        failed: Backend -> error of backends that raised in this run and are not to be tried again.
+
+    Raises:
+        BackendNotSupportedError: The choice is a name and that backend cannot run. `auto` never raises.
+    """
+    refused: dict[str, tuple[str, ...]] = {}
+    for name, backend in BACKENDS.items():
+        reasons = list(backend.not_supported_reasons(spec, machine))
+        if failed and name in failed:
+            reasons.append(failed[name])
+        if deterministic == "strict" and spec.training and not backend.reproducible(machine):
+            reasons.append("deterministic=strict, and its backward adds in an order that changes from run to run")
+        if reasons:
+            refused[name] = tuple(reasons)
+    if check_name(choice) == "auto":
+        winner, why = next((name, why) for name, why in _rules(spec, machine) if name not in refused)
+    elif choice in refused:
+        raise BackendNotSupportedError(
+            f"backend={choice} cannot run {spec} on {machine}: {'; '.join(refused[choice])}. "
+            f"These can: {', '.join(['auto', *(name for name in BACKENDS if name not in refused)])}."
+        )
+    else:
+        winner, why = choice, "asked for"
+    return Decision(spec, winner, why, refused, BACKENDS[winner].reproducible(machine))
+
+
+def _rules(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str]]:
+    """Backends in the order in which `auto` takes them, with the reason; docs/backends.md has the measurements."""
+    if machine.kind == "cpu":
+        yield from _cpu_rules(spec)
+    elif machine.kind == "cuda" or machine.kind == "rocm":
+        yield from _gpu_rules(spec, machine)
+    yield "stock", _why_stock(machine)
+
+
+def _gpu_rules(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str]]:
+    if spec.dtype is torch.float32:
+        yield "sdpa_efficient", "the fused kernel for float32"
+        return
+    if spec.head_dim != spec.head_dim_v:
+        # Only Hopper with a torch that itself prefers cuDNN; on Blackwell it was seen to be wrong (pytorch issue 193893).
+        # It compiles a plan for every new shape, so not where shapes vary.
+        if spec.training and machine.capability == (9, 0):
+            yield "sdpa_cudnn", "takes unequal head dims without padding"
+        if spec.seq_len_k <= 1024:
+            yield "sdpa_efficient", "takes unequal head dims without padding"
+    yield "sdpa_flash", "the fastest rule for half precision"
+    yield "sdpa_efficient", "fused, and runs on cards older than Ampere"
+
+
+def _cpu_rules(spec: AttentionSpec) -> Iterator[tuple[str, str]]:
+    """Short rows gain nothing: the copies to the kernel's layout, and the padding of unequal head dims, cost more."""
+    padded = spec.head_dim != spec.head_dim_v
+    least = {("nhwc", False): 100, ("nhwc", True): 512, ("nchw", False): 256, ("nchw", True): 1024}
+    needed = least.get((spec.layout, padded), 0)
+    if spec.seq_len_k >= needed:
+        yield "sdpa_flash", "fused on the CPU"
+    else:
+        yield "stock", f"below {needed} tokens the CPU's fused kernel gains nothing"
+
+
+def _why_stock(machine: Machine) -> str:
+    return f"nothing fused can run on {machine.architecture}"

@@ -1,0 +1,310 @@
+"""The seam into Ultralytics: a mixin for its trainers, a class for its `YOLO` objects, patch_model and unpatch_model."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+from ultralytics.engine.model import Model
+from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.utils import LOGGER, RANK
+from ultralytics.utils.torch_utils import unwrap_model
+
+from . import offline
+from .backends import BackendNotSupportedError
+from .blocks import FlashBlock
+from .config import FlashConfig
+from .machine import detect
+from .patch import layer_choices, patch_modules, targets, unpatch_modules
+from .plan import PlanRow, Shot, describe, make_plan
+from .runtime import Runtime
+from .stock_pickle import StockPickle, become, restore
+
+M = TypeVar("M", bound=nn.Module)
+
+_GENERATED = "yolo_flash_generated"  # resolves to no module, so cloudpickle sends the classes to DDP workers by value
+
+
+class FlashTrainerMixin:
+    """Keeps the attention of a training run patched, on every rank, from `setup_model` to the final evaluation.
+
+    First base of a class generated for each trainer class of Ultralytics or of the user, see `trainer_class`.
+
+    Attributes:
+        flash: The settings, a class attribute so that they travel to DDP workers with the class.
+        flash_sources: What the settings were resolved from, to merge the `flash:` section of a `cfg=` file.
+        flash_plan: One row a layer and mode, filled when the batch size is known.
+    """
+
+    flash: ClassVar[FlashConfig]
+    flash_sources: ClassVar[Mapping[str, Any]]
+    flash_plan: list[PlanRow]
+
+    def __init__(self, cfg: Any = None, overrides: dict[str, Any] | None = None, _callbacks: Any = None) -> None:
+        overrides = dict(overrides or {})
+        section = overrides.pop("flash", None)  # of a cfg= file; Ultralytics refuses keys that it does not know
+        if section is not None:
+            type(self).flash = FlashConfig.resolve(section=section, **self.flash_sources)
+        self.flash_plan = []
+        self._flash_runtime = Runtime(self.flash)
+        keywords = {} if cfg is None else {"cfg": cfg}
+        super().__init__(**keywords, overrides=overrides, _callbacks=_callbacks)  # type: ignore[call-arg]
+
+    def get_dataset(self) -> Any:
+        """Name a data set that is there before Ultralytics waits for one that cannot be downloaded."""
+        if self.args.task == "detect":  # type: ignore[attr-defined]
+            self.args.data = offline.training_data(self.args.data)  # type: ignore[attr-defined]
+        return super().get_dataset()  # type: ignore[misc]
+
+    def setup_model(self) -> Any:
+        """Patch at the one point that precedes device, compile, DDP, AutoBatch and EMA."""
+        checkpoint = super().setup_model()  # type: ignore[misc]
+        self._patch(self.model)  # type: ignore[has-type]
+        return checkpoint
+
+    def _setup_train(self) -> None:
+        needs_amp_check = self.device.type == "cuda" and offline.missing_asset("yolo26n.pt")  # type: ignore[attr-defined]
+        hopeless = needs_amp_check and not offline.can_download()
+        with offline.no_downloads() if hopeless else contextlib.nullcontext():
+            super()._setup_train()  # type: ignore[misc]
+
+    def _build_train_pipeline(self) -> None:
+        """Plan when batch and image size are known, again after an out-of-memory halving; patch what joined the model."""
+        self._patch(self.model)  # type: ignore[has-type]
+        super()._build_train_pipeline()  # type: ignore[misc]
+        self._plan()
+        if RANK in {-1, 0}:
+            offline.note_standin(self.args.data, self.save_dir)  # type: ignore[attr-defined]
+
+    def get_validator(self) -> Any:
+        """A validator that patches the checkpoint which the final evaluation loads by path."""
+        validator = super().get_validator()  # type: ignore[misc]
+        stock_get_model = validator.get_model
+
+        @functools.wraps(stock_get_model)
+        def get_model(model: Any, trainer: Any = None, **kwargs: Any) -> Any:
+            if trainer is None and Path(str(model)).suffix == ".pt":
+                model = load_checkpoint(model)[0]
+                self._patch(model)
+            return stock_get_model(model, trainer, **kwargs)
+
+        validator.get_model = get_model
+        return validator
+
+    def _patch(self, model: nn.Module) -> None:
+        if self.flash.enabled:
+            patch_modules(unwrap_model(model), self.flash, self._flash_runtime)
+
+    def _plan(self) -> None:
+        """Decide for the training batch and for the commonest validation batch; explicit choices raise here."""
+        model = unwrap_model(self.model)  # type: ignore[attr-defined]
+        if not self.flash.enabled:
+            return
+        if not targets(model):
+            if RANK in {-1, 0}:
+                warn_no_targets(model)
+            return
+        machine = detect(self.device)  # type: ignore[attr-defined]
+        try:
+            self.flash_plan = make_plan(model, self._flash_runtime, machine, self._shots())
+        except BackendNotSupportedError:
+            raise
+        except Exception as error:  # a model that cannot run on the meta device still trains: each layer then decides
+            LOGGER.warning(f"yolo-flash: no plan ahead of the first step ({type(error).__name__}: {error})")
+            return
+        if self.flash.log and RANK in {-1, 0}:
+            LOGGER.info(describe(self.flash_plan, machine))
+
+    def _shots(self) -> list[Shot]:
+        args: Any = self.args  # type: ignore[attr-defined]
+        device: torch.device = self.device  # type: ignore[attr-defined]
+        dtype = torch.float32
+        if self.amp:  # type: ignore[attr-defined]
+            dtype = torch.bfloat16 if args.amp == "bf16" else torch.float16
+        nhwc = device.type == "cuda" and any(
+            p.ndim == 4 and not p.is_contiguous()
+            for p in self.model.parameters()  # type: ignore[attr-defined]
+        )
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        loader, val_loader = self.train_loader, self.test_loader  # type: ignore[attr-defined]
+        height, width = _commonest_shape(val_loader.dataset, args.imgsz)
+        return [
+            Shot("train", loader.batch_size, args.imgsz, args.imgsz, dtype, nhwc, deterministic),
+            Shot("val", val_loader.batch_size, height, width, dtype, nhwc),
+        ]
+
+
+class FlashModelMixin(StockPickle):
+    """First base of a class that replaces `YOLO` or `RTDETR` on a patched object: what rebuilds the model patches it again.
+
+    Attributes:
+        _flash_sources: Keyword arguments for `FlashConfig.resolve`, kept to merge the section of a `cfg=` file.
+        _flash_config: The settings.
+    """
+
+    _flash_sources: dict[str, Any]
+    _flash_config: FlashConfig
+
+    def train(self, trainer: Any = None, **kwargs: Any) -> Any:
+        """As `YOLO.train`, with our trainer mixed into the task's own or the given one."""
+        base = trainer or self._smart_load("trainer")  # type: ignore[attr-defined]
+        cls = trainer_class(base, self._flash_config, self._flash_sources)
+        try:
+            return super().train(trainer=cls, **kwargs)  # type: ignore[misc]
+        finally:
+            self._flash_config = cls.flash
+            _patch_inner(self)
+
+    def export(self, **kwargs: Any) -> Any:
+        """As `YOLO.export`, of the stock model."""
+        unpatch_modules(self.model)  # type: ignore[attr-defined]
+        try:
+            return super().export(**kwargs)  # type: ignore[misc]
+        finally:
+            _patch_inner(self)
+
+    def tune(self, *args: Any, **kwargs: Any) -> Any:
+        """As `YOLO.tune`, which trains in processes of its own."""
+        LOGGER.warning("yolo-flash: tune() starts `yolo train` processes, which run stock attention.")
+        return super().tune(*args, **kwargs)  # type: ignore[misc]
+
+
+def patch_model(model: M, **settings: Any) -> M:
+    """Run the attention of a model on a fused, exact backend, in place; training, validation and prediction included.
+
+    Patching again brings the model to the new settings. Checkpoints and pickles stay those of the stock model.
+
+    Args:
+        model: A `YOLO`, `RTDETR` or other Ultralytics model object, or any module.
+        **settings: Keys of FlashConfig (`backend="sdpa_flash"`), and `config`, a YAML file of them or a shipped name.
+
+    Returns:
+        The same object.
+
+    Raises:
+        FlashConfigError: A setting that does not exist or cannot have its value.
+        BackendNotSupportedError: A backend that does not exist; one that cannot run raises when it is first needed.
+
+    Examples:
+        >>> model = patch_model(YOLO("yolo12n.yaml"))
+        >>> model.train(data="coco8.yaml", epochs=3)
+    """
+    return patch_from_sources(model, settings)
+
+
+def patch_from_sources(model: M, sources: dict[str, Any]) -> M:
+    """`patch_model` for settings that still have to be resolved: keyword arguments of `FlashConfig.resolve`."""
+    config = FlashConfig.resolve(**sources)
+    if not isinstance(model, Model):
+        unpatch_model(model)
+        if config.enabled:
+            patch_modules(model, config)
+            warn_no_targets(model)
+        return model
+    if config.enabled and isinstance(model.model, nn.Module):
+        layer_choices(list(targets(model.model)), config)  # raises before anything is changed
+    unpatch_model(model)
+    become(model, _model_class(type(model)), sources=sources, config=config)
+    _patch_inner(model)
+    if not isinstance(model.model, nn.Module):
+        LOGGER.warning(f"yolo-flash: {model.model} is an exported model and runs as it was exported.")
+    elif config.enabled:
+        warn_no_targets(model.model)
+    return model
+
+
+def unpatch_model(model: M) -> M:
+    """Undo `patch_model`: the object, its class and its outputs are as they were, to the bit. Stock ones are left alone.
+
+    Args:
+        model: What was given to `patch_model`.
+
+    Returns:
+        The same object.
+    """
+    if isinstance(model, FlashModelMixin):
+        restore(model)
+        model.predictor = None
+    inner = model.model if isinstance(model, Model) else model
+    if isinstance(inner, nn.Module):
+        unpatch_modules(inner)
+    return model
+
+
+def plan(
+    model: nn.Module, imgsz: int = 640, batch: int = 16, device: str | torch.device | None = None, amp: bool = True
+) -> list[PlanRow]:
+    """What each attention layer of a patched model would run in training and in validation.
+
+    Args:
+        model: What `patch_model` returned.
+        imgsz: Side of the training images in pixels.
+        batch: Training images a step; validation takes twice as many.
+        device: Where to run; CUDA if there is one.
+        amp: Train in float16 on a GPU.
+
+    Returns:
+        One row a layer and mode. `model.trainer.flash_plan` holds the plan of the last training run.
+
+    Raises:
+        BackendNotSupportedError: A backend asked for by name cannot run a layer.
+        ValueError: The model is not patched.
+    """
+    inner = model.model if isinstance(model, Model) else model
+    block = next((b for b in targets(inner).values() if isinstance(b, FlashBlock)), None)
+    if block is None:
+        raise ValueError("this model has no patched attention layer: call patch_model first")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on_gpu = where.type == "cuda"
+    dtype = torch.float16 if on_gpu and amp else torch.float32
+    shots = [
+        Shot("train", batch, imgsz, imgsz, dtype, nhwc=on_gpu),
+        Shot("val", 2 * batch, imgsz, imgsz, dtype, nhwc=on_gpu),
+    ]
+    return make_plan(inner, block._flash_runtime, detect(where), shots)
+
+
+def warn_no_targets(model: nn.Module) -> None:
+    """One line when there is nothing to patch, so that nobody waits for a gain."""
+    if targets(model):
+        return
+    name = Path(str(getattr(model, "yaml", {}).get("yaml_file", type(model).__name__))).stem
+    LOGGER.warning(
+        f"yolo-flash: {name} has no attention layer that the plugin knows (those of YOLO10, 11, 12 and 26): it runs stock."
+    )
+
+
+@functools.lru_cache
+def _model_class(base: type) -> type[FlashModelMixin]:
+    return type(f"Flash{base.__name__}", (FlashModelMixin, base), {"_stock": base, "__module__": __name__})
+
+
+def trainer_class(base: type, config: FlashConfig, sources: Mapping[str, Any]) -> type:
+    """Our trainer on top of `base`, any trainer class of Ultralytics or of a user.
+
+    Integrations look for "Trainer" in the name, which therefore keeps that of `base`.
+    """
+    attributes = {"flash": config, "flash_sources": dict(sources), "__module__": _GENERATED}
+    return type(f"Flash{base.__name__}", (FlashTrainerMixin, base), attributes)
+
+
+def _patch_inner(model: Any) -> None:
+    """Patch the model inside, which may be a new one; the predictor holds a copy of the old one."""
+    if isinstance(model.model, nn.Module) and model._flash_config.enabled:
+        patch_modules(model.model, model._flash_config)
+    model.predictor = None
+
+
+def _commonest_shape(dataset: Any, imgsz: int) -> tuple[int, int]:
+    """Height and width of most validation batches: rectangular ones are padded, 640 becomes 672 x 672 on coco8."""
+    shapes = getattr(dataset, "batch_shapes", None)
+    if shapes is None or not getattr(dataset, "rect", False):
+        return imgsz, imgsz
+    (height, width), _ = Counter(tuple(map(int, shapes[i])) for i in dataset.batch).most_common(1)[0]
+    return height, width
