@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -53,6 +53,21 @@ class AttentionSpec:
     mask: bool = False
     training: bool = True
     deterministic: bool = False
+
+    def without_sizes(self) -> tuple[Any, ...]:
+        """What a compiled graph knows for certain, where groups and tokens may be symbols."""
+        return (
+            *(self.num_heads, self.head_dim, self.head_dim_v, self.dtype, self.layout),
+            *(self.mask, self.training, self.deterministic),
+        )
+
+    @classmethod
+    def with_sizes(cls, parts: tuple[Any, ...], batch: int, seq_len: int) -> AttentionSpec:
+        """The self-attention of `batch` groups of `seq_len` tokens, from what `without_sizes` left."""
+        num_heads, head_dim, head_dim_v, dtype, layout, mask, training, deterministic = parts
+        return cls(
+            batch, num_heads, seq_len, seq_len, head_dim, head_dim_v, dtype, layout, mask, training, deterministic
+        )
 
     def __str__(self) -> str:
         """`256 x 2 heads x 400 tokens x 32/64, float16, nhwc, train`."""

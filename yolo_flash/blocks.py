@@ -10,7 +10,6 @@ from ultralytics.nn.modules.block import AAttn, Attention
 
 from .backends import BACKENDS, AttentionSpec
 from .runtime import Runtime
-from .selector import Decision
 from .stock_pickle import StockPickle
 
 
@@ -47,24 +46,24 @@ class FlashBlock(StockPickle):
             BackendNotSupportedError: The backend asked for by name cannot run this input.
             FlashKernelError: The backend asked for by name raised.
         """
-        decision = None if _leave_stock(self) else self._decide(x)
-        if decision is None or BACKENDS[decision.backend].run is None:
+        spec = None if _leave_stock(self) else self._spec(x)
+        backend = "stock" if spec is None else self._choose(spec, x.device)
+        if spec is None or BACKENDS[backend].run is None:
             return self._stock.forward(self, x)  # type: ignore[attr-defined]
         qkv = self.qkv(x)
         batch, _, height, width = qkv.shape
         layout = _memory_format(qkv)
-        spec = decision.spec
         packed = _relayout(qkv, torch.channels_last, back=layout).permute(0, 2, 3, 1)
         packed = packed.reshape(spec.batch, spec.seq_len_q, spec.num_heads, -1)
         out, v = (
             _relayout(t.view(batch, height, width, -1).permute(0, 3, 1, 2), layout, back=torch.channels_last)
-            for t in self._run(packed, decision)
+            for t in self._attend(packed, spec, backend)
         )
         return self.proj(out + self.pe(v))
 
-    def _decide(self, x: Tensor) -> Decision | None:
+    def _spec(self, x: Tensor) -> AttentionSpec | None:
         batch, _, height, width = x.shape
-        spec = block_spec(
+        return block_spec(
             self,
             type(self),
             batch,
@@ -74,28 +73,33 @@ class FlashBlock(StockPickle):
             training=torch.is_grad_enabled(),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
-        return spec and self._flash_runtime.decide(spec, self._flash_choice, x.device)
 
-    def _run(self, packed: Tensor, decision: Decision) -> tuple[Tensor, Tensor]:
-        """Run the decision's backend; when `auto` chose it and it raises, run the next one instead."""
-        run = BACKENDS[decision.backend].run or BACKENDS["sdpa_math"].run  # qkv is spent: too late for the stock forward
+    def _choose(self, spec: AttentionSpec, device: torch.device) -> str:
+        runtime, choice = self._flash_runtime, self._flash_choice
+        if torch.compiler.is_compiling():
+            return runtime.decide_for_compile(self._flash_layer, choice, spec.without_sizes(), str(device))
+        return runtime.decide(spec, choice, device).backend
+
+    def _attend(self, packed: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor]:
+        """Run a backend; when `auto` chose it and it raises, run the next one instead."""
+        run = BACKENDS[backend].run or BACKENDS["sdpa_math"].run  # qkv is spent: too late for the stock forward
         assert run is not None
         if torch.compiler.is_compiling():
-            return run(packed, decision.spec)
+            return run(packed, spec)
         try:
-            return run(packed, decision.spec)
+            return run(packed, spec)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             if self._flash_choice != "auto":
                 raise FlashKernelError(
-                    f"{decision.backend} raised in {self._flash_layer} ({decision.spec}): {error}. "
-                    f"flash.backend=auto, or flash.layers={{'{self._flash_layer}': 'stock'}}, avoids it."
+                    f"{backend} raised in {self._flash_layer or 'the block'} ({spec}): {error}. "
+                    f"flash.backend=auto, or flash.layers={self._flash_layer}:stock, avoids it."
                 ) from error
-            if decision.backend in ("stock", "sdpa_math"):
+            if backend in ("stock", "sdpa_math"):
                 raise
-            self._flash_runtime.fail(self._flash_layer, decision, error)
-            return self._run(packed, self._flash_runtime.decide(decision.spec, "auto", packed.device))
+            self._flash_runtime.fail(self._flash_layer, spec, backend, error)
+            return self._attend(packed, spec, self._choose(spec, packed.device))
 
 
 class FlashAAttn(FlashBlock, AAttn):

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import ultralytics
-from ultralytics.cfg import TASK2MODEL, TASKS, entrypoint, merge_equals_args, parse_key_value_pair
-from ultralytics.utils import LOGGER, YAML
+from ultralytics import cfg as ultralytics_cfg
+from ultralytics import utils as ultralytics_utils
+from ultralytics.cfg import MODES, TASK2MODEL, TASKS, entrypoint, merge_equals_args, parse_key_value_pair
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML
 from ultralytics.utils.checks import check_model_file_from_stem, check_yaml
 
 from . import offline
-from .backends import BackendNotSupportedError
+from .backends import BackendNotSupportedError, check_name
 from .blocks import FlashKernelError
 from .config import FlashConfig, FlashConfigError
 from .report import checks
@@ -36,7 +39,7 @@ Examples
 
 Settings (flash.KEY=VALUE; also YOLO_FLASH_KEY in the environment, or a `flash:` section in a cfg= file)
   flash.backend=auto              or stock, sdpa_math, sdpa_flash, sdpa_efficient, sdpa_cudnn
-  flash.layers=model.6.*:stock    another backend for some layers
+  flash.layers='model.6.*:stock'  another backend for some layers
   flash.deterministic=prefer      or strict: only bitwise reproducible backends
   flash.config=strict             a shipped or own YAML file of settings
   flash.enabled=false             stock attention; so does YOLO_FLASH=0
@@ -60,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if command in ("help", "h"):
             LOGGER.info(HELP.format(version=version("yolo-flash")))
-        elif command == "checks":
+        elif command in ("checks", "check"):
             _checks(args[1:])
         else:
-            if command == "version":
+            if command in ("version", "v"):
                 LOGGER.info(f"yolo-flash {version('yolo-flash')}, ultralytics:")
             _run_yolo(args)
     except (FlashConfigError, BackendNotSupportedError, FlashKernelError, _UsageError) as error:
@@ -75,26 +78,53 @@ class _UsageError(ValueError):
 
 
 def _checks(args: list[str]) -> None:
-    as_json = "--json" in args
-    rest = [arg for arg in args if arg != "--json"]
-    values = dict(parse_key_value_pair(arg) for arg in merge_equals_args(rest) if "=" in arg)
-    if unknown := [arg for arg in rest if "=" not in arg] + [key for key in values if key != "device"]:
+    values, words = _read(_merge(arg for arg in args if arg != "--json"))
+    if unknown := words + [key for key in values if key != "device"]:
         raise _UsageError(f"checks takes device=... and --json, found {', '.join(unknown)}.")
     try:
-        checks(values.get("device"), as_json=as_json)
+        checks(values.get("device"), as_json="--json" in args)
     except ValueError as error:
         raise _UsageError(f"device={values.get('device')}: {error}") from error
 
 
 def _run_yolo(args: list[str]) -> None:
     """Hand the arguments to Ultralytics' own entry point, without ours and with a model that is there."""
-    settings, rest = split_settings(merge_equals_args(args))
+    settings, rest = split_settings(_merge(args))
     with _without_section(rest) as (rest, section):
         sources = {"cli": settings, "section": section}
-        FlashConfig.resolve(**sources)  # a typo is told before anything is loaded
+        config = FlashConfig.resolve(**sources)  # a typo is told before anything is loaded
+        for backend in (config.backend, *config.layers.values()):
+            check_name(backend)
         rest = choose_model(rest)
-        with _as_yolo(rest), _patched_classes(sources, once="solutions" not in rest):
+        solutions = any(arg.lstrip("-").lower() in ("solutions", "solution") for arg in rest)
+        with _as_yolo(rest), _patched_classes(sources, solutions):
             entrypoint()
+
+
+def _merge(args: Iterable[str]) -> list[str]:
+    """Join what a shell splits around `=` and inside brackets, as Ultralytics does."""
+    try:
+        return merge_equals_args(list(args))
+    except SyntaxError as error:
+        raise _UsageError(str(error)) from error
+
+
+def _bare(arg: str) -> str:
+    """An argument without the leading dashes and the trailing comma that Ultralytics forgives."""
+    return arg.removeprefix("--").removesuffix(",")
+
+
+def _read(args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The `key=value` arguments, as Ultralytics reads them, and the words without `=`."""
+    values: dict[str, Any] = {}
+    words = []
+    for arg in map(_bare, args):
+        try:
+            key, value = parse_key_value_pair(arg)
+            values[key] = value
+        except (ValueError, AssertionError):  # no `=`; nothing behind it, which Ultralytics explains
+            words.append(arg)
+    return values, words
 
 
 def split_settings(args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -112,13 +142,16 @@ def split_settings(args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     settings: dict[str, Any] = {}
     rest = []
     for arg in args:
-        if not arg.lstrip("-").startswith("flash."):
+        name, equals, value = _bare(arg).lstrip("-").partition("=")
+        if name.strip() == "flash":
+            raise FlashConfigError(f"{arg} does not name a setting: flash.enabled=..., flash.backend=...")
+        if not name.startswith("flash."):
             rest.append(arg)
             continue
-        key, equals, value = arg.lstrip("-").removeprefix("flash.").partition("=")
+        key = name.removeprefix("flash.").strip()
         if not equals or not value.strip():
             raise FlashConfigError(f"{arg} needs a value: flash.{key or 'backend'}=...")
-        settings[key.strip()] = parse_key_value_pair(f"{key}={value}")[1]
+        settings[key] = parse_key_value_pair(f"{key}={value}")[1]
     return settings, rest
 
 
@@ -132,30 +165,32 @@ def choose_model(args: list[str]) -> list[str]:
         The same, with `model=` appended where it was missing.
 
     Raises:
-        _UsageError: `model=` names official weights that are neither on disk nor to be downloaded.
+        _UsageError: The model is official weights that are neither on disk nor to be downloaded.
     """
-    values = dict(arg.lstrip("-").split("=", 1) for arg in args if "=" in arg)
-    words = {arg.lstrip("-") for arg in args if "=" not in arg}
-    model, resume = values.get("model"), values.get("resume")
-    if model is not None:
-        weights = check_model_file_from_stem(model)
-        if offline.missing_asset(weights) and not offline.can_download():
-            raise _UsageError(
-                f"model={model} is not on this machine, and {offline.DOWNLOAD_HOST} did not answer within "
-                f"{offline.PROBE_SECONDS:.0f} s. Copy the file here, or train from scratch with "
-                f"model={Path(model).stem}.yaml."
-            )
+    values, words = _read(args)
+    if (cfg := values.get("cfg")) is not None:  # below the arguments, as in Ultralytics
+        values = _load_cfg(cfg) | values
+    for word in words:
+        if word in MODES:
+            values["mode"] = word
+        elif word in TASKS:
+            values["task"] = word
+        elif isinstance(DEFAULT_CFG_DICT.get(word), bool):  # `resume` is resume=True
+            values[word] = True
+    mode = values.get("mode") or DEFAULT_CFG_DICT["mode"]  # which is train
+    task, model, resume = values.get("task") or "detect", values.get("model"), values.get("resume")
+    for key in ("model", "pretrained"):
+        if isinstance(values.get(key), str):
+            _refuse_missing(values[key], f"{key}={values[key]}", values.get("mode"))
+    if model is not None or not args or not all(map(_is_yolo_word, words)):  # else settings, help, ..., or a mistake
         return args
-    if "train" not in words and values.get("mode") != "train":
+    if mode == "train" and isinstance(resume, str) and Path(resume).suffix == ".pt":
+        return choose_model([*args, f"model={resume}"])  # Ultralytics would load yolo26n.pt only to drop it
+    if mode != "train" or resume:
+        weights = TASK2MODEL.get(task, "yolo26n.pt")
+        _refuse_missing(weights, f"no model= given: {weights}, which Ultralytics takes,", mode)
         return args
-    if resume is not None and Path(resume).suffix == ".pt":  # Ultralytics would load yolo26n.pt only to drop it
-        return [*args, f"model={resume}"]
-    if resume is not None or "resume" in words:
-        return args
-    if (cfg := values.get("cfg")) is not None and YAML.load(check_yaml(cfg)).get("model"):
-        return args
-    task = values.get("task") or next((word for word in words if word in TASKS), "detect")
-    weights = "yolo12n.pt" if task == "detect" else TASK2MODEL[task]
+    weights = (TASK2MODEL | {"detect": "yolo12n.pt"}).get(task, "yolo12n.pt")
     if offline.missing_asset(weights) and not offline.can_download():
         weights = Path(weights).stem + ".yaml"
         LOGGER.info(f"yolo-flash: no model= given and nothing can be downloaded: training {weights} from scratch")
@@ -164,57 +199,96 @@ def choose_model(args: list[str]) -> list[str]:
     return [*args, f"model={weights}"]
 
 
+def _is_yolo_word(word: str) -> bool:
+    """Whether a word without `=` belongs to a mode; the others are commands of their own, or mistakes."""
+    flag = isinstance(DEFAULT_CFG_DICT.get(word), bool) or word in ("half", "int8", "end2end", "nms")
+    return flag or word in MODES or word in TASKS
+
+
+def _refuse_missing(weights: str, what: str, mode: str | None) -> None:
+    """Raise at once for official weights that Ultralytics would try to download for minutes, in vain."""
+    file = Path(check_model_file_from_stem(weights))
+    if not offline.missing_asset(file) or offline.can_download():
+        return
+    scratch = f", or train from scratch with model={file.stem}.yaml" if mode == "train" else ""
+    raise _UsageError(
+        f"{what} is not on this machine and cannot be downloaded: {offline.why_not()}. Copy the file here{scratch}."
+    )
+
+
+def _load_cfg(file: Any) -> dict[str, Any]:
+    """Read the file of a `cfg=` argument."""
+    try:
+        return YAML.load(check_yaml(file))
+    except (OSError, ValueError, AssertionError) as error:  # no such file; no YAML; another suffix than .yaml
+        raise _UsageError(f"cfg={file}: {error}") from error
+
+
 @contextlib.contextmanager
 def _without_section(args: list[str]) -> Iterator[tuple[list[str], dict[str, Any] | None]]:
     """Split the `flash:` section off a `cfg=` file: Ultralytics refuses it, and reads a copy without it."""
-    position = next((i for i, arg in enumerate(args) if arg.lstrip("-").startswith("cfg=")), None)
-    values = {} if position is None else YAML.load(check_yaml(args[position].split("=", 1)[1]))
-    if position is None or "flash" not in values:
+    files = {i: file for i, arg in enumerate(args) if (file := _read([arg])[0].get("cfg")) is not None}
+    position, file = next(iter(files.items()), (0, None))
+    values = {} if file is None else _load_cfg(file)
+    if "flash" not in values:
         yield args, None
         return
     section = values.pop("flash")
     with tempfile.TemporaryDirectory(prefix="yolo-flash-") as folder:
-        stripped = Path(folder) / Path(args[position]).name.removeprefix("cfg=")
+        stripped = Path(folder) / f"{Path(str(file)).stem}.yaml"
         YAML.save(stripped, values)
-        yield [*args[:position], f"cfg={stripped}", *args[position + 1 :]], section or {}
+        yield [*args[:position], f"cfg={stripped}", *args[position + 1 :]], {} if section is None else section
 
 
 @contextlib.contextmanager
 def _as_yolo(args: list[str]) -> Iterator[None]:
-    """Ultralytics reads `sys.argv` itself, and saves predictions only for a program that is called yolo."""
-    original = sys.argv[:]
-    sys.argv[:] = ["yolo", *args]
+    """Ultralytics reads `sys.argv` itself, and saves predictions only for a program that is called yolo.
+
+    It does so through names bound at its import, which another list may have taken the place of since.
+    """
+    lists = {id(argv): argv for argv in (sys.argv, ultralytics_cfg.ARGV, ultralytics_utils.ARGV)}.values()
+    originals = [argv[:] for argv in lists]
+    for argv in lists:
+        argv[:] = ["yolo", *args]
     try:
         yield
     finally:
-        sys.argv[:] = original
+        for argv, original in zip(lists, originals, strict=True):
+            argv[:] = original
 
 
 @contextlib.contextmanager
-def _patched_classes(sources: dict[str, Any], once: bool) -> Iterator[None]:
-    """`ultralytics.YOLO` and `RTDETR` make patched objects, as long as the context lasts.
+def _patched_classes(sources: dict[str, Any], solutions: bool) -> Iterator[None]:
+    """`ultralytics.YOLO` and `RTDETR` make a patched object, the first time within the context.
+
+    Only the first time: the trainer's AMP check builds another YOLO, which is none of our business.
 
     Args:
         sources: Keyword arguments of `FlashConfig.resolve`.
-        once: Only for the first object: the trainer's AMP check builds another YOLO, which is none of our business.
+        solutions: Whether a solution builds the object, by a name that its own module binds when it is imported.
     """
     names = ("YOLO", "RTDETR")
-    own = {name: vars(ultralytics)[name] for name in names if name in vars(ultralytics)}
+    spaces = [vars(ultralytics)]
+    if solutions:  # imported before the swap, or it would keep our factory for good
+        spaces.append(vars(importlib.import_module("ultralytics.solutions.solutions")))
+    own = [{name: space[name] for name in names if name in space} for space in spaces]
 
     def undo() -> None:
-        for name in names:
-            vars(ultralytics).pop(name, None)
-        vars(ultralytics).update(own)
+        for space, classes in zip(spaces, own, strict=True):
+            for name in names:
+                space.pop(name, None)
+            space.update(classes)
 
     def factory(cls: Any) -> Any:
         def build(*args: Any, **kwargs: Any) -> Any:
-            if once:
-                undo()
+            undo()
             return patch_from_sources(cls(*args, **kwargs), sources)
 
         return build
 
-    vars(ultralytics).update({name: factory(getattr(ultralytics, name)) for name in names})
+    factories = {name: factory(getattr(ultralytics, name)) for name in names}
+    for space, classes in zip(spaces, own, strict=True):
+        space.update(factories if space is vars(ultralytics) else {name: factories[name] for name in classes})
     try:
         yield
     finally:

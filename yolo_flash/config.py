@@ -1,4 +1,4 @@
-"""The settings of the plugin: one frozen dataclass, filled from files, the environment, the command line and keywords."""
+"""The settings of the plugin: one frozen dataclass, filled from files, environment, command line and keywords."""
 
 from __future__ import annotations
 
@@ -91,19 +91,24 @@ def read_config_file(name: str | Path) -> dict[str, Any]:
         name: Path of the file, or the name of a shipped one (`strict`).
 
     Raises:
-        FlashConfigError: No such file, with the shipped names; or a key in it that does not exist.
+        FlashConfigError: No such file, with the shipped names; no YAML in it; or a key in it that does not exist.
     """
     shipped = {file.stem: file for file in sorted(config_folder().glob("*.yaml"))}
-    path = shipped.get(str(name), Path(name))
+    path = shipped.get(str(name), Path(str(name)))
     if not path.is_file():
         raise FlashConfigError(
             f"flash.config={name}: no such file, and not a shipped one.{_did_you_mean(str(name), shipped)}"
         )
-    values = YAML.load(path)
+    try:
+        values = YAML.load(path)
+    except (AssertionError, ValueError) as error:  # another suffix than .yaml; no YAML, or no mapping
+        raise FlashConfigError(f"flash.config={name}: {error}") from error
     values = values.get("flash", values)  # a file of settings may be the flash: section of a larger one
     if not isinstance(values, Mapping):
         raise FlashConfigError(f"{path} must map keys to values, found {values!r}.")
-    return _known({k: v for k, v in values.items() if k != "config"}, str(path))
+    if "config" in values:
+        raise FlashConfigError(f"{path}: a file of settings cannot name another one, config={values['config']!r}.")
+    return _known(values, str(path))
 
 
 def config_folder() -> Path:
@@ -122,7 +127,7 @@ def _from_environment() -> tuple[dict[str, Any], dict[str, Any]]:
     values = {
         name.removeprefix(prefix).lower(): smart_value(value)
         for name, value in os.environ.items()
-        if name.startswith(prefix) and name not in _OTHER_ENV
+        if name.startswith(prefix) and name not in _OTHER_ENV and value.strip()  # empty counts as unset
     }
     switch = os.environ.get(ENV, "").strip()
     if not switch or _coerce(ENV, smart_value(switch), bool):
@@ -154,11 +159,23 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
             raise FlashConfigError(f"{key}={value!r} is not valid.{_did_you_mean(str(value), valid)}")
         return value
     if typing.get_origin(kind) is dict:
-        if isinstance(value, str):  # "model.6*:stock, model.8*:sdpa_math", as typed in a shell
-            value = dict([part.strip() for part in item.rsplit(":", 1)] for item in value.split(",") if ":" in item)
+        if isinstance(value, str):
+            value = _parse_layers(key, value)
         if not (isinstance(value, Mapping) and all(isinstance(s, str) for pair in value.items() for s in pair)):
             raise FlashConfigError(f"{key} must map layer patterns to backend names, found {value!r}.")
         return dict(value)
     if not isinstance(value, kind):
         raise FlashConfigError(f"{key} must be {kind.__name__}, found {value!r}.")
     return value
+
+
+def _parse_layers(key: str, text: str) -> dict[str, str]:
+    """Read `model.6*:stock, model.8*:sdpa_math`, as typed in a shell; braces and quotes as in YAML are allowed."""
+    inner = text.strip().removeprefix("{").removesuffix("}")
+    items = [item.rpartition(":") for item in inner.split(",") if item.strip()]
+    pairs = [(pattern.strip(" '\""), backend.strip(" '\"")) for pattern, _, backend in items]
+    if not all(pattern and backend for pattern, backend in pairs):
+        raise FlashConfigError(
+            f"{key} must map layer patterns to backend names, as in 'model.6.*:stock', found {text!r}."
+        )
+    return dict(pairs)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import os
+import queue
 import socket
+import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ultralytics.utils import DATASETS_DIR, LOGGER, SETTINGS, USER_CONFIG_DIR, downloads
-from ultralytics.utils.checks import check_file
+from ultralytics.utils import DATASETS_DIR, LOGGER, SETTINGS, USER_CONFIG_DIR, downloads, env_bool
+from ultralytics.utils.checks import check_file, check_yolov5u_filename
 
 from .standin import create_standin
 
@@ -27,18 +28,41 @@ def can_download() -> bool:
 
     The name look-up is part of the 3 seconds: without a route it can hang by itself. `YOLO_OFFLINE=true` answers no.
     """
-    if os.environ.get("YOLO_OFFLINE", "").lower() in ("1", "true"):
+    if env_bool("YOLO_OFFLINE"):
         return False
-    proxy = urlsplit(urllib.request.getproxies().get("https", ""))
-    host, port = (proxy.hostname, proxy.port or 80) if proxy.hostname else (DOWNLOAD_HOST, 443)
-    pool = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+    answer: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    # A daemon thread: the interpreter would wait at its end for any other, however long the look-up hangs.
+    threading.Thread(target=lambda: answer.put(_connects()), daemon=True).start()
     try:
-        pool.submit(socket.create_connection, (host, port), PROBE_SECONDS).result(PROBE_SECONDS).close()
-    except (OSError, concurrent.futures.TimeoutError):
+        return answer.get(timeout=PROBE_SECONDS)
+    except queue.Empty:
         return False
-    finally:
-        pool.shutdown(wait=False)
+
+
+def why_not() -> str:
+    """The clause that explains a `can_download()` of False."""
+    if env_bool("YOLO_OFFLINE"):
+        return "YOLO_OFFLINE is set"
+    return f"{DOWNLOAD_HOST} did not answer within {PROBE_SECONDS:g} s"
+
+
+def _connects() -> bool:
+    try:
+        socket.create_connection(_first_hop(), PROBE_SECONDS).close()
+    except (OSError, ValueError, OverflowError):  # the latter two: an address that cannot be one
+        return False
     return True
+
+
+def _first_hop() -> tuple[str, int]:
+    """Host and port that a download connects to: the proxy of the environment, or the download host itself."""
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get("https") or proxies.get("all")
+    if not proxy or urllib.request.proxy_bypass(DOWNLOAD_HOST):
+        return DOWNLOAD_HOST, 443
+    url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    default = 443 if url.scheme == "https" else 1080 if url.scheme.startswith("socks") else 80
+    return url.hostname or "", url.port or default
 
 
 @contextlib.contextmanager
@@ -47,7 +71,7 @@ def no_downloads() -> Iterator[None]:
     original = downloads.safe_download
 
     def fail(url: Any, *args: Any, **kwargs: Any) -> Any:
-        raise ConnectionError(f"{url} not downloaded: {DOWNLOAD_HOST} did not answer within {PROBE_SECONDS:.0f} s")
+        raise ConnectionError(f"{url} not downloaded: {why_not()}")
 
     downloads.safe_download = fail
     try:
@@ -58,7 +82,9 @@ def no_downloads() -> Iterator[None]:
 
 def missing_asset(weights: str | Path) -> bool:
     """Whether `weights` names an official file that Ultralytics would have to download."""
-    name = Path(str(weights))
+    if "://" in str(weights):  # comes from elsewhere, which the probe says nothing about
+        return False
+    name = Path(check_yolov5u_filename(str(weights), verbose=False))
     on_disk = name.exists() or (Path(SETTINGS["weights_dir"]) / name).exists()
     return name.name in downloads.GITHUB_ASSETS_NAMES and not on_disk
 
@@ -73,6 +99,8 @@ def training_data(data: Any) -> Any:
         `<YOLO_FLASH_DATASETS>/<name>/data.yaml` for `<name>.yaml` if that folder has it; the stand-in's data.yaml for
         coco8 that is neither on disk nor to be downloaded; else `data`.
     """
+    if not isinstance(data, (str, Path)):
+        return data
     name = str(data)
     folder = os.environ.get("YOLO_FLASH_DATASETS")
     if folder and name == Path(name).name and not Path(name).exists():
@@ -80,30 +108,39 @@ def training_data(data: Any) -> Any:
         if local.is_file():
             LOGGER.info(f"yolo-flash: data={name} is read from {local} (YOLO_FLASH_DATASETS)")
             return str(local)
-    if not _is_shipped_coco8(name) or (Path(DATASETS_DIR) / "coco8" / "images" / "val").exists() or can_download():
+    if not _is_shipped_coco8(name) or _coco8_on_disk() or can_download():
         return data
     yaml = create_standin(STANDIN_FOLDER)
     LOGGER.warning(
-        "yolo-flash: coco8 is not on this machine and cannot be downloaded "
-        f"({DOWNLOAD_HOST} did not answer within {PROBE_SECONDS:.0f} s). TRAINING ON A STAND-IN: eight pictures cut from "
-        f"the two photographs that ultralytics ships, in {STANDIN_FOLDER}. It shows that training works; its mAP means "
-        f"nothing. The real set: connect to the network once, or unpack coco8.zip into {DATASETS_DIR}."
+        f"yolo-flash: coco8 is not on this machine and cannot be downloaded ({why_not()}). "
+        f"TRAINING ON A STAND-IN: eight pictures cut from the two photographs that ultralytics ships, in "
+        f"{STANDIN_FOLDER}. It shows that training works; its mAP means nothing. "
+        f"The real set: connect to the network once, or unpack coco8.zip into {DATASETS_DIR}."
     )
     return str(yaml)
 
 
 def note_standin(data: Any, save_dir: Path) -> None:
     """Leave a note in the run folder when the run trains on the stand-in."""
-    if Path(str(data)).parent == STANDIN_FOLDER:
+    if Path(str(data)).parent == STANDIN_FOLDER.resolve():  # create_standin resolves links too
         (save_dir / "TRAINED_ON_A_STAND_IN.txt").write_text(
-            f"This run did not see coco8. The data set could not be downloaded, so yolo-flash trained on eight pictures "
-            f"cut from the two photographs that the ultralytics package ships: {data}\n",
+            f"This run did not see coco8. The data set could not be downloaded, so yolo-flash trained on eight "
+            f"pictures cut from the two photographs that the ultralytics package ships: {data}\n",
             encoding="utf-8",
         )
 
 
 def _is_shipped_coco8(name: str) -> bool:
-    if Path(name).name not in ("coco8", "coco8.yaml"):
+    if name == "coco8" and not Path(name).exists():  # Ultralytics allows bare names
+        name = "coco8.yaml"
+    if Path(name).name != "coco8.yaml":
         return False
-    shipped = check_file("coco8.yaml", hard=False)  # a coco8.yaml in the working directory is the user's own and wins
-    return bool(shipped) and Path(shipped).parent == Path(downloads.__file__).parents[1] / "cfg" / "datasets"
+    found = check_file(name, hard=False, download=False)  # any other coco8.yaml is the user's own and wins
+    shipped = Path(downloads.__file__).parents[1] / "cfg" / "datasets" / "coco8.yaml"
+    return bool(found) and Path(found).resolve() == shipped.resolve()
+
+
+def _coco8_on_disk() -> bool:
+    """Whether Ultralytics would find the pictures: in the working directory first, as in `check_det_dataset`."""
+    folder = Path("coco8") if Path("coco8").exists() else Path(DATASETS_DIR) / "coco8"
+    return (folder / "images" / "val").exists()

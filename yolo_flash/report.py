@@ -30,23 +30,22 @@ def checks(device: str | int | None = None, as_json: bool = False) -> dict[str, 
     Raises:
         ValueError: The device does not exist.
     """
-    machine = detect(_resolve(device))
-    facts: dict[str, Any] = {
-        "yolo_flash": version("yolo-flash"),
-        "device": str(machine),
-        "machine": dataclasses.asdict(machine),
-        "backends": {name: _verdicts(spec, machine) for name, spec in typical_specs(machine).items()},
-    }
-    if not as_json:
-        LOGGER.info(_text(facts, machine))
-        facts["ultralytics"] = collect_system_info()
-        return facts
-    disabled, LOGGER.disabled = LOGGER.disabled, True  # Ultralytics logs to standard output
+    disabled = LOGGER.disabled
+    LOGGER.disabled = disabled or as_json  # Ultralytics logs to standard output
     try:
+        machine = detect(_resolve(device))
+        facts: dict[str, Any] = {
+            "yolo_flash": version("yolo-flash"),
+            "device": str(machine),
+            "machine": dataclasses.asdict(machine),
+            "backends": {name: _verdicts(spec, machine) for name, spec in typical_specs(machine).items()},
+        }
+        LOGGER.info(_text(facts, machine))
         facts["ultralytics"] = collect_system_info()
     finally:
         LOGGER.disabled = disabled
-    print(json.dumps(facts, indent=2, default=str))
+    if as_json:
+        print(json.dumps(facts, indent=2, default=str))
     return facts
 
 
@@ -97,5 +96,9 @@ def _text(facts: dict[str, Any], machine: Machine) -> str:
 
 
 def _resolve(device: str | int | None) -> torch.device:
-    found = select_device("" if device is None else device, verbose=False)
+    threads = torch.get_num_threads()
+    try:
+        found = select_device("" if device is None else device, verbose=False)
+    finally:
+        torch.set_num_threads(threads)  # select_device changes it for the CPU
     return found if isinstance(found, torch.device) else torch.device(found)

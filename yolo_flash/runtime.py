@@ -13,6 +13,7 @@ from .machine import Machine, detect
 from .selector import Decision, select
 
 _MAX_DECISIONS = 1024  # predict on a folder of mixed aspect ratios meets a new spec an image
+_UNPLANNED_SIZE = (16, 400)  # groups and tokens of a graph compiled outside of training: a YOLO at 640
 
 
 class Runtime:
@@ -20,11 +21,13 @@ class Runtime:
 
     Attributes:
         config: The settings of the model.
+        planned_sizes: (layer, whether training) -> groups and tokens of the run, once they are known.
     """
 
     def __init__(self, config: FlashConfig) -> None:
         """Start without decisions."""
         self.config = config
+        self.planned_sizes: dict[tuple[str, bool], tuple[int, int]] = {}
         self._decisions: dict[tuple[AttentionSpec, str, torch.device], Decision] = {}
         self._failed: dict[str, str] = {}
 
@@ -47,16 +50,30 @@ class Runtime:
             self._decisions[key] = decision
         return decision
 
+    @torch.compiler.assume_constant_result
+    def decide_for_compile(self, layer: str, choice: str, spec_parts: tuple[Any, ...], device: str) -> str:
+        """The backend's name for a compiled graph, whose sizes may be symbols: taken for the planned size of the layer.
+
+        Args:
+            layer: Name of the layer.
+            choice: `auto` or a backend's name.
+            spec_parts: The spec without its sizes, as `AttentionSpec.without_sizes` gives it.
+            device: Name of the device.
+        """
+        training = AttentionSpec.with_sizes(spec_parts, 1, 1).training
+        batch, seq_len = self.planned_sizes.get((layer, training), _UNPLANNED_SIZE)
+        return self.decide(AttentionSpec.with_sizes(spec_parts, batch, seq_len), choice, torch.device(device)).backend
+
     def select(self, spec: AttentionSpec, choice: str, machine: Machine) -> Decision:
         """The decision for a spec on any machine, with this model's settings and without the backends that failed."""
         return select(spec, machine, choice, self.config.deterministic, self._failed)
 
-    def fail(self, layer: str, decision: Decision, error: Exception) -> None:
+    def fail(self, layer: str, spec: AttentionSpec, backend: str, error: Exception) -> None:
         """Take a backend that raised out of this run, with one warning."""
-        if decision.backend not in self._failed:
+        if backend not in self._failed:
             LOGGER.warning(
-                f"yolo-flash: {decision.backend} failed in {layer} ({decision.spec}) and is not used again in this "
-                f"run: {type(error).__name__}: {error}"
+                f"yolo-flash: {backend} failed in {layer or 'the block'} ({spec}) and is not used again in this run: "
+                f"{type(error).__name__}: {error}"
             )
-        self._failed[decision.backend] = f"raised in this run: {type(error).__name__}: {error}"
+        self._failed[backend] = f"raised in this run: {type(error).__name__}: {error}"
         self._decisions.clear()

@@ -118,6 +118,10 @@ class FlashTrainerMixin:
         except Exception as error:  # a model that cannot run on the meta device still trains: each layer then decides
             LOGGER.warning(f"yolo-flash: no plan ahead of the first step ({type(error).__name__}: {error})")
             return
+        self._flash_runtime.planned_sizes = {
+            (row.layer, row.mode == "train"): (row.decision.spec.batch, row.decision.spec.seq_len_q)
+            for row in self.flash_plan
+        }
         if self.flash.log and RANK in {-1, 0}:
             LOGGER.info(describe(self.flash_plan, machine))
 

@@ -1,0 +1,68 @@
+"""A home of its own for Ultralytics, before it is imported: no test reads or changes the user's settings."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_HOME = tempfile.TemporaryDirectory(prefix="yolo-flash-tests-")
+os.environ["YOLO_CONFIG_DIR"] = _HOME.name
+os.environ["YOLO_OFFLINE"] = "true"
+os.environ["YOLO_AUTOINSTALL"] = "false"
+for _name in [name for name in os.environ if name.startswith("YOLO_FLASH") and name != "YOLO_FLASH_DATASETS"]:
+    del os.environ[_name]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from ultralytics import settings  # noqa: E402
+from ultralytics.utils import LOGGER  # noqa: E402
+
+settings.update(
+    {"datasets_dir": f"{_HOME.name}/datasets", "runs_dir": f"{_HOME.name}/runs", "weights_dir": f"{_HOME.name}/weights"}
+)
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def coco8() -> str:
+    """data.yaml of the real coco8 where YOLO_FLASH_DATASETS has it, else of the stand-in."""
+    from yolo_flash.standin import create_standin
+
+    real = Path(os.environ.get("YOLO_FLASH_DATASETS", "")) / "coco8" / "data.yaml"
+    return str(real) if real.is_file() else str(create_standin(Path(_HOME.name) / "coco8-stand-in"))
+
+
+@pytest.fixture
+def tiny_args(coco8: str, tmp_path: Path) -> dict[str, Any]:
+    """Arguments of a training run of a second or two."""
+    return {
+        "data": coco8,
+        "imgsz": 32,
+        "epochs": 1,
+        "batch": 2,
+        "workers": 0,
+        "plots": False,
+        "device": "cpu",
+        "verbose": False,
+        "project": str(tmp_path / "runs"),
+    }
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """Messages that go through Ultralytics' LOGGER during the test."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    LOGGER.addHandler(handler)
+    yield messages
+    LOGGER.removeHandler(handler)

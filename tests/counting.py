@@ -1,0 +1,53 @@
+"""Proof of what ran: the aten operators of attention that were called."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+OPERATORS = {
+    "_scaled_dot_product_flash_attention_for_cpu": "sdpa_flash",
+    "_scaled_dot_product_flash_attention": "sdpa_flash",
+    "_scaled_dot_product_efficient_attention": "sdpa_efficient",
+    "_scaled_dot_product_cudnn_attention": "sdpa_cudnn",
+}
+
+
+class AttentionCalls(TorchDispatchMode):
+    """Counts, while active, the calls of each fused backend's forward and backward operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward: Counter[str] = Counter()
+        self.backward: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").split(".")[0]
+        if name in OPERATORS:
+            self.forward[OPERATORS[name]] += 1
+        elif (forward := name.replace("_backward", "")) in OPERATORS:
+            self.backward[OPERATORS[forward]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def randomise(module: torch.nn.Module) -> torch.nn.Module:
+    """Give BatchNorm and projections values that matter: attention does not reach the output of a fresh YOLO12."""
+    generator = torch.Generator().manual_seed(1)
+    for m in module.modules():
+        if isinstance(m, torch.nn.Conv2d):
+            fan_in = m.weight[0].numel()
+            m.weight.data.normal_(std=(2 / fan_in) ** 0.5, generator=generator)
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.weight.data.uniform_(0.7, 1.3, generator=generator)
+            m.bias.data.normal_(std=0.1, generator=generator)
+            assert m.running_mean is not None
+            assert m.running_var is not None
+            m.running_mean.normal_(std=0.1, generator=generator)
+            m.running_var.uniform_(0.7, 1.3, generator=generator)
+    for name, parameter in module.named_parameters():
+        if name.endswith("gamma"):  # the layer scale of A2C2f starts at 0.01
+            parameter.data.fill_(1.0)
+    return module

@@ -1,0 +1,60 @@
+"""Ultralytics' DDP on two CPU ranks: its launcher, its worker file and its trainer, with gloo instead of NCCL."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import LOCAL_RANK, RANK
+
+from tests.counting import AttentionCalls
+from yolo_flash.blocks import FlashBlock
+
+
+class GlooTrainer(DetectionTrainer):
+    """A trainer that Ultralytics launches as for two GPUs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.world_size = 2
+        self.ddp = LOCAL_RANK == -1
+
+    def _setup_ddp(self) -> None:
+        distributed.init_process_group("gloo", rank=RANK, world_size=self.world_size)
+        wrapper = nn.parallel.DistributedDataParallel
+        nn.parallel.DistributedDataParallel = lambda model, device_ids, **kwargs: wrapper(model, **kwargs)  # type: ignore
+        self.calls = AttentionCalls()
+        self.calls.__enter__()
+
+    def final_eval(self) -> None:
+        """Ultralytics' takes its device from CUDA here."""
+        self.calls.__exit__(None, None, None)
+        report(self)
+
+
+def report(trainer: Any) -> None:
+    """One JSON file a rank, in the folder that REPORT_FOLDER names."""
+    blocks = [block for block in trainer.model.modules() if isinstance(block, FlashBlock)]
+    facts = {
+        "patched": len(blocks),
+        "patched ema": sum(isinstance(block, FlashBlock) for block in trainer.ema.ema.modules()),
+        "plan": [(row.layer, row.mode, row.decision.backend, str(row.decision.spec)) for row in trainer.flash_plan],
+        "config": str(trainer.flash),
+        "backward": trainer.calls.backward["sdpa_flash"],
+        "data": str(trainer.args.data),
+        "weights": float(sum(parameter.detach().double().sum() for parameter in trainer.model.parameters())),
+    }
+    Path(os.environ["REPORT_FOLDER"], f"rank{RANK}.json").write_text(json.dumps(facts))
+
+
+def count_epochs(trainer: Any) -> None:
+    """A user's callback, which has to reach the workers."""
+    Path(os.environ["REPORT_FOLDER"], f"callback{RANK}.txt").write_text(str(trainer.epoch + 1))
+
+
+assert torch.distributed.is_available()

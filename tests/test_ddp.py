@@ -1,0 +1,42 @@
+"""Two ranks through Ultralytics' own launcher: both patched, by one plan, with the settings of the parent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ultralytics import YOLO
+
+from tests.gloo import GlooTrainer, count_epochs
+from tests.test_patch import patched_layers
+from yolo_flash import FlashConfig, patch_model
+
+
+@pytest.mark.parametrize("start", ["yaml", "pt"])
+def test_both_ranks_are_patched(
+    start: str, tiny_args: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REPORT_FOLDER", str(tmp_path))
+    if start == "pt":
+        torch.manual_seed(0)
+        YOLO("yolo12n.yaml").save(str(tmp_path / "start.pt"))
+    model = patch_model(YOLO("yolo12n.yaml" if start == "yaml" else str(tmp_path / "start.pt")), backend="sdpa_flash")
+    model.add_callback("on_train_epoch_end", count_epochs)
+    model.train(trainer=GlooTrainer, **{**tiny_args, "batch": 4, "imgsz": 64})
+
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    for facts in ranks:
+        assert facts["patched"] == facts["patched ema"] == 8
+        assert facts["backward"] == 8  # layers x batches of this rank
+        assert facts["config"] == str(FlashConfig(backend="sdpa_flash"))
+    assert ranks[0]["plan"] == ranks[1]["plan"]
+    assert {backend for _, _, backend, _ in ranks[0]["plan"]} == {"sdpa_flash"}
+    assert "8 x 2 heads" in ranks[0]["plan"][0][3]  # 2 images a rank x 4 areas
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert {(tmp_path / f"callback{rank}.txt").read_text() for rank in (0, 1)} == {"1"}
+
+    assert patched_layers(model.model) == 8  # the parent holds the trained checkpoint, patched
+    assert Path(model.trainer.best).is_file()

@@ -1,0 +1,169 @@
+"""Every attention layer of every shipped model is found, and its spec is known before a step runs."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from ultralytics import YOLO
+from ultralytics.nn.tasks import guess_model_task, parse_model, yaml_model_load
+from ultralytics.utils import ROOT
+
+from tests.machines import MACHINES
+from yolo_flash import BackendNotSupportedError, FlashConfig, patch_model, plan
+from yolo_flash.blocks import BLOCKS
+from yolo_flash.patch import patch_modules, targets
+from yolo_flash.plan import Shot, describe, layer_inputs, make_plan
+from yolo_flash.runtime import Runtime
+
+# scale -> (layers, heads) of the table in the README; YOLO12: (layers of each stage, heads of stage 6, of stage 8)
+YOLO12 = {"n": (4, 2, 4), "s": (4, 4, 8), "m": (4, 8, 8), "l": (8, 8, 8), "x": (8, 12, 12)}
+PSA = {"n": (1, 2), "s": (1, 4), "m": (1, 4), "l": (2, 4), "x": (2, 6)}
+YOLOV10 = {"n": (2, 32, 64), "s": (4, 32, 64), "m": (4, 36, 72), "b": (4, 32, 64), "l": (4, 32, 64), "x": (5, 32, 64)}
+SECOND_PSA = {"yolo26": 22, "yolo26-p2": 28, "yolo26-p6": 30}  # yolo26 has one more PSA in the neck, of one layer
+
+
+def shipped() -> list[str]:
+    folder = ROOT / "cfg" / "models"
+    names = [file.name for version in ("11", "12", "26") for file in sorted((folder / version).glob("*.yaml"))]
+    assert len(names) >= 24
+    return [name for name in names if "resnet" not in name]  # its backbone comes from torchvision, downloaded
+
+
+def layer_table(model: nn.Module) -> Counter[tuple[int, str, int, int, int]]:
+    """(stage, block, heads, head_dim, head_dim_v) -> how many."""
+    table: Counter[tuple[int, str, int, int, int]] = Counter()
+    for name, block in targets(model).items():
+        cls = BLOCKS[type(block)]
+        problem = cls.problem(block, 1, 400)
+        assert problem is not None
+        stage = int(name.removeprefix("model.").split(".")[0])
+        table[stage, cls._stock.__name__, block.num_heads, *problem[2:]] += 1  # type: ignore[index, arg-type]
+    return table
+
+
+def expected(name: str, scale: str) -> dict[tuple[int, str, int, int, int], int]:
+    if name.startswith("yolo12"):
+        count, heads6, heads8 = YOLO12[scale]
+        return {(6, "AAttn", heads6, 32, 32): count, (8, "AAttn", heads8, 32, 32): count}
+    count, heads = PSA[scale]
+    stage = 9 if "-cls" in name else 12 if "-p6" in name else 10
+    table = {(stage, "Attention", heads, 32, 64): count}
+    if "26" in name and "-cls" not in name and "-sem" not in name:
+        kind = "yolo26" + ("-p2" if "-p2" in name else "-p6" if "-p6" in name else "")
+        table[SECOND_PSA[kind], "Attention", heads, 32, 64] = 1
+    return table
+
+
+def build(name: str) -> nn.Module:
+    """The layers of a config, without memory for the weights."""
+    config = yaml_model_load(name)
+    with torch.device("meta"):
+        model, _ = parse_model(config, ch=3, verbose=False)
+    return nn.ModuleDict({"model": model})
+
+
+@pytest.mark.parametrize("scale", "nsmlx")
+@pytest.mark.parametrize("name", shipped())
+def test_layers_of_every_shipped_config(name: str, scale: str) -> None:
+    scaled = re.sub(r"(yolo(?:e-)?\d+)", rf"\g<1>{scale}", name, count=1)
+    assert layer_table(build(scaled)) == expected(name, scale)
+
+
+@pytest.mark.parametrize("scale", YOLOV10)
+def test_layers_of_yolov10(scale: str) -> None:
+    heads, head_dim, head_dim_v = YOLOV10[scale]
+    assert layer_table(build(f"yolov10{scale}.yaml")) == {(10, "Attention", heads, head_dim, head_dim_v): 1}
+
+
+@pytest.mark.parametrize("name", ["yolov8n.yaml", "yolov5n.yaml", "yolov9t.yaml"])
+def test_models_without_attention_have_no_targets(name: str) -> None:
+    assert not targets(build(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),  # tokens of an image at 512 x 512 -> layers
+    [
+        ("yolo12n.yaml", {1024: 4, 256: 4}),
+        ("yolo12n-cls.yaml", {1024: 4, 256: 4}),
+        ("yolo12n-seg.yaml", {1024: 4, 256: 4}),
+        ("yolo11n-pose.yaml", {256: 1}),
+        ("yolo26n.yaml", {256: 2}),
+        ("yolo26n-obb.yaml", {256: 2}),
+        ("yolo26n-p6.yaml", {64: 2}),
+        ("yolo26n-sem.yaml", {256: 1}),
+        ("yolo26n-depth.yaml", {256: 2}),
+        ("yoloe-26n-seg.yaml", {256: 2}),
+        ("yolov10n.yaml", {256: 1}),
+    ],
+)
+def test_a_ghost_forward_tells_the_tokens(name: str, tokens: dict[int, int]) -> None:
+    model = YOLO(name).model
+    found = layer_inputs(model, 3, 512, 512)
+    assert list(found) == list(targets(model))
+    assert {images for images, _ in found.values()} == {3}
+    assert Counter(count for _, count in found.values()) == tokens
+
+
+def test_a_ghost_forward_leaves_the_model_as_it_was() -> None:
+    model = YOLO("yolo12n.yaml").model
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    rng, mode = torch.get_rng_state(), model.training
+    layer_inputs(model, 2, 64, 96)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert model.training is mode
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_plan_has_a_row_for_each_layer_and_mode() -> None:
+    model = patch_model(YOLO("yolo12n.yaml"), layers={"model.8.*": "stock"})
+    rows = plan(model, imgsz=640, batch=4, device="cpu")
+    assert [row.mode for row in rows] == ["train"] * 8 + ["val"] * 8
+    assert [row.layer for row in rows[:8]] == list(targets(model.model))
+    first, last = rows[0].decision, rows[-1].decision
+    assert (rows[0].block, first.backend, first.spec.batch, first.spec.seq_len_q) == ("AAttn", "sdpa_flash", 16, 400)
+    assert first.spec.training
+    assert (last.backend, last.why, last.spec.batch, last.spec.training) == ("stock", "asked for", 8, False)
+    assert "sdpa_cudnn" in first.refused
+
+
+def test_a_plan_for_another_machine() -> None:
+    model = YOLO("yolo26n.yaml").model
+    shot = Shot("train", 16, 640, 640, torch.float16, nhwc=True)
+    for card, backend in (("H100", "sdpa_cudnn"), ("A100", "sdpa_efficient"), ("MPS", "stock")):
+        rows = make_plan(model, Runtime(FlashConfig()), MACHINES[card], [shot])
+        assert {row.decision.backend for row in rows} == {backend}
+
+
+def test_a_plan_with_an_impossible_explicit_choice_raises() -> None:
+    model = YOLO("yolo12n.yaml").model
+    shot = Shot("train", 16, 640, 640, torch.float32, nhwc=True)
+    with pytest.raises(BackendNotSupportedError, match="float16 or bfloat16, the tensors are float32"):
+        make_plan(model, Runtime(FlashConfig(backend="sdpa_flash")), MACHINES["H100"], [shot])
+
+
+def test_a_plan_of_a_stock_model_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="call patch_model first"):
+        plan(YOLO("yolo12n.yaml"))
+
+
+def test_the_description_folds_equal_rows_and_marks_what_is_not_reproducible() -> None:
+    model = YOLO("yolo12x.yaml").model
+    patch_modules(model, FlashConfig())
+    shot = Shot("train", 16, 640, 640, torch.float16, nhwc=True, deterministic=True)
+    text = describe(make_plan(model, Runtime(FlashConfig()), MACHINES["H100"], [shot]), MACHINES["H100"])
+    assert text.splitlines()[:3] == [
+        "yolo-flash: 16 attention layers on NVIDIA H100 80GB HBM3 (Hopper, compute capability 9.0)",
+        "  train  8 x AAttn (64 groups, 12 heads, 400 tokens): sdpa_flash, the fastest rule for half precision",
+        "  train  8 x AAttn (16 groups, 12 heads, 400 tokens): sdpa_flash, the fastest rule for half precision",
+    ]
+    assert "flash.deterministic=strict" in text.splitlines()[3]
+
+
+def test_tasks_of_the_shipped_configs_are_all_covered() -> None:
+    tasks = {guess_model_task(yaml_model_load(name)) for name in shipped()}
+    assert tasks >= {"detect", "segment", "pose", "obb", "classify", "semantic", "depth"}

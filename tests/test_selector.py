@@ -1,0 +1,173 @@
+"""The golden table: which backend each card gets for each kind of layer, and why not the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from tests.machines import MACHINES
+from yolo_flash import AttentionSpec, BackendNotSupportedError
+from yolo_flash.backends import BACKENDS
+from yolo_flash.selector import select
+
+_COMMON: dict[str, Any] = {"num_heads": 2, "seq_len_q": 400, "seq_len_k": 400, "head_dim": 32}
+HALF = {**_COMMON, "dtype": torch.float16, "layout": "nhwc"}
+
+SPECS = {
+    "area fp16 train": AttentionSpec(batch=64, head_dim_v=32, **HALF),
+    "area bf16 train": AttentionSpec(batch=64, head_dim_v=32, **{**HALF, "dtype": torch.bfloat16}),
+    "area fp32 train": AttentionSpec(batch=64, head_dim_v=32, **{**HALF, "dtype": torch.float32}),
+    "area fp16 predict": AttentionSpec(batch=4, head_dim_v=32, training=False, **HALF),
+    "area fp32 predict nchw": AttentionSpec(
+        batch=4, head_dim_v=32, training=False, dtype=torch.float32, layout="nchw", **_COMMON
+    ),
+    "psa fp16 train": AttentionSpec(batch=16, head_dim_v=64, **HALF),
+    "psa fp16 predict": AttentionSpec(batch=1, head_dim_v=64, training=False, **HALF),
+    "psa fp16 train 1600": AttentionSpec(batch=4, head_dim_v=64, **{**HALF, "seq_len_q": 1600, "seq_len_k": 1600}),
+    "psa 36/72 fp16 train": AttentionSpec(batch=16, head_dim_v=72, **{**HALF, "head_dim": 36}),
+    "area fp32 train nchw": AttentionSpec(batch=64, head_dim_v=32, dtype=torch.float32, layout="nchw", **_COMMON),
+}
+
+F, E, C, S = "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "stock"
+GOLDEN = {  # machine: the backend for each spec above
+    "P100": [E, S, E, E, E, E, E, E, E, E],
+    "V100": [E, S, E, E, E, E, E, E, E, E],
+    "T4": [E, S, E, E, E, E, E, E, E, E],
+    "A100": [F, F, E, F, E, E, E, F, E, E],
+    "RTX 3090": [F, F, E, F, E, E, E, F, E, E],
+    "RTX 4090": [F, F, E, F, E, E, E, F, E, E],
+    "H100": [F, F, E, F, E, C, E, C, C, E],
+    "B200": [F, F, E, F, E, E, E, F, E, E],
+    "RTX 5090": [F, F, E, F, E, E, E, F, E, E],
+    "MI300": [F, F, E, F, E, E, E, F, E, E],
+    "RX 7900": [S] * 10,
+    "MPS": [S] * 10,
+    "CPU": [F, F, F, F, F, S, S, F, S, F],
+}
+
+
+def test_the_table_covers_every_machine() -> None:
+    assert list(GOLDEN) == list(MACHINES)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_auto_takes(machine: str) -> None:
+    found = [select(spec, MACHINES[machine]).backend for spec in SPECS.values()]
+    assert dict(zip(SPECS, found, strict=True)) == dict(zip(SPECS, GOLDEN[machine], strict=True))
+
+
+REASONS = [
+    ("T4", "area fp16 train", F, "needs compute capability >= 8.0, Tesla T4 has 7.5"),
+    ("T4", "area fp16 train", C, "needs compute capability >= 8.0, Tesla T4 has 7.5"),
+    ("V100", "area fp16 train", F, "needs compute capability >= 8.0, Tesla V100-SXM2-16GB has 7.0"),
+    ("V100", "area bf16 train", E, "bfloat16 needs compute capability >= 8.0, Tesla V100-SXM2-16GB has 7.0"),
+    ("H100", "area fp32 train", F, "needs float16 or bfloat16, the tensors are float32"),
+    ("H100", "area fp32 train", C, "needs float16 or bfloat16, the tensors are float32"),
+    ("MI300", "area fp16 train", C, "runs on NVIDIA cards, the device is AMD Instinct MI300X (gfx942)"),
+    ("RX 7900", "area fp16 train", F, "torch ships AMD kernels for gfx90a, gfx942 and gfx950, the device is gfx1100"),
+    ("MPS", "area fp16 train", F, "runs on CUDA, ROCm and the CPU, the device is Apple GPU (MPS)"),
+    ("MPS", "area fp16 train", E, "runs on CUDA and ROCm, the device is Apple GPU (MPS)"),
+    ("CPU", "area fp16 train", E, "runs on CUDA and ROCm, the device is AMD EPYC (CPU)"),
+]
+
+
+@pytest.mark.parametrize(("machine", "spec", "backend", "reason"), REASONS)
+def test_a_refusal_says_what_was_wanted_and_found(machine: str, spec: str, backend: str, reason: str) -> None:
+    assert select(SPECS[spec], MACHINES[machine]).refused[backend] == (reason,)
+
+
+def refusals(backend: str, machine: str = "H100", **changes: Any) -> str:
+    """The reasons of a backend for the first spec with some fields changed."""
+    fields = {f.name for f in dataclasses.fields(AttentionSpec)}
+    spec = dataclasses.replace(SPECS["area fp16 train"], **{k: v for k, v in changes.items() if k in fields})
+    card = dataclasses.replace(MACHINES[machine], **{k: v for k, v in changes.items() if k not in fields})
+    return "; ".join(BACKENDS[backend].not_supported_reasons(spec, card))
+
+
+def test_limits_have_numbers() -> None:
+    assert refusals(F, head_dim=264, head_dim_v=264) == "needs head_dim <= 256, the layer has 264"
+    assert refusals(C, head_dim_v=136) == "needs head_dim <= 128, the layer has 136"
+    assert refusals(F, flash_built=False) == "torch 2.11.0+cu130 was built without the flash kernels"
+    assert (
+        refusals(F, "RTX 4090", head_dim=200, head_dim_v=200)
+        == "no backward for head_dim 200 at compute capability 8.9"
+    )
+    assert refusals(F, "RTX 4090", head_dim=200, head_dim_v=200, training=False) == ""
+    assert refusals(C, cudnn=91002) == (
+        "needs cuDNN >= 9.15.1 for a sequence length that is no multiple of 128, found 9.10.2 and 400 tokens"
+    )
+    assert refusals(C, cudnn=91002, seq_len_q=512, seq_len_k=512) == ""
+    assert refusals(C, cudnn=None) == "needs cuDNN, torch reports none"
+    assert refusals(C, seq_len_q=1, seq_len_k=1) == "needs at least 2 key tokens, the layer has 1"
+    assert refusals(C, batch=70000) == "needs batch x area <= 65535, found 70000"
+
+
+@pytest.mark.parametrize("backend", ["sdpa_math", F, E, C])
+def test_masks_are_refused_while_no_backend_passes_them_on(backend: str) -> None:
+    assert refusals(backend, mask=True) == "masks are not passed on yet"
+
+
+def test_an_explicit_choice_raises_with_reasons_and_with_what_would_work() -> None:
+    with pytest.raises(BackendNotSupportedError) as error:
+        select(SPECS["area fp16 train"], MACHINES["T4"], choice="sdpa_flash")
+    assert str(error.value) == (
+        "backend=sdpa_flash cannot run 64 x 2 heads x 400 tokens x 32, float16, nhwc, train on Tesla T4 (Turing, compute "
+        "capability 7.5): needs compute capability >= 8.0, Tesla T4 has 7.5. These can: auto, stock, sdpa_math, "
+        "sdpa_efficient."
+    )
+
+
+def test_an_unknown_name_gets_the_nearest() -> None:
+    with pytest.raises(BackendNotSupportedError, match="no backend 'sdpa_flesh'. Did you mean 'sdpa_flash'"):
+        select(SPECS["area fp16 train"], MACHINES["H100"], choice="sdpa_flesh")
+
+
+@pytest.mark.parametrize("choice", BACKENDS)
+def test_an_explicit_choice_that_can_run_is_taken(choice: str) -> None:
+    decision = select(SPECS["psa fp16 train"], MACHINES["H100"], choice)
+    assert (decision.backend, decision.why) == (choice, "asked for")
+
+
+def test_strict_takes_reproducible_backends_for_training_only() -> None:
+    train, predict = SPECS["area fp16 train"], SPECS["area fp16 predict"]
+    strict = select(train, MACHINES["H100"], deterministic="strict")
+    assert strict.backend == "stock"
+    assert strict.reproducible
+    assert "changes from run to run" in strict.refused[F][0]
+    assert select(predict, MACHINES["H100"], deterministic="strict").backend == F
+    assert select(SPECS["area fp32 train nchw"], MACHINES["CPU"], deterministic="strict").backend == F
+    with pytest.raises(BackendNotSupportedError, match=r"deterministic=strict.*These can: auto, stock, sdpa_math\."):
+        select(train, MACHINES["H100"], choice=F, deterministic="strict")
+
+
+def test_a_backend_that_failed_is_not_taken_again() -> None:
+    decision = select(SPECS["area fp16 train"], MACHINES["H100"], failed={F: "raised in this run: boom"})
+    assert decision.backend == E
+    assert decision.refused[F] == ("raised in this run: boom",)
+
+
+def test_auto_never_raises() -> None:
+    """Every machine, layout, dtype, size and mode has an answer, and that answer can run."""
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for machine, dtype, layout, dims, tokens, training, strict in itertools.product(
+        MACHINES.values(),
+        dtypes,
+        ("nhwc", "nchw", "separate"),
+        ((32, 32), (32, 64), (36, 72), (300, 300)),
+        (1, 49, 400, 6400),
+        (True, False),
+        ("prefer", "strict"),
+    ):
+        spec = AttentionSpec(1, 2, tokens, tokens, *dims, dtype, layout, training=training)  # type: ignore[arg-type]
+        decision = select(spec, machine, deterministic=strict)
+        assert decision.backend not in decision.refused
+        assert not BACKENDS[decision.backend].not_supported_reasons(spec, machine)
+
+
+def test_equal_inputs_give_equal_decisions() -> None:
+    for spec, machine in itertools.product(SPECS.values(), MACHINES.values()):
+        assert select(spec, machine) == select(dataclasses.replace(spec), dataclasses.replace(machine))
