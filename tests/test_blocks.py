@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from ultralytics.nn.modules.block import AAttn, Attention
 
 from tests.counting import AttentionCalls, randomise
@@ -43,12 +45,12 @@ def channels(block: nn.Module) -> int:
 
 def run(block: nn.Module, x: Tensor, layout: torch.memory_format, weight: Tensor) -> dict[str, Tensor]:
     """Output and every gradient of `sum(output * weight)`."""
-    block = copy.deepcopy(block).to(memory_format=layout)  # type: ignore[call-overload]
+    block = copy.deepcopy(block).to(memory_format=layout)
     x = x.detach().clone(memory_format=layout).requires_grad_()
     out = block(x)
     (out * weight).sum().backward()
     grads = {f"grad {name}": p.grad for name, p in block.named_parameters()}
-    return {"out": out.detach(), "grad x": x.grad, **grads}  # type: ignore[dict-item]
+    return {"out": out.detach(), "grad x": x.grad, **grads}
 
 
 def reference(block: nn.Module, x: Tensor, weight: Tensor) -> dict[str, Tensor]:
@@ -115,23 +117,42 @@ def test_a_perturbation_is_seen(kind: str) -> None:
 
 
 def test_no_copy_of_q_k_and_v_in_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    block = patched(make("area4")).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    seen = []
+    block: Any = patched(make("area4")).to(memory_format=torch.channels_last)
+    storages = []
     run_flash = backends_module.BACKENDS["sdpa_flash"].run
     assert run_flash is not None
 
     def spy(packed: Tensor, spec: backends_module.AttentionSpec) -> tuple[Tensor, Tensor]:
-        seen.append(packed.untyped_storage().data_ptr())
+        storages.append(packed.untyped_storage().data_ptr())
         return run_flash(packed, spec)
 
-    monkeypatch.setitem(
-        backends_module.BACKENDS, "sdpa_flash", backends_module.Backend("sdpa_flash", lambda s, m: iter(()), spy, bool)
-    )
-    block.qkv.register_forward_hook(  # type: ignore[union-attr, operator]
-        lambda m, a, out: seen.append(out.untyped_storage().data_ptr())
-    )
-    block(torch.randn(2, 64, 8, 6).to(memory_format=torch.channels_last))
-    assert seen[0] == seen[1]
+    backend = backends_module.Backend("sdpa_flash", lambda spec, machine: iter(()), spy, lambda machine: True)
+    monkeypatch.setitem(backends_module.BACKENDS, "sdpa_flash", backend)
+    block.qkv.register_forward_hook(lambda module, args, out: storages.append(out.untyped_storage().data_ptr()))
+    copies: list[tuple[int, ...]] = []
+
+    class Clones(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.name() in ("aten::clone", "aten::copy_", "aten::_to_copy"):
+                copies.append(tuple(args[0].shape))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 64, 8, 6).to(memory_format=torch.channels_last)
+    with Clones():
+        block(x)
+    assert storages[0] == storages[1]
+    assert copies == [(8, 12, 2, 32)]  # the values, once, as the image that the positional convolution reads
+
+
+def test_the_layout_of_a_slice_of_channels_is_seen() -> None:
+    """PSA hands its attention half of the channels of a convolution's output."""
+    block: Any = patched(make("psa"))
+    for layout, name in ((torch.channels_last, "nhwc"), (torch.contiguous_format, "nchw")):
+        x = torch.randn(2, 256, 5, 6).to(memory_format=layout)[:, 128:]
+        spec = block._spec(x)
+        assert spec.layout == name
+        with torch.no_grad():
+            assert block.qkv(x).is_contiguous(memory_format=layout)
 
 
 def test_a_size_that_the_stock_block_refuses_is_refused_alike() -> None:

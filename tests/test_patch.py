@@ -134,7 +134,7 @@ def test_layers_by_pattern_and_the_last_match_wins() -> None:
     with AttentionCalls() as calls:
         output(model.model)
     assert calls.forward == {"sdpa_flash": 4}
-    choices = [block._flash_choice for block in targets(model.model).values()]  # type: ignore[union-attr]
+    choices = [block._flash_choice for block in targets(model.model).values()]
     assert choices == ["stock", *["sdpa_math"] * 3, *["sdpa_flash"] * 4]
 
 
@@ -268,10 +268,11 @@ def test_predict_before_and_after_patching(tmp_path: Path) -> None:
 def test_predict_on_mixed_shapes_is_a_bounded_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("yolo_flash.runtime._MAX_DECISIONS", 4)
     model = patch_model(yolo(), backend="sdpa_flash")
-    runtime = next(iter(targets(model.model).values()))._flash_runtime  # type: ignore[union-attr]
+    block: Any = next(iter(targets(model.model).values()))
+    runtime = block._flash_runtime
     for height in (64, 96, 128, 160, 192):
         with torch.no_grad():
-            model.model.eval()(torch.rand(1, 3, height, 64))  # type: ignore[operator]
+            model.model.eval()(torch.rand(1, 3, height, 64))
         assert len(runtime._decisions) <= 4
 
 

@@ -30,23 +30,27 @@ SPECS = {
     "psa fp16 train 1600": AttentionSpec(batch=4, head_dim_v=64, **{**HALF, "seq_len_q": 1600, "seq_len_k": 1600}),
     "psa 36/72 fp16 train": AttentionSpec(batch=16, head_dim_v=72, **{**HALF, "head_dim": 36}),
     "area fp32 train nchw": AttentionSpec(batch=64, head_dim_v=32, dtype=torch.float32, layout="nchw", **_COMMON),
+    "psa fp16 predict nchw": AttentionSpec(batch=1, head_dim_v=64, training=False, **{**HALF, "layout": "nchw"}),
+    "psa fp16 predict nchw 1600": AttentionSpec(
+        batch=4, head_dim_v=64, training=False, **{**HALF, "layout": "nchw", "seq_len_q": 1600, "seq_len_k": 1600}
+    ),
 }
 
 F, E, C, S = "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "stock"
 GOLDEN = {  # machine: the backend for each spec above
-    "P100": [E, S, E, E, E, E, E, E, E, E],
-    "V100": [E, S, E, E, E, E, E, E, E, E],
-    "T4": [E, S, E, E, E, E, E, E, E, E],
-    "A100": [F, F, E, F, E, E, E, F, E, E],
-    "RTX 3090": [F, F, E, F, E, E, E, F, E, E],
-    "RTX 4090": [F, F, E, F, E, E, E, F, E, E],
-    "H100": [F, F, E, F, E, C, E, C, C, E],
-    "B200": [F, F, E, F, E, E, E, F, E, E],
-    "RTX 5090": [F, F, E, F, E, E, E, F, E, E],
-    "MI300": [F, F, E, F, E, E, E, F, E, E],
-    "RX 7900": [S] * 10,
-    "MPS": [S] * 10,
-    "CPU": [F, F, F, F, F, S, S, F, S, F],
+    "P100": [E, S, E, E, S, E, E, E, E, E, S, E],
+    "V100": [E, S, E, E, S, E, E, E, E, E, S, E],
+    "T4": [E, S, E, E, S, E, E, E, E, E, S, E],
+    "A100": [F, F, E, F, S, F, F, F, F, E, S, F],
+    "RTX 3090": [F, F, E, F, S, F, F, F, F, E, S, F],
+    "RTX 4090": [F, F, E, F, S, F, F, F, F, E, S, F],
+    "H100": [F, F, E, F, S, C, F, C, C, E, S, F],
+    "B200": [F, F, E, F, S, F, F, F, F, E, S, F],
+    "RTX 5090": [F, F, E, F, S, F, F, F, F, E, S, F],
+    "MI300": [F, F, E, F, S, F, F, F, F, E, S, F],
+    "RX 7900": [S] * 12,
+    "MPS": [S] * 12,
+    "CPU": [F, F, F, F, F, S, S, F, S, F, S, F],
 }
 
 
@@ -101,6 +105,7 @@ def test_limits_have_numbers() -> None:
         "needs cuDNN >= 9.15.1 for a sequence length that is no multiple of 128, found 9.10.2 and 400 tokens"
     )
     assert refusals(C, cudnn=91002, seq_len_q=512, seq_len_k=512) == ""
+    assert refusals(C, torch="2.5.1+cu124").startswith("needs torch >= 2.6, found 2.5.1+cu124")
     assert refusals(C, cudnn=None) == "needs cuDNN, torch reports none"
     assert refusals(C, seq_len_q=1, seq_len_k=1) == "needs at least 2 key tokens, the layer has 1"
     assert refusals(C, batch=70000) == "needs batch x area <= 65535, found 70000"
@@ -111,18 +116,24 @@ def test_masks_are_refused_while_no_backend_passes_them_on(backend: str) -> None
     assert refusals(backend, mask=True) == "masks are not passed on yet"
 
 
+@pytest.mark.parametrize("backend", ["sdpa_math", F, E, C])
+def test_separate_tensors_are_refused_while_no_block_has_them(backend: str) -> None:
+    reason = "takes the packed output of one convolution, the tensors are separate"
+    assert refusals(backend, layout="separate") == reason
+
+
 def test_an_explicit_choice_raises_with_reasons_and_with_what_would_work() -> None:
     with pytest.raises(BackendNotSupportedError) as error:
         select(SPECS["area fp16 train"], MACHINES["T4"], choice="sdpa_flash")
     assert str(error.value) == (
-        "backend=sdpa_flash cannot run 64 x 2 heads x 400 tokens x 32, float16, nhwc, train on Tesla T4 (Turing, compute "
-        "capability 7.5): needs compute capability >= 8.0, Tesla T4 has 7.5. These can: auto, stock, sdpa_math, "
-        "sdpa_efficient."
+        "backend=sdpa_flash cannot run 64 x 2 heads x 400 tokens x 32, float16, nhwc, train on Tesla T4 (Turing, "
+        "compute capability 7.5): needs compute capability >= 8.0, Tesla T4 has 7.5. "
+        "These can: auto, stock, sdpa_math, sdpa_efficient."
     )
 
 
 def test_an_unknown_name_gets_the_nearest() -> None:
-    with pytest.raises(BackendNotSupportedError, match="no backend 'sdpa_flesh'. Did you mean 'sdpa_flash'"):
+    with pytest.raises(BackendNotSupportedError, match=r"no backend 'sdpa_flesh'\. Did you mean 'sdpa_flash'"):
         select(SPECS["area fp16 train"], MACHINES["H100"], choice="sdpa_flesh")
 
 

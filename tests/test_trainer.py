@@ -1,4 +1,4 @@
-"""Training through Ultralytics: the attention is patched, and really runs, from the first batch to the final evaluation."""
+"""Training through Ultralytics: attention is patched, and really runs, from the first batch to the final evaluation."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_run_has_a_plan_before_its_first_step(tiny_args: dict[str, Any], log
     assert seen == [16]
     assert isinstance(model.trainer, BaseTrainer)
     assert "Trainer" in type(model.trainer).__name__
-    rows = model.trainer.flash_plan  # type: ignore[attr-defined]
+    rows = model.trainer.flash_plan
     train, val = rows[0].decision.spec, rows[8].decision.spec
     assert (train.batch, train.seq_len_q, train.training) == (2 * 4, 4, True)  # 64 / 16 squared, over 4 areas
     assert val.batch == 4 * 4  # twice the batch
@@ -118,13 +118,14 @@ def test_log_false_writes_no_plan_and_changes_no_result(tiny_args: dict[str, Any
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-def test_the_plan_is_that_of_the_forward(tiny_args: dict[str, Any]) -> None:
+@pytest.mark.parametrize("config", ["yolo12n.yaml", "yolo26n.yaml"])
+def test_the_plan_is_that_of_the_forward(config: str, tiny_args: dict[str, Any]) -> None:
     """Every spec met in training was planned: the ghost forward and the real one agree."""
-    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    model = patch_model(YOLO(config), backend="sdpa_flash")
     model.train(**{**tiny_args, "imgsz": 64, "val": False})
     trainer = model.trainer
-    planned = {row.decision.spec for row in trainer.flash_plan if row.mode == "train"}  # type: ignore[attr-defined]
-    met = {spec for spec, _, _ in trainer._flash_runtime._decisions if spec.training}  # type: ignore[attr-defined]
+    planned = {row.decision.spec for row in trainer.flash_plan if row.mode == "train"}
+    met = {spec for spec, _, _ in trainer._flash_runtime._decisions if spec.training}
     assert met
     assert met == planned
 
@@ -163,7 +164,7 @@ def test_every_trainer_of_ultralytics_takes_the_mixin() -> None:
     import ultralytics.models.yolo.yoloe.train_seg  # noqa: F401
 
     def subclasses(cls: type) -> set[type]:
-        return {cls, *(c for sub in cls.__subclasses__() for c in subclasses(sub))}
+        return {cls}.union(*map(subclasses, cls.__subclasses__()))
 
     own = {cls for cls in subclasses(BaseTrainer) if cls.__module__.startswith("ultralytics")}
     assert len(own) >= 15
@@ -178,15 +179,15 @@ def test_every_trainer_of_ultralytics_takes_the_mixin() -> None:
 def test_resume_keeps_the_patch(through: str, tiny_args: dict[str, Any]) -> None:
     first = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
 
-    class Interrupted(Exception):
+    class InterruptedRunError(Exception):
         pass
 
     def interrupt(trainer: BaseTrainer) -> None:
         if trainer.epoch == 1:
-            raise Interrupted
+            raise InterruptedRunError
 
     first.add_callback("on_train_epoch_start", interrupt)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         first.train(**{**tiny_args, "epochs": 3})
     assert patched_layers(first.model) == 8
     last = first.trainer.last
@@ -266,7 +267,7 @@ def test_a_flash_section_of_a_cfg_file(tiny_args: dict[str, Any], tmp_path: Path
     with AttentionCalls() as calls:
         model.train(cfg=str(tmp_path / "mine.yaml"))
     assert calls.backward["sdpa_flash"] == 16
-    assert model.trainer.flash == FlashConfig(backend="sdpa_flash", log=True)  # type: ignore[attr-defined]
+    assert model.trainer.flash == FlashConfig(backend="sdpa_flash", log=True)
     assert "flash" not in YAML.load(Path(model.trainer.save_dir) / "args.yaml")
 
 
@@ -327,7 +328,7 @@ def test_another_task_trains_fused(tiny_args: dict[str, Any], tmp_path: Path) ->
     with AttentionCalls() as calls:
         model.train(**{**tiny_args, "data": str(tmp_path / "pictures"), "imgsz": 64})
     assert calls.backward["sdpa_flash"] == 8 * 2
-    assert {row.mode for row in model.trainer.flash_plan} == {"train", "val"}  # type: ignore[attr-defined]
+    assert {row.mode for row in model.trainer.flash_plan} == {"train", "val"}
 
 
 def test_tune_says_that_it_runs_stock(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

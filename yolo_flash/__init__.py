@@ -1,5 +1,6 @@
 """yolo-flash: exact, fused and fast attention inside Ultralytics YOLO models."""
 
+from ._version import __version__
 from .backends import AttentionSpec, BackendNotSupportedError
 from .blocks import FlashKernelError
 from .config import FlashConfig, FlashConfigError
@@ -8,8 +9,6 @@ from .plan import PlanRow
 from .report import checks
 from .selector import Decision
 from .trainer import patch_model, plan, unpatch_model
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AttentionSpec",

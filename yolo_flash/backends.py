@@ -1,8 +1,8 @@
 """The backends of attention: what each computes with, and, in sentences with numbers, what it cannot do.
 
-torch's fused kernels are called as the aten operators behind `scaled_dot_product_attention`, since `sdpa_kernel()` flips
-switches of the whole process and two threads would see each other's. The price is that torch's own checks of
-`aten/src/ATen/native/transformers/cuda/sdp_utils.cpp` do not run: the limits below restate them.
+Torch's fused kernels are called as the aten operators behind `scaled_dot_product_attention`: `sdpa_kernel()` would flip
+switches of the whole process, and two threads would see each other's. The price is that torch's own checks, in
+`aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`, do not run: the limits below restate them.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ class AttentionSpec:
     mask: bool = False
     training: bool = True
     deterministic: bool = False
+
+    @property
+    def scores(self) -> int:
+        """Elements of the score matrices: what stock attention writes to memory and a fused kernel does not."""
+        return self.batch * self.num_heads * self.seq_len_q * self.seq_len_k
 
     def without_sizes(self) -> tuple[Any, ...]:
         """What a compiled graph knows for certain, where groups and tokens may be symbols."""
@@ -116,17 +121,18 @@ def _no_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
     return iter(())
 
 
-def _math_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
+def _packed_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
+    """What all of torch's backends have in common, as they are called here."""
     if spec.mask:
         yield "masks are not passed on yet"
+    if spec.layout == "separate":
+        yield "takes the packed output of one convolution, the tensors are separate"
 
 
 def _fused_limits(
     spec: AttentionSpec, machine: Machine, *, dtypes: tuple[torch.dtype, ...], head_dim_max: int
 ) -> Iterator[str]:
-    """What the fused kernels of torch have in common."""
-    if spec.mask:
-        yield "masks are not passed on yet"
+    yield from _packed_limits(spec, machine)
     if spec.dtype not in dtypes:
         yield f"needs {' or '.join(map(short, dtypes))}, the tensors are {short(spec.dtype)}"
     if (largest := max(spec.head_dim, spec.head_dim_v)) > head_dim_max:
@@ -181,6 +187,8 @@ def _cudnn_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
         return
     yield from _capability_limits(machine, (8, 0))
     yield from _fused_limits(spec, machine, dtypes=(torch.float16, torch.bfloat16), head_dim_max=128)
+    if machine.release < (2, 6):
+        yield f"needs torch >= 2.6, found {machine.torch}: gradients were NaN before (pytorch issue 138649)"
     if machine.cudnn is None:
         yield "needs cuDNN, torch reports none"
     elif machine.cudnn <= 91500 and spec.seq_len_k % 128:  # torch itself avoids it: pytorch issue 169849
@@ -259,7 +267,7 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("stock", _no_limits, None, _always),
-        Backend("sdpa_math", _math_limits, _run_math, _always),
+        Backend("sdpa_math", _packed_limits, _run_math, _always),
         Backend("sdpa_flash", _flash_limits, _run_flash, _on_cpu),
         Backend("sdpa_efficient", _efficient_limits, _run_efficient, _on_cpu),
         Backend("sdpa_cudnn", _cudnn_limits, _run_cudnn, _on_cpu),

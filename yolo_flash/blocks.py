@@ -14,7 +14,7 @@ from .stock_pickle import StockPickle
 
 
 class FlashKernelError(Exception):
-    """A backend asked for by name raised in the forward. No RuntimeError: the trainer would take it for out of memory."""
+    """A backend asked for by name raised. Not a RuntimeError, which the trainer might take for out of memory."""
 
 
 class FlashBlock(StockPickle):
@@ -193,7 +193,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    nhwc = x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
+    """The format that a convolution of `x` gives: by the order of strides, since PSA's input is a slice of channels."""
+    nhwc = x.stride(1) == 1 and x.stride(3) >= x.shape[1]
     return torch.channels_last if nhwc else torch.contiguous_format
 
 
@@ -217,5 +218,5 @@ class _Relayout(torch.autograd.Function):
         return x.contiguous(memory_format=layout).view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad.contiguous(memory_format=ctx.back), None, None

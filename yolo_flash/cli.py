@@ -7,7 +7,6 @@ import importlib
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML
 from ultralytics.utils.checks import check_model_file_from_stem, check_yaml
 
 from . import offline
+from ._version import __version__
 from .backends import BackendNotSupportedError, check_name
 from .blocks import FlashKernelError
 from .config import FlashConfig, FlashConfigError
@@ -62,12 +62,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = args[0].lstrip("-").lower() if args else "help"
     try:
         if command in ("help", "h"):
-            LOGGER.info(HELP.format(version=version("yolo-flash")))
+            LOGGER.info(HELP.format(version=__version__))
         elif command in ("checks", "check"):
             _checks(args[1:])
         else:
             if command in ("version", "v"):
-                LOGGER.info(f"yolo-flash {version('yolo-flash')}, ultralytics:")
+                LOGGER.info(f"yolo-flash {__version__}, ultralytics:")
             _run_yolo(args)
     except (FlashConfigError, BackendNotSupportedError, FlashKernelError, _UsageError) as error:
         raise SystemExit(f"yolo-flash: {error}") from error
@@ -207,10 +207,10 @@ def _is_yolo_word(word: str) -> bool:
 
 def _refuse_missing(weights: str, what: str, mode: str | None) -> None:
     """Raise at once for official weights that Ultralytics would try to download for minutes, in vain."""
-    file = Path(check_model_file_from_stem(weights))
+    file = weights if "://" in weights else check_model_file_from_stem(weights)
     if not offline.missing_asset(file) or offline.can_download():
         return
-    scratch = f", or train from scratch with model={file.stem}.yaml" if mode == "train" else ""
+    scratch = f", or train from scratch with model={Path(file).stem}.yaml" if mode == "train" else ""
     raise _UsageError(
         f"{what} is not on this machine and cannot be downloaded: {offline.why_not()}. Copy the file here{scratch}."
     )

@@ -7,7 +7,7 @@ import importlib
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from packaging.version import Version
@@ -68,7 +68,7 @@ class Machine:
 
     @property
     def release(self) -> Release:
-        """torch's version as numbers, (2, 5, 1)."""
+        """Version of torch as numbers, (2, 5, 1)."""
         return Version(self.torch).release
 
     def __str__(self) -> str:
@@ -84,7 +84,7 @@ def dotted(numbers: Release) -> str:
 
 
 def cudnn_release(version: int) -> str:
-    """torch's integer of cuDNN as people write it: 91501 -> `9.15.1`, 8907 -> `8.9.7`."""
+    """The integer that torch has for cuDNN as people write it: 91501 -> `9.15.1`, 8907 -> `8.9.7`."""
     major, rest = divmod(version, 10000 if version >= 90000 else 1000)
     return f"{major}.{rest // 100}.{rest % 100}"
 
@@ -96,7 +96,7 @@ def detect(device: torch.device) -> Machine:
     Args:
         device: Any torch device; a `meta` tensor's device counts as a device of kind `other`.
     """
-    common = {
+    common: dict[str, Any] = {
         "torch": str(torch.__version__),
         "packages": {name: _import_result(name) for name in _PACKAGES},
         "system": f"Python {platform.python_version()}, {platform.platform(terse=True)}",

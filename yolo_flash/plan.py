@@ -59,7 +59,7 @@ class Shot:
     deterministic: bool = False
 
 
-class _AllSeen(Exception):
+class _AllSeenError(Exception):
     """Every attention layer has reported its input: the rest of the forward is not needed."""
 
 
@@ -87,7 +87,7 @@ def layer_inputs(model: nn.Module, batch: int, height: int, width: int) -> dict[
     }
     if (criterion := getattr(model, "criterion", None)) is not None:
         memo[id(criterion)] = None  # holds tensors of the real device and refers back to the model
-    ghost = copy.deepcopy(model, memo)
+    ghost: Any = copy.deepcopy(model, memo)
     unpatch_modules(ghost)
     seen: dict[str, tuple[int, int]] = {}
 
@@ -96,17 +96,18 @@ def layer_inputs(model: nn.Module, batch: int, height: int, width: int) -> dict[
             images, _, h, w = args[0].shape
             seen[name] = (images, h * w)
             if len(seen) == len(names):
-                raise _AllSeen
+                raise _AllSeenError
 
         return hook
 
     for name, block in targets(ghost).items():
         block.register_forward_pre_hook(note(name))
-    channels = model.yaml.get("channels", 3) if isinstance(getattr(model, "yaml", None), dict) else 3
+    config: Any = getattr(model, "yaml", None)
+    channels = config.get("channels", 3) if isinstance(config, dict) else 3
     try:
         with torch.no_grad():
             ghost.train()(torch.empty(batch, channels, height, width, device="meta"))
-    except _AllSeen:
+    except _AllSeenError:
         pass
     return seen
 

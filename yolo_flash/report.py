@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.checks import collect_system_info
 from ultralytics.utils.torch_utils import select_device
 
+from ._version import __version__
 from .backends import BACKENDS, AttentionSpec
 from .machine import Machine, cudnn_release, detect
 from .selector import select
@@ -30,12 +30,12 @@ def checks(device: str | int | None = None, as_json: bool = False) -> dict[str, 
     Raises:
         ValueError: The device does not exist.
     """
-    disabled = LOGGER.disabled
+    disabled, threads = LOGGER.disabled, torch.get_num_threads()
     LOGGER.disabled = disabled or as_json  # Ultralytics logs to standard output
     try:
         machine = detect(_resolve(device))
         facts: dict[str, Any] = {
-            "yolo_flash": version("yolo-flash"),
+            "yolo_flash": __version__,
             "device": str(machine),
             "machine": dataclasses.asdict(machine),
             "backends": {name: _verdicts(spec, machine) for name, spec in typical_specs(machine).items()},
@@ -44,6 +44,7 @@ def checks(device: str | int | None = None, as_json: bool = False) -> dict[str, 
         facts["ultralytics"] = collect_system_info()
     finally:
         LOGGER.disabled = disabled
+        torch.set_num_threads(threads)  # select_device, which Ultralytics' checks call too, changes it for the CPU
     if as_json:
         print(json.dumps(facts, indent=2, default=str))
     return facts
@@ -96,9 +97,5 @@ def _text(facts: dict[str, Any], machine: Machine) -> str:
 
 
 def _resolve(device: str | int | None) -> torch.device:
-    threads = torch.get_num_threads()
-    try:
-        found = select_device("" if device is None else device, verbose=False)
-    finally:
-        torch.set_num_threads(threads)  # select_device changes it for the CPU
+    found = select_device("" if device is None else device, verbose=False)
     return found if isinstance(found, torch.device) else torch.device(found)

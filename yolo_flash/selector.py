@@ -75,27 +75,27 @@ def select(
 
 
 def _rules(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str]]:
-    """Backends in the order in which `auto` takes them, with the reason; docs/backends.md has the measurements."""
+    """Backends in the order in which `auto` takes them, with the reason; measured in docs/results/rules-*.md."""
     if machine.kind == "cpu":
         yield from _cpu_rules(spec)
-    elif machine.kind == "cuda" or machine.kind == "rocm":
+    elif machine.kind in ("cuda", "rocm"):
         yield from _gpu_rules(spec, machine)
-    yield "stock", _why_stock(machine)
+    yield "stock", f"nothing fused can run on {machine.architecture}"
 
 
 def _gpu_rules(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str]]:
-    if spec.dtype is torch.float32:
-        yield "sdpa_efficient", "the fused kernel for float32"
-        return
-    if spec.head_dim != spec.head_dim_v:
-        # Only Hopper with a torch that itself prefers cuDNN; on Blackwell it was seen to be wrong (pytorch issue 193893).
-        # It compiles a plan for every new shape, so not where shapes vary.
-        if spec.training and machine.capability == (9, 0):
-            yield "sdpa_cudnn", "takes unequal head dims without padding"
-        if spec.seq_len_k <= 1024:
-            yield "sdpa_efficient", "takes unequal head dims without padding"
-    yield "sdpa_flash", "the fastest rule for half precision"
-    yield "sdpa_efficient", "fused, and runs on cards older than Ampere"
+    padded = spec.head_dim != spec.head_dim_v
+    if spec.layout == "nchw" and not spec.training:
+        # Prediction in NCHW, where the fused kernels need a copy of q, k and v: small images do not pay for it.
+        least = (30e6 if padded else 4e6) if spec.dtype is torch.float32 else (4e6 if padded else 0)
+        if spec.scores < least:
+            yield "stock", f"below {least / 1e6:.0f} million scores the copies cost more than is gained"
+    if padded and spec.training and machine.capability == (9, 0):
+        # cuDNN on Hopper only: on Blackwell it was seen to be wrong (pytorch issue 193893). And in training only: it
+        # compiles a plan for every new shape.
+        yield "sdpa_cudnn", "takes unequal head dims without padding"
+    yield "sdpa_flash", "the fastest for half precision"
+    yield "sdpa_efficient", "the fused kernel for float32 and for cards older than Ampere"
 
 
 def _cpu_rules(spec: AttentionSpec) -> Iterator[tuple[str, str]]:
@@ -107,7 +107,3 @@ def _cpu_rules(spec: AttentionSpec) -> Iterator[tuple[str, str]]:
         yield "sdpa_flash", "fused on the CPU"
     else:
         yield "stock", f"below {needed} tokens the CPU's fused kernel gains nothing"
-
-
-def _why_stock(machine: Machine) -> str:
-    return f"nothing fused can run on {machine.architecture}"

@@ -18,8 +18,8 @@ class StockPickle:
 
     _stock: ClassVar[type]
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
+    @property
+    def __class__(self) -> type:
         return type(self)._stock
 
     @__class__.setter

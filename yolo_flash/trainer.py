@@ -1,4 +1,4 @@
-"""The seam into Ultralytics: a mixin for its trainers, a class for its `YOLO` objects, patch_model and unpatch_model."""
+"""The seam into Ultralytics: mixins for its trainers and for its `YOLO` objects, patch_model and unpatch_model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -26,12 +26,18 @@ from .plan import PlanRow, Shot, describe, make_plan
 from .runtime import Runtime
 from .stock_pickle import StockPickle, become, restore
 
+if TYPE_CHECKING:
+    from ultralytics.engine.model import Model as _ModelBase
+    from ultralytics.engine.trainer import BaseTrainer as _TrainerBase
+else:  # the mixins come before a class that is chosen at run time
+    _TrainerBase = _ModelBase = object
+
 M = TypeVar("M", bound=nn.Module)
 
 _GENERATED = "yolo_flash_generated"  # resolves to no module, so cloudpickle sends the classes to DDP workers by value
 
 
-class FlashTrainerMixin:
+class FlashTrainerMixin(_TrainerBase):
     """Keeps the attention of a training run patched, on every rank, from `setup_model` to the final evaluation.
 
     First base of a class generated for each trainer class of Ultralytics or of the user, see `trainer_class`.
@@ -54,37 +60,37 @@ class FlashTrainerMixin:
         self.flash_plan = []
         self._flash_runtime = Runtime(self.flash)
         keywords = {} if cfg is None else {"cfg": cfg}
-        super().__init__(**keywords, overrides=overrides, _callbacks=_callbacks)  # type: ignore[call-arg]
+        super().__init__(**keywords, overrides=overrides, _callbacks=_callbacks)
 
     def get_dataset(self) -> Any:
         """Name a data set that is there before Ultralytics waits for one that cannot be downloaded."""
-        if self.args.task == "detect":  # type: ignore[attr-defined]
-            self.args.data = offline.training_data(self.args.data)  # type: ignore[attr-defined]
-        return super().get_dataset()  # type: ignore[misc]
+        if self.args.task == "detect":
+            self.args.data = offline.training_data(self.args.data)
+        return super().get_dataset()
 
     def setup_model(self) -> Any:
         """Patch at the one point that precedes device, compile, DDP, AutoBatch and EMA."""
-        checkpoint = super().setup_model()  # type: ignore[misc]
-        self._patch(self.model)  # type: ignore[has-type]
+        checkpoint = super().setup_model()
+        self._patch(self.model)
         return checkpoint
 
     def _setup_train(self) -> None:
-        needs_amp_check = self.device.type == "cuda" and offline.missing_asset("yolo26n.pt")  # type: ignore[attr-defined]
+        needs_amp_check = self.device.type == "cuda" and offline.missing_asset("yolo26n.pt")
         hopeless = needs_amp_check and not offline.can_download()
         with offline.no_downloads() if hopeless else contextlib.nullcontext():
-            super()._setup_train()  # type: ignore[misc]
+            super()._setup_train()
 
     def _build_train_pipeline(self) -> None:
-        """Plan when batch and image size are known, again after an out-of-memory halving; patch what joined the model."""
-        self._patch(self.model)  # type: ignore[has-type]
-        super()._build_train_pipeline()  # type: ignore[misc]
+        """Plan now that the batch size is known, and again after a halving; patch what joined the model."""
+        self._patch(self.model)
+        super()._build_train_pipeline()
         self._plan()
         if RANK in {-1, 0}:
-            offline.note_standin(self.args.data, self.save_dir)  # type: ignore[attr-defined]
+            offline.note_standin(self.args.data, self.save_dir)
 
     def get_validator(self) -> Any:
         """A validator that patches the checkpoint which the final evaluation loads by path."""
-        validator = super().get_validator()  # type: ignore[misc]
+        validator = super().get_validator()
         stock_get_model = validator.get_model
 
         @functools.wraps(stock_get_model)
@@ -103,14 +109,14 @@ class FlashTrainerMixin:
 
     def _plan(self) -> None:
         """Decide for the training batch and for the commonest validation batch; explicit choices raise here."""
-        model = unwrap_model(self.model)  # type: ignore[attr-defined]
+        model = unwrap_model(self.model)
         if not self.flash.enabled:
             return
         if not targets(model):
             if RANK in {-1, 0}:
                 warn_no_targets(model)
             return
-        machine = detect(self.device)  # type: ignore[attr-defined]
+        machine = detect(self.device)
         try:
             self.flash_plan = make_plan(model, self._flash_runtime, machine, self._shots())
         except BackendNotSupportedError:
@@ -126,26 +132,24 @@ class FlashTrainerMixin:
             LOGGER.info(describe(self.flash_plan, machine))
 
     def _shots(self) -> list[Shot]:
-        args: Any = self.args  # type: ignore[attr-defined]
-        device: torch.device = self.device  # type: ignore[attr-defined]
-        dtype = torch.float32
-        if self.amp:  # type: ignore[attr-defined]
+        args: Any = self.args
+        device: torch.device = self.device
+        dtype = val_dtype = torch.float32
+        if self.amp:
             dtype = torch.bfloat16 if args.amp == "bf16" else torch.float16
-        nhwc = device.type == "cuda" and any(
-            p.ndim == 4 and not p.is_contiguous()
-            for p in self.model.parameters()  # type: ignore[attr-defined]
-        )
+            val_dtype = torch.float16  # Ultralytics validates the EMA under float16 autocast, also with amp=bf16
+        nhwc = device.type == "cuda" and any(p.ndim == 4 and not p.is_contiguous() for p in self.model.parameters())
         deterministic = torch.are_deterministic_algorithms_enabled()
-        loader, val_loader = self.train_loader, self.test_loader  # type: ignore[attr-defined]
+        loader, val_loader = self.train_loader, self.test_loader
         height, width = _commonest_shape(val_loader.dataset, args.imgsz)
         return [
             Shot("train", loader.batch_size, args.imgsz, args.imgsz, dtype, nhwc, deterministic),
-            Shot("val", val_loader.batch_size, height, width, dtype, nhwc),
+            Shot("val", val_loader.batch_size, height, width, val_dtype, nhwc),
         ]
 
 
-class FlashModelMixin(StockPickle):
-    """First base of a class that replaces `YOLO` or `RTDETR` on a patched object: what rebuilds the model patches it again.
+class FlashModelMixin(StockPickle, _ModelBase):
+    """First base of the class of a patched `YOLO` or `RTDETR` object: whatever rebuilds the model patches it again.
 
     Attributes:
         _flash_sources: Keyword arguments for `FlashConfig.resolve`, kept to merge the section of a `cfg=` file.
@@ -157,26 +161,26 @@ class FlashModelMixin(StockPickle):
 
     def train(self, trainer: Any = None, **kwargs: Any) -> Any:
         """As `YOLO.train`, with our trainer mixed into the task's own or the given one."""
-        base = trainer or self._smart_load("trainer")  # type: ignore[attr-defined]
+        base = trainer or self._smart_load("trainer")
         cls = trainer_class(base, self._flash_config, self._flash_sources)
         try:
-            return super().train(trainer=cls, **kwargs)  # type: ignore[misc]
+            return super().train(trainer=cls, **kwargs)
         finally:
             self._flash_config = cls.flash
             _patch_inner(self)
 
     def export(self, **kwargs: Any) -> Any:
         """As `YOLO.export`, of the stock model."""
-        unpatch_modules(self.model)  # type: ignore[attr-defined]
+        unpatch_modules(self.model)
         try:
-            return super().export(**kwargs)  # type: ignore[misc]
+            return super().export(**kwargs)
         finally:
             _patch_inner(self)
 
     def tune(self, *args: Any, **kwargs: Any) -> Any:
         """As `YOLO.tune`, which trains in processes of its own."""
         LOGGER.warning("yolo-flash: tune() starts `yolo train` processes, which run stock attention.")
-        return super().tune(*args, **kwargs)  # type: ignore[misc]
+        return super().tune(*args, **kwargs)
 
 
 def patch_model(model: M, **settings: Any) -> M:
@@ -214,7 +218,8 @@ def patch_from_sources(model: M, sources: dict[str, Any]) -> M:
     if config.enabled and isinstance(model.model, nn.Module):
         layer_choices(list(targets(model.model)), config)  # raises before anything is changed
     unpatch_model(model)
-    become(model, _model_class(type(model)), sources=sources, config=config)
+    base: Any = type(model)
+    become(model, _model_class(base), sources=sources, config=config)
     _patch_inner(model)
     if not isinstance(model.model, nn.Module):
         LOGGER.warning(f"yolo-flash: {model.model} is an exported model and runs as it was exported.")
@@ -224,7 +229,7 @@ def patch_from_sources(model: M, sources: dict[str, Any]) -> M:
 
 
 def unpatch_model(model: M) -> M:
-    """Undo `patch_model`: the object, its class and its outputs are as they were, to the bit. Stock ones are left alone.
+    """Undo `patch_model`: the object, its class and its outputs are as before, to the bit. Stock ones are left alone.
 
     Args:
         model: What was given to `patch_model`.
@@ -280,16 +285,16 @@ def warn_no_targets(model: nn.Module) -> None:
         return
     name = Path(str(getattr(model, "yaml", {}).get("yaml_file", type(model).__name__))).stem
     LOGGER.warning(
-        f"yolo-flash: {name} has no attention layer that the plugin knows (those of YOLO10, 11, 12 and 26): it runs stock."
+        f"yolo-flash: {name} has no attention layer that the plugin knows (of YOLO10, 11, 12 or 26): it runs stock."
     )
 
 
 @functools.lru_cache
-def _model_class(base: type) -> type[FlashModelMixin]:
+def _model_class(base: Any) -> type[FlashModelMixin]:
     return type(f"Flash{base.__name__}", (FlashModelMixin, base), {"_stock": base, "__module__": __name__})
 
 
-def trainer_class(base: type, config: FlashConfig, sources: Mapping[str, Any]) -> type:
+def trainer_class(base: type, config: FlashConfig, sources: Mapping[str, Any]) -> Any:
     """Our trainer on top of `base`, any trainer class of Ultralytics or of a user.
 
     Integrations look for "Trainer" in the name, which therefore keeps that of `base`.

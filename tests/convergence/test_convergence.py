@@ -12,7 +12,7 @@ from ultralytics import YOLO
 from tests.counting import AttentionCalls, randomise
 from yolo_flash import backends, patch_model
 
-TOLERANCE = 2e-3  # relative, of every loss of every step; the wrong scale below is off by more than ten times as much
+TOLERANCE = 3e-4  # relative, of every loss of every step: ten times what was seen
 
 
 def losses(start: Path, args: dict[str, Any], backend: str) -> torch.Tensor:
@@ -50,8 +50,9 @@ def test_losses_agree_over_32_steps(
     def distance(other: torch.Tensor) -> float:
         return float(((other - stock).abs() / stock.abs().clamp_min(1e-3)).max())
 
-    print("DIST", distance(ours))
     assert distance(ours) < TOLERANCE
+    if config != "yolo12n.yaml":
+        return
 
     def wrong_scale(packed: torch.Tensor, spec: backends.AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
         q, rest = packed.split([spec.head_dim, packed.shape[-1] - spec.head_dim], dim=-1)
@@ -61,5 +62,4 @@ def test_losses_agree_over_32_steps(
     flash = backends.BACKENDS["sdpa_flash"].run
     broken = backends.Backend("sdpa_flash", lambda spec, machine: iter(()), wrong_scale, lambda machine: True)
     monkeypatch.setitem(backends.BACKENDS, "sdpa_flash", broken)
-    print("WRONG", distance(losses(tmp_path / "start.pt", args, "sdpa_flash")))
-    assert distance(losses(tmp_path / "start.pt", args, "sdpa_flash")) > 10 * TOLERANCE  # or the test could not fail
+    assert distance(losses(tmp_path / "start.pt", args, "sdpa_flash")) > 100 * TOLERANCE  # the test can fail

@@ -1,0 +1,203 @@
+"""On a CUDA device: every backend that can run equals float64, and training, validation and prediction run it."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from ultralytics import YOLO
+from ultralytics.utils import ASSETS
+
+from tests.counting import AttentionCalls, randomise
+from tests.test_blocks import LAYOUTS, MAKE, channels, patched
+from tests.test_patch import patched_layers
+from tests.test_trainer import Phases
+from yolo_flash import BackendNotSupportedError, FlashConfig, checks, patch_model, plan
+from yolo_flash.backends import BACKENDS
+from yolo_flash.machine import detect
+from yolo_flash.patch import patch_modules, targets
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+FUSED = ("sdpa_flash", "sdpa_efficient", "sdpa_cudnn")
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SIZES = [(2, 20, 20), (1, 13, 8), (3, 21, 28), (1, 64, 32)]
+
+
+def run(block: nn.Module, x: Tensor, layout: torch.memory_format, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Output and every gradient of a weighted sum, weights in float32, under autocast as Ultralytics trains."""
+    block = copy.deepcopy(block).cuda().to(memory_format=layout)
+    x = x.cuda().clone(memory_format=layout).requires_grad_()
+    weight = torch.linspace(-1, 1, x.numel(), device="cuda").view_as(x)
+    with torch.autocast("cuda", dtype=dtype, enabled=dtype is not torch.float32):
+        out = block(x)
+    (out.float() * weight).sum().backward()
+    return {"out": out.detach(), "grad x": x.grad} | {name: p.grad for name, p in block.named_parameters()}
+
+
+def reference(block: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    double = copy.deepcopy(block).cuda().double()
+    x = x.cuda().double().requires_grad_()
+    weight = torch.linspace(-1, 1, x.numel(), device="cuda").view_as(x).double()
+    out = double(x)
+    (out * weight).sum().backward()
+    return {"out": out.detach(), "grad x": x.grad} | {name: p.grad for name, p in double.named_parameters()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(backend, dtype) for backend in FUSED for dtype in ("float16", "bfloat16")] + [("sdpa_efficient", "float32")],
+)
+@pytest.mark.parametrize("kind", MAKE)
+def test_blocks_are_as_exact_as_stock(kind: str, backend: str, dtype: str, layout: str) -> None:
+    block = randomise(MAKE[kind]())
+    for batch, height, width in SIZES:
+        x = torch.randn(batch, channels(block), height, width)
+        ours = patched(block, backend)
+        truth = reference(block, x)
+        stock = run(block, x, LAYOUTS[layout], DTYPES[dtype])
+        with AttentionCalls() as calls:
+            results = run(ours, x, LAYOUTS[layout], DTYPES[dtype])
+        assert calls.forward == calls.backward == {backend: 1}
+        rounding = torch.finfo(DTYPES[dtype]).eps
+        largest = max(float(t.norm()) for name, t in truth.items() if name not in ("out", "grad x"))
+        for name, value in results.items():
+            scale = float(truth[name].norm()) if name in ("out", "grad x") else largest
+            error = float((value.double() - truth[name]).norm()) / scale
+            stock_error = float((stock[name].double() - truth[name]).norm()) / scale
+            assert error <= 2 * stock_error + rounding, (name, error, stock_error)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_strided_views_are_handed_over_without_copies(backend: str) -> None:
+    """Peak memory of a forward in channels_last: the packed tensor, the two results and little more."""
+    torch.manual_seed(0)
+    block: Any = patched(MAKE["area4"](), backend).cuda().half().to(memory_format=torch.channels_last).eval()
+    packed = torch.randn(64, 400, 2, 96, device="cuda", dtype=torch.float16)
+    with torch.no_grad():
+        spec = block._spec(torch.empty(16, 64, 40, 40, device="cuda", dtype=torch.float16))
+        run_backend = BACKENDS[backend].run
+        assert run_backend is not None
+        run_backend(packed, spec)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        results = run_backend(packed, spec)
+        peak = torch.cuda.max_memory_allocated() - before
+    size = sum(t.numel() * t.element_size() for t in results)
+    assert peak < 1.4 * size  # q, k and v copied would add 1.5
+
+
+def test_two_threads_with_different_backends() -> None:
+    model = randomise(YOLO("yolo12n.yaml").model).cuda().half().eval()
+    models = {}
+    for name in (*FUSED, "stock"):
+        models[name] = copy.deepcopy(model)
+        patch_modules(models[name], FlashConfig(backend=name))
+    counts: dict[str, AttentionCalls] = {}
+    start = threading.Barrier(len(models))
+
+    def work(name: str) -> None:
+        start.wait()
+        with torch.no_grad(), AttentionCalls() as calls:
+            for _ in range(10):
+                models[name](torch.rand(1, 3, 128, 128, device="cuda").half())
+        counts[name] = calls
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {name: calls.forward for name, calls in counts.items()} == {
+        **{name: {name: 80} for name in FUSED},
+        "stock": {},
+    }
+
+
+class GpuPhases(Phases):
+    """Counts the forward and backward operator of any fused backend by phase."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_scaled_dot_product" in func.name():
+            self.calls[self.phase + (" backward" if "backward" in func.name() else "")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("amp", [True, "bf16", False], ids=["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(("config", "layers"), [("yolo12n.yaml", 8), ("yolo26n.yaml", 2)])
+def test_training_runs_fused_in_every_phase(config: str, layers: int, amp: Any, tiny_args: dict[str, Any]) -> None:
+    model = patch_model(YOLO(config))
+    args = {**tiny_args, "device": 0, "amp": amp, "imgsz": 128}
+    with GpuPhases() as phases:
+        phases.follow(model)
+        model.train(**args)
+        assert phases.calls["train batch"] == layers * 2
+        assert phases.calls["ema validation"] == layers
+        assert phases.calls["final"] >= layers
+        before = sum(phases.calls.values())
+        model.predict(ASSETS / "bus.jpg", imgsz=128, device=0, verbose=False)
+        model.val(data=args["data"], imgsz=128, batch=4, device=0, plots=False, verbose=False)
+        assert sum(phases.calls.values()) >= before + 2 * layers
+    trainer: Any = model.trainer
+    planned = {row.decision.spec for row in trainer.flash_plan}
+    met = {spec for spec, _, _ in trainer._flash_runtime._decisions if spec.training}
+    assert met
+    assert met <= planned  # dtype, layout and sizes were foreseen
+    val = {spec for spec, _, _ in trainer._flash_runtime._decisions if not spec.training}
+    assert any(row.decision.spec in val for row in trainer.flash_plan if row.mode == "val")
+
+
+@pytest.mark.parametrize("backend", ["stock", "sdpa_math", *FUSED])
+@pytest.mark.parametrize("config", ["yolo12n.yaml", "yolo26n.yaml"])
+def test_each_backend_trains_when_asked_for(config: str, backend: str, tiny_args: dict[str, Any]) -> None:
+    model = patch_model(YOLO(config), backend=backend)
+    with AttentionCalls() as calls:
+        model.train(**{**tiny_args, "device": 0, "imgsz": 128})
+    layers = len(targets(model.model))
+    assert calls.backward == ({backend: 2 * layers} if backend in FUSED else {})
+    assert patched_layers(model.model) == layers
+
+
+def test_an_impossible_backend_raises_before_the_first_step(tiny_args: dict[str, Any]) -> None:
+    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    with pytest.raises(BackendNotSupportedError, match="needs float16 or bfloat16, the tensors are float32"):
+        model.train(**{**tiny_args, "device": 0, "amp": False})
+
+
+def test_strict_trains_with_the_same_bits_twice(tiny_args: dict[str, Any]) -> None:
+    weights = []
+    for _ in range(2):
+        model = patch_model(YOLO("yolo12n.yaml"), deterministic="strict")
+        with AttentionCalls() as calls:
+            model.train(**{**tiny_args, "device": 0, "imgsz": 128})
+        assert not calls.backward
+        assert {r.decision.reproducible for r in model.trainer.flash_plan if r.mode == "train"} == {True}
+        weights.append(model.model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_compiles_without_a_graph_break() -> None:
+    for kind, backend in (("area4", "sdpa_flash"), ("psa", "sdpa_cudnn"), ("psa", "sdpa_efficient")):
+        torch._dynamo.reset()
+        block = patched(randomise(MAKE[kind]()), backend).cuda().half().to(memory_format=torch.channels_last).eval()
+        x = torch.randn(2, channels(block), 20, 20, device="cuda").half().to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            compiled = torch.compile(block, fullgraph=True)(x)
+            torch.testing.assert_close(compiled, block(x), rtol=1e-2, atol=1e-2)
+
+
+def test_checks_and_plan_speak_of_this_card() -> None:
+    machine = detect(torch.device("cuda", 0))
+    facts = checks(0)
+    assert machine.capability == torch.cuda.get_device_capability(0)
+    assert torch.cuda.get_device_name(0) in facts["device"]
+    rows = plan(patch_model(YOLO("yolo12n.yaml")), device="cuda:0")
+    assert {row.decision.spec.dtype for row in rows} == {torch.float16}

@@ -1,0 +1,206 @@
+"""`yolo-flash checks`: facts about this device for people and, with --json, for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import ultralytics
+from ultralytics.utils import LOGGER
+
+from yolo_flash import checks, cli, report
+from yolo_flash.backends import BACKENDS
+from yolo_flash.machine import Machine
+
+SPECS = ["YOLO12, area attention", "YOLO26, PSA"]
+T4 = Machine(
+    kind="cuda",
+    name="Tesla T4",
+    capability=(7, 5),
+    memory_gib=14.6,
+    torch="2.11.0+cu130",
+    toolkit="13.0",
+    cudnn=91501,
+    packages={"triton": "ImportError: no triton here"},
+    system="Python 3.12.1, Linux",
+)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.fixture
+def t4(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "detect", lambda device: T4)
+
+
+def run_json(*args: str, config: Path | None = None) -> Any:
+    """What a new process writes on standard output, read as JSON."""
+    environment = os.environ | ({} if config is None else {"YOLO_CONFIG_DIR": str(config)})
+    done = subprocess.run(
+        [sys.executable, "-m", "yolo_flash", "checks", "--json", *args],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+        env=environment,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def rows(text: str) -> list[tuple[str, str]]:
+    """The table's lines: backend and verdict."""
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line.startswith("  ")]
+    return [(name, verdict) for name, verdict in lines if name in BACKENDS]
+
+
+def test_the_report_names_device_versions_backends_and_ends_with_ultralytics_checks(
+    no_gpu: None, log: list[str]
+) -> None:
+    cli.main(["checks"])
+    ours = log[0]
+    assert ours.startswith(f"yolo-flash {version('yolo-flash')}\n")
+    for fact in ("(CPU)", f"torch {torch.__version__}", f"Python {sys.version.split()[0]}", "triton ", *SPECS):
+        assert fact in ours
+    assert [name for name, _ in rows(ours)] == [*BACKENDS, *BACKENDS]
+    rest = "\n".join(log[1:])
+    assert f"Ultralytics {ultralytics.__version__}" in rest
+    assert "CPU count" in rest
+    assert "Setup complete" in rest
+
+
+def test_every_backend_is_ready_or_has_its_reasons_with_numbers(t4: None, log: list[str]) -> None:
+    checks()
+    assert log[0].splitlines()[:3] == [
+        f"yolo-flash {version('yolo-flash')}",
+        "Tesla T4 (Turing, compute capability 7.5), 15 GiB",
+        "torch 2.11.0+cu130, CUDA 13.0, cuDNN 9.15.1, Python 3.12.1, Linux, triton ImportError: no triton here",
+    ]
+    refused = "needs compute capability >= 8.0, Tesla T4 has 7.5"
+    for table in (rows(log[0])[: len(BACKENDS)], rows(log[0])[len(BACKENDS) :]):
+        verdicts = dict(table)
+        assert verdicts["stock"] == "ready"
+        assert verdicts["sdpa_flash"].startswith(refused)
+        assert verdicts["sdpa_cudnn"].startswith(refused)
+        assert verdicts["sdpa_efficient"].startswith("ready  <- auto: ")
+        assert sum("<- auto" in verdict for verdict in verdicts.values()) == 1
+
+
+def test_the_typical_layers_are_those_of_yolo12_and_yolo26_at_640() -> None:
+    gpu = report.typical_specs(T4)
+    cpu = report.typical_specs(Machine(kind="cpu", name="CPU"))
+    assert list(gpu) == list(cpu) == SPECS
+    assert [str(spec) for spec in gpu.values()] == [
+        "64 x 2 heads x 400 tokens x 32, float16, nhwc, train",
+        "16 x 2 heads x 400 tokens x 32/64, float16, nhwc, train",
+    ]
+    assert [str(spec) for spec in cpu.values()] == [
+        "64 x 2 heads x 400 tokens x 32, float32, nchw, train",
+        "16 x 2 heads x 400 tokens x 32/64, float32, nchw, train",
+    ]
+
+
+@pytest.mark.parametrize("typed", [["device=cpu"], ["--device=cpu"], ["device", "=", "cpu"], ["device = cpu"]])
+def test_a_device_may_be_named(typed: list[str], log: list[str]) -> None:
+    cli.main(["checks", *typed])
+    assert "(CPU)" in log[0].splitlines()[1]
+
+
+@pytest.mark.parametrize("command", ["checks", "--checks", "check", "CHECKS"])
+def test_the_spellings_that_ultralytics_allows_are_ours(command: str, log: list[str]) -> None:
+    cli.main([command, "device=cpu"])
+    assert log[0].startswith("yolo-flash ")
+
+
+@pytest.mark.parametrize("device", ["0", "7", "0,1", "cuda:0", "fast"])
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_a_device_that_is_not_there_is_told(
+    device: str, as_json: list[str], no_gpu: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["checks", f"device={device}", *as_json])
+    assert str(end.value.code).startswith("yolo-flash: device=")
+    assert f"Invalid CUDA 'device={device.removeprefix('cuda:')}' requested" in str(end.value.code)
+    assert capsys.readouterr().out == ""
+    assert LOGGER.disabled is False
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["devise=0"], "devise"),
+        (["verbose"], "verbose"),
+        (["flash.backend=stock", "--jsn"], "jsn, flash.backend"),
+        (["device="], "device="),
+    ],
+)
+def test_arguments_that_checks_does_not_take_are_told(typed: list[str], told: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["checks", *typed])
+    assert end.value.code == f"yolo-flash: checks takes device=... and --json, found {told}."
+
+
+def test_json_holds_the_same_facts_and_nothing_is_logged(
+    no_gpu: None, log: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["checks", "--json", "device=cpu"])
+    facts = json.loads(capsys.readouterr().out)
+    assert log == []
+    assert facts["yolo_flash"] == version("yolo-flash")
+    assert facts["device"].endswith("(CPU)")
+    assert facts["machine"]["kind"] == "cpu"
+    assert facts["ultralytics"]["CPU count"] == os.cpu_count()
+    assert list(facts["backends"]) == SPECS
+    for verdicts in facts["backends"].values():
+        assert verdicts["auto"] in BACKENDS
+        assert verdicts[verdicts["auto"]] == "ready"
+        for name in BACKENDS:
+            reasons = verdicts[name]
+            assert reasons == "ready" or (reasons and all(isinstance(reason, str) for reason in reasons))
+
+
+def test_json_and_the_returned_facts_agree(t4: None, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = checks(as_json=True)
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(facts, default=str))
+    assert facts["backends"][SPECS[0]]["sdpa_flash"] == ["needs compute capability >= 8.0, Tesla T4 has 7.5"]
+
+
+def test_checks_leaves_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads(), dict(os.environ), LOGGER.disabled
+    monkeypatch.setattr("ultralytics.utils.torch_utils.NUM_THREADS", before[0] + 1)
+    checks("cpu")
+    assert (torch.get_num_threads(), dict(os.environ), LOGGER.disabled) == before
+
+
+def test_the_log_is_back_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("no psutil")
+
+    monkeypatch.setattr(report, "collect_system_info", fail)
+    with pytest.raises(RuntimeError, match="no psutil"):
+        checks("cpu", as_json=True)
+    assert LOGGER.disabled is False
+
+
+def test_json_stands_alone_on_standard_output() -> None:
+    assert run_json("device=cpu")["machine"]["kind"] == "cpu"
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=json.JSONDecodeError,
+    reason="Ultralytics announces its new settings on standard output when it is imported",
+)
+def test_a_new_user_gets_json_alone_from_the_first_command(tmp_path: Path) -> None:
+    assert run_json("device=cpu", config=tmp_path)["machine"]["kind"] == "cpu"
