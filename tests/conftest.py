@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +38,12 @@ def coco8() -> str:
     """data.yaml of the real coco8 where YOLO_FLASH_DATASETS has it, else of the stand-in."""
     from yolo_flash.standin import create_standin
 
-    real = Path(os.environ.get("YOLO_FLASH_DATASETS", "")) / "coco8" / "data.yaml"
-    return str(real) if real.is_file() else str(create_standin(Path(_HOME.name) / "coco8-stand-in"))
+    real = Path(os.environ.get("YOLO_FLASH_DATASETS", "")) / "coco8"
+    if not (real / "data.yaml").is_file():
+        return str(create_standin(Path(_HOME.name) / "coco8-stand-in"))
+    copy = Path(_HOME.name) / "coco8-copy"  # Ultralytics writes its label caches beside the labels
+    shutil.copytree(real, copy, ignore=shutil.ignore_patterns("*.cache"), copy_function=shutil.copyfile)
+    return str(copy / "data.yaml")
 
 
 @pytest.fixture

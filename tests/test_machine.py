@@ -55,10 +55,16 @@ def test_detect_reads_this_cpu() -> None:
 
 
 def test_import_initialises_no_cuda_and_patches_nothing() -> None:
-    code = (
-        "import torch, torch.nn.functional as F; before = (F.scaled_dot_product_attention, torch.nn.Module.__call__);"
-        "from ultralytics.nn.modules.block import AAttn; forward = AAttn.forward;"
-        "import yolo_flash, yolo_flash.cli; assert not torch.cuda.is_initialized();"
-        "assert before == (F.scaled_dot_product_attention, torch.nn.Module.__call__); assert AAttn.forward is forward"
-    )
+    code = """
+import torch
+from torch.nn import functional as F
+from ultralytics.nn.modules.block import AAttn
+
+before = F.scaled_dot_product_attention, torch.nn.Module.__call__, AAttn.forward
+import yolo_flash, yolo_flash.cli
+
+assert callable(yolo_flash.plan) and callable(yolo_flash.checks)
+assert not torch.cuda.is_initialized()
+assert before == (F.scaled_dot_product_attention, torch.nn.Module.__call__, AAttn.forward)
+"""
     subprocess.run([sys.executable, "-c", code], check=True)

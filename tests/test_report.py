@@ -197,10 +197,5 @@ def test_json_stands_alone_on_standard_output() -> None:
     assert run_json("device=cpu")["machine"]["kind"] == "cpu"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=json.JSONDecodeError,
-    reason="Ultralytics announces its new settings on standard output when it is imported",
-)
 def test_a_new_user_gets_json_alone_from_the_first_command(tmp_path: Path) -> None:
     assert run_json("device=cpu", config=tmp_path)["machine"]["kind"] == "cpu"

@@ -77,7 +77,8 @@ def test_every_phase_of_a_run_is_fused(start: str, weights: str, tiny_args: dict
         assert sum(phases.calls.values()) >= before + 8
 
         before = sum(phases.calls.values())
-        model.val(data=tiny_args["data"], imgsz=32, batch=4, device="cpu", plots=False, verbose=False)
+        val_args = {**tiny_args, "batch": 4}
+        model.val(**{k: v for k, v in val_args.items() if k not in ("epochs", "workers")})
         assert sum(phases.calls.values()) >= before + 8
 
         phases.calls.clear()
@@ -152,7 +153,7 @@ def test_a_user_given_trainer_keeps_its_methods(tiny_args: dict[str, Any]) -> No
 
     model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
     with AttentionCalls() as calls:
-        model.train(trainer=MyTrainer, **tiny_args)
+        model.train(trainer=MyTrainer, **tiny_args, nbs=2)  # an optimizer step a batch
     assert isinstance(model.trainer, MyTrainer)
     assert model.trainer.steps > 0
     assert calls.backward["sdpa_flash"] == 16

@@ -1,14 +1,21 @@
 """yolo-flash: exact, fused and fast attention inside Ultralytics YOLO models."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
-from .backends import AttentionSpec, BackendNotSupportedError
-from .blocks import FlashKernelError
-from .config import FlashConfig, FlashConfigError
-from .machine import Machine
-from .plan import PlanRow
-from .report import checks
-from .selector import Decision
-from .trainer import patch_model, plan, unpatch_model
+
+if TYPE_CHECKING:
+    from .backends import AttentionSpec, BackendNotSupportedError
+    from .blocks import FlashKernelError
+    from .config import FlashConfig, FlashConfigError
+    from .machine import Machine
+    from .planning import PlanRow
+    from .report import checks
+    from .selector import Decision
+    from .trainer import patch_model, plan, unpatch_model
 
 __all__ = [
     "AttentionSpec",
@@ -25,3 +32,30 @@ __all__ = [
     "plan",
     "unpatch_model",
 ]
+
+# Imported when first used: Ultralytics changes the environment and may greet on standard output when it is imported.
+_MODULES = {
+    "AttentionSpec": "backends",
+    "BackendNotSupportedError": "backends",
+    "Decision": "selector",
+    "FlashConfig": "config",
+    "FlashConfigError": "config",
+    "FlashKernelError": "blocks",
+    "Machine": "machine",
+    "PlanRow": "planning",
+    "checks": "report",
+    "patch_model": "trainer",
+    "plan": "trainer",
+    "unpatch_model": "trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a public name when the name is first used."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -22,7 +22,7 @@ from .blocks import FlashBlock
 from .config import FlashConfig
 from .machine import detect
 from .patch import layer_choices, patch_modules, targets, unpatch_modules
-from .plan import PlanRow, Shot, describe, make_plan
+from .planning import PlanRow, Shot, describe, make_plan
 from .runtime import Runtime
 from .stock_pickle import StockPickle, become, restore
 

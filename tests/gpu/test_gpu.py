@@ -144,7 +144,7 @@ def test_training_runs_fused_in_every_phase(config: str, layers: int, amp: Any, 
         assert phases.calls["final"] >= layers
         before = sum(phases.calls.values())
         model.predict(ASSETS / "bus.jpg", imgsz=128, device=0, verbose=False)
-        model.val(data=args["data"], imgsz=128, batch=4, device=0, plots=False, verbose=False)
+        model.val(**{k: args[k] for k in ("data", "imgsz", "device", "plots", "project")}, batch=4)
         assert sum(phases.calls.values()) >= before + 2 * layers
     trainer: Any = model.trainer
     planned = {row.decision.spec for row in trainer.flash_plan}

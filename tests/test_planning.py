@@ -17,7 +17,7 @@ from tests.machines import MACHINES
 from yolo_flash import BackendNotSupportedError, FlashConfig, patch_model, plan
 from yolo_flash.blocks import BLOCKS
 from yolo_flash.patch import patch_modules, targets
-from yolo_flash.plan import Shot, describe, layer_inputs, make_plan
+from yolo_flash.planning import Shot, describe, layer_inputs, make_plan
 from yolo_flash.runtime import Runtime
 
 # scale -> (layers, heads) of the table in the README; YOLO12: (layers of each stage, heads of stage 6, of stage 8)
