@@ -1,8 +1,9 @@
-# Sourced by train.sh and test.sh: makes .venv with the project and the extras that are named, once, and puts it on PATH.
-# Usage: . scripts/setup.sh [extra,...]      PYTHON=python3.12 chooses the interpreter.
+# Sourced by train.sh and test.sh: makes .venv with the project, once, and puts it on PATH.
+# Usage: . scripts/setup.sh base            or, with extras of pyproject.toml: . scripts/setup.sh dev,export
+# PYTHON=python3.12 chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-extras=${1:-}
+extras=${1:?which extras? base, or a list such as dev,export}
 
 find_python() {
   local candidate
@@ -17,7 +18,9 @@ find_python() {
   return 1
 }
 
-if [ ! -x .venv/bin/python ] || ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+pip_install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+
+if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
   python=$(find_python)
   rm -rf .venv
   if ! "$python" -m venv .venv; then
@@ -27,21 +30,18 @@ if [ ! -x .venv/bin/python ] || ! .venv/bin/python -c 'import sys; sys.exit(sys.
   fi
 fi
 
-# What is installed is known by the project's metadata, the extras and the interpreter: an equal stamp means nothing to do.
-stamp="$(cat pyproject.toml | cksum) $(.venv/bin/python --version) $PWD"
-for extra in ${extras//,/ } base; do
-  if [ "$(cat ".venv/.installed-$extra" 2>/dev/null)" != "$stamp" ]; then
-    echo "Setting up .venv (once; torch is large)..." >&2
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check torch torchvision
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
-    # opencv-python wants the system's libGL, which servers and containers lack
-    if ! .venv/bin/python -c 'import cv2' 2>/dev/null; then
-      .venv/bin/python -m pip uninstall --quiet --yes opencv-python
-      .venv/bin/python -m pip install --quiet --disable-pip-version-check opencv-python-headless
-    fi
-    .venv/bin/python -c 'import cv2, torch, torchvision, ultralytics, yolo_flash'
-    for done in ${extras//,/ } base; do echo "$stamp" >".venv/.installed-$done"; done
-    break
+# The project's metadata, the interpreter and the place decide what is installed: with an equal stamp nothing is to do.
+stamp="$(cksum <pyproject.toml) $(.venv/bin/python --version) $PWD"
+if [ "$(cat ".venv/.installed-$extras" 2>/dev/null)" != "$stamp" ]; then
+  echo "Setting up .venv (once; torch is large)..." >&2
+  pip_install torch torchvision
+  if [ "$extras" = base ]; then pip_install --editable .; else pip_install --editable ".[$extras]"; fi
+  # opencv-python wants the system's libGL, which servers and containers lack
+  if ! .venv/bin/python -c 'import cv2' 2>/dev/null; then
+    .venv/bin/python -m pip uninstall --quiet --yes opencv-python
+    pip_install opencv-python-headless
   fi
-done
+  .venv/bin/python -c 'import cv2, torch, torchvision, ultralytics, yolo_flash'
+  echo "$stamp" >".venv/.installed-$extras"
+fi
 export PATH="$PWD/.venv/bin:$PATH"
