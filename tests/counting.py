@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-OPERATORS = {
+OPERATORS = {  # spelled out: the plugin's own list is under test
     "_scaled_dot_product_flash_attention_for_cpu": "sdpa_flash",
     "_scaled_dot_product_flash_attention": "sdpa_flash",
     "_scaled_dot_product_efficient_attention": "sdpa_efficient",

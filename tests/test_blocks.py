@@ -309,8 +309,8 @@ def test_tracers_and_exporters_get_the_stock_operators() -> None:
     graph = str(torch.jit.trace(block, x).inlined_graph)
     assert "softmax" in graph
     assert "scaled_dot_product" not in graph
-    exported = torch.export.export(block, (x,))
-    assert "scaled_dot_product" not in str(exported.graph)
+    if hasattr(torch.compiler, "is_exporting"):  # torch >= 2.7; before, torch.export records the fused operator
+        assert "scaled_dot_product" not in str(torch.export.export(block, (x,)).graph)
     with AttentionCalls() as calls:
         block(x)
     assert calls.forward == {"sdpa_flash": 1}

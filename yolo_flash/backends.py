@@ -95,12 +95,19 @@ class Backend:
             strides but unit last, and out and v both contiguous `[batch, seq_len, num_heads, head_dim_v]`. None for
             `stock`, which is the block's own forward.
         reproducible: Whether the backward gives the same bits every time, on a machine.
+        operators: Names of the aten operators, one of which each forward calls: a profile proves the backend by them.
     """
 
     name: str
     limits: Callable[[AttentionSpec, Machine], Iterator[str]]
     run: Callable[[Tensor, AttentionSpec], tuple[Tensor, Tensor]] | None
     reproducible: Callable[[Machine], bool]
+    operators: tuple[str, ...] = ()
+
+    @property
+    def fused(self) -> bool:
+        """Whether the score matrices never reach the memory."""
+        return self.name not in ("stock", "sdpa_math")
 
     def not_supported_reasons(self, spec: AttentionSpec, machine: Machine) -> tuple[str, ...]:
         """Why this backend cannot run `spec` on `machine`, one sentence a reason; empty when it can."""
@@ -267,10 +274,18 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("stock", _no_limits, None, _always),
-        Backend("sdpa_math", _packed_limits, _run_math, _always),
-        Backend("sdpa_flash", _flash_limits, _run_flash, _on_cpu),
-        Backend("sdpa_efficient", _efficient_limits, _run_efficient, _on_cpu),
-        Backend("sdpa_cudnn", _cudnn_limits, _run_cudnn, _on_cpu),
+        Backend("sdpa_math", _packed_limits, _run_math, _always, ("_scaled_dot_product_attention_math",)),
+        Backend(
+            "sdpa_flash",
+            _flash_limits,
+            _run_flash,
+            _on_cpu,
+            ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
+        ),
+        Backend(
+            "sdpa_efficient", _efficient_limits, _run_efficient, _on_cpu, ("_scaled_dot_product_efficient_attention",)
+        ),
+        Backend("sdpa_cudnn", _cudnn_limits, _run_cudnn, _on_cpu, ("_scaled_dot_product_cudnn_attention",)),
     )
 }
 

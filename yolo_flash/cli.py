@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from ultralytics.utils.checks import check_model_file_from_stem, check_yaml
 from . import offline
 from ._version import __version__
 from .backends import BackendNotSupportedError, check_name
+from .bench import StepJob, bench_step
 from .blocks import FlashKernelError
 from .config import FlashConfig, FlashConfigError
 from .report import checks
@@ -30,6 +32,7 @@ yolo-flash {version}: the `yolo` command with exact, fused attention for YOLO10,
 
   yolo-flash MODE ARGS            any `yolo` command: train, val, predict, export, track, benchmark, settings, cfg, ...
   yolo-flash checks [device=0] [--json]      what this device can run, and why not the rest
+  yolo-flash bench step model=yolo12n.yaml imgsz=640 batch=16      a training step, stock against ours
   yolo-flash help                 this screen; `yolo help` explains Ultralytics' own arguments
 
 Examples
@@ -65,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             LOGGER.info(HELP.format(version=__version__))
         elif command in ("checks", "check"):
             _checks(args[1:])
+        elif command == "bench":
+            _bench(args[1:])
         else:
             if command in ("version", "v"):
                 LOGGER.info(f"yolo-flash {__version__}, ultralytics:")
@@ -85,6 +90,25 @@ def _checks(args: list[str]) -> None:
         checks(values.get("device"), as_json="--json" in args)
     except ValueError as error:
         raise _UsageError(f"device={values.get('device')}: {error}") from error
+
+
+def _bench(args: list[str]) -> None:
+    if not args or args[0] != "step":
+        raise _UsageError(f"bench measures: step. Found {args[0] if args else 'nothing'}.")
+    values, words = _read(_merge(args[1:]))
+    fields = [field.name for field in dataclasses.fields(StepJob)]
+    if unknown := words + [key for key in values if key not in fields]:
+        raise _UsageError(
+            f"bench step takes {', '.join(f'{name}=...' for name in fields)}; found {', '.join(unknown)}."
+        )
+    if isinstance(arms := values.get("arms"), str):
+        values["arms"] = tuple(arm.strip() for arm in arms.split(",") if arm.strip())
+    values = {key: str(value) if key in ("model", "device", "json", "amp") else value for key, value in values.items()}
+    try:
+        job = StepJob(**values)
+    except ValueError as error:
+        raise _UsageError(f"bench step: {error}") from error
+    bench_step(job)
 
 
 def _run_yolo(args: list[str]) -> None:

@@ -151,15 +151,35 @@ def make_plan(model: nn.Module, runtime: Runtime, machine: Machine, shots: Itera
 
 
 def describe(rows: list[PlanRow], machine: Machine) -> str:
-    """The plan in a few lines: layers of equal spec and backend are folded into one."""
-    counts = Counter((row.mode, row.block, row.decision.backend, row.decision.why, row.decision.spec) for row in rows)
-    lines = [f"yolo-flash: {len({row.layer for row in rows})} attention layers on {machine}"]
-    for (mode, block, backend, why, spec), count in counts.items():
-        shape = f"{spec.batch} groups, {spec.num_heads} heads, {spec.seq_len_q} tokens"
-        lines.append(f"  {mode:<5} {count:>2} x {block} ({shape}): {backend}, {why}")
+    """The plan as a compact table: layers of one stage with equal spec and backend are one line."""
+    folded = Counter(
+        (
+            row.mode,
+            row.block,
+            row.decision.spec.batch,
+            row.decision.spec.num_heads,
+            row.decision.spec.seq_len_q,
+            row.decision.backend,
+            row.decision.why,
+            _stage(row.layer),
+        )
+        for row in rows
+    )
+    lines = [
+        f"yolo-flash: {len({row.layer for row in rows})} attention layers on {machine}",
+        f"  {'mode':<6}{'layers':<16}{'block':<11}{'groups':>7}{'heads':>7}{'tokens':>8}  {'backend':<16}why",
+    ]
+    for (mode, block, groups, heads, tokens, backend, why, stage), count in folded.items():
+        layers = f"{count} in {stage}"
+        lines.append(f"  {mode:<6}{layers:<16}{block:<11}{groups:>7}{heads:>7}{tokens:>8}  {backend:<16}{why}")
     if any(row.decision.spec.deterministic and not row.decision.reproducible for row in rows):
         lines.append(
             "  deterministic=True does not reach these backwards: losses may differ in the last bits from run to run. "
             "flash.deterministic=strict takes reproducible backends only."
         )
     return "\n".join(lines)
+
+
+def _stage(layer: str) -> str:
+    """`model.6.m.0.0.attn` -> `model.6`."""
+    return ".".join(layer.split(".")[:2])

@@ -21,6 +21,7 @@ class Runtime:
 
     Attributes:
         config: The settings of the model.
+        failed: Backend -> the error for which it is not used again.
         planned_sizes: (layer, whether training) -> groups and tokens of the run, once they are known.
     """
 
@@ -29,7 +30,7 @@ class Runtime:
         self.config = config
         self.planned_sizes: dict[tuple[str, bool], tuple[int, int]] = {}
         self._decisions: dict[tuple[AttentionSpec, str, torch.device], Decision] = {}
-        self._failed: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         """The EMA, the validator and the predictor run copies of the model, by the same decisions."""
@@ -66,14 +67,14 @@ class Runtime:
 
     def select(self, spec: AttentionSpec, choice: str, machine: Machine) -> Decision:
         """The decision for a spec on any machine, with this model's settings and without the backends that failed."""
-        return select(spec, machine, choice, self.config.deterministic, self._failed)
+        return select(spec, machine, choice, self.config.deterministic, self.failed)
 
     def fail(self, layer: str, spec: AttentionSpec, backend: str, error: Exception) -> None:
         """Take a backend that raised out of this run, with one warning."""
-        if backend not in self._failed:
+        if backend not in self.failed:
             LOGGER.warning(
                 f"yolo-flash: {backend} failed in {layer or 'the block'} ({spec}) and is not used again in this run: "
                 f"{type(error).__name__}: {error}"
             )
-        self._failed[backend] = f"raised in this run: {type(error).__name__}: {error}"
+        self.failed[backend] = f"raised in this run: {type(error).__name__}: {error}"
         self._decisions.clear()

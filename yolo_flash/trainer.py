@@ -22,9 +22,10 @@ from .blocks import FlashBlock
 from .config import FlashConfig
 from .machine import detect
 from .patch import layer_choices, patch_modules, targets, unpatch_modules
-from .planning import PlanRow, Shot, describe, make_plan
+from .planning import PlanRow, Shot, make_plan
 from .runtime import Runtime
 from .stock_pickle import StockPickle, become, restore
+from .telemetry import Telemetry, known_columns
 
 if TYPE_CHECKING:
     from ultralytics.engine.model import Model as _ModelBase
@@ -59,6 +60,9 @@ class FlashTrainerMixin(_TrainerBase):
             type(self).flash = FlashConfig.resolve(section=section, **self.flash_sources)
         self.flash_plan = []
         self._flash_runtime = Runtime(self.flash)
+        self._flash_telemetry: Telemetry | None = None
+        if self.flash.enabled and self.flash.log and RANK in {-1, 0}:
+            self._flash_telemetry = Telemetry(self.flash, self._flash_runtime)
         keywords = {} if cfg is None else {"cfg": cfg}
         super().__init__(**keywords, overrides=overrides, _callbacks=_callbacks)
 
@@ -103,6 +107,35 @@ class FlashTrainerMixin(_TrainerBase):
         validator.get_model = get_model
         return validator
 
+    def run_callbacks(self, event: str) -> None:
+        """Tell telemetry first: our numbers have to be there when the loggers look."""
+        if event in vars(Telemetry):
+            self._tell(event)
+        super().run_callbacks(event)
+
+    def preprocess_batch(self, batch: Any) -> Any:
+        """Count the images of each step."""
+        batch = super().preprocess_batch(batch)
+        if self._flash_telemetry is not None:
+            self._flash_telemetry.saw_images(len(batch["img"]))
+        return batch
+
+    def save_metrics(self, metrics: dict[str, Any]) -> None:
+        """Leave our columns out of a results.csv that was begun without them."""
+        super().save_metrics(known_columns(self.csv, metrics))
+
+    def _tell(self, event: str, *facts: Any) -> None:
+        """Hand an event to telemetry; when it fails, the run goes on without it."""
+        if self._flash_telemetry is None:
+            return
+        try:
+            getattr(self._flash_telemetry, event)(self, *facts)
+        except Exception as error:
+            self._flash_telemetry = None
+            LOGGER.warning(
+                f"yolo-flash: no more plan, kernels, memory and speed from here on: {type(error).__name__}: {error}"
+            )
+
     def _patch(self, model: nn.Module) -> None:
         if self.flash.enabled:
             patch_modules(unwrap_model(model), self.flash, self._flash_runtime)
@@ -128,8 +161,7 @@ class FlashTrainerMixin(_TrainerBase):
             (row.layer, row.mode == "train"): (row.decision.spec.batch, row.decision.spec.seq_len_q)
             for row in self.flash_plan
         }
-        if self.flash.log and RANK in {-1, 0}:
-            LOGGER.info(describe(self.flash_plan, machine))
+        self._tell("plan", self.flash_plan, machine)
 
     def _shots(self) -> list[Shot]:
         args: Any = self.args

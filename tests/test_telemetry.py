@@ -1,0 +1,268 @@
+"""Every run says what it planned, what really ran, and what it cost; and nothing of that can hurt the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars
+import pytest
+import torch
+from ultralytics import YOLO
+from ultralytics.utils import SETTINGS
+
+from yolo_flash import AttentionSpec, patch_model, telemetry
+from yolo_flash import backends as backends_module
+from yolo_flash.telemetry import attention_kernels, known_columns, readable, score_bytes
+
+FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+def train(args: dict[str, Any], backend: str = "sdpa_flash", **settings: Any) -> YOLO:
+    model = patch_model(YOLO("yolo12n.yaml"), backend=backend, **settings)
+    model.train(**args)
+    return model
+
+
+def events(model: YOLO) -> list[dict[str, Any]]:
+    lines = (Path(model.trainer.save_dir) / "flash.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def of(rows: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["event"] == event]
+
+
+def test_flash_jsonl_holds_run_plan_kernels_and_epochs(tiny_args: dict[str, Any], log: list[str]) -> None:
+    rows = events(train({**tiny_args, "epochs": 2, "imgsz": 64}))
+    assert rows[0]["event"] == "run"
+    assert rows[0]["machine"]["kind"] == "cpu"
+    assert rows[0]["config"]["backend"] == "sdpa_flash"
+    assert rows[0]["resumed"] is False
+
+    plan = of(rows, "plan")
+    for mode in ("train", "val"):
+        layers = {row["layer"] for row in plan if row["mode"] == mode}
+        assert len(layers) == 8
+    first = plan[0]
+    assert (first["block"], first["backend"], first["why"]) == ("AAttn", "sdpa_flash", "asked for")
+    assert first["spec"] | {"batch": 8, "seq_len_q": 4, "head_dim": 32, "dtype": "float32"} == first["spec"]
+    assert first["refused"]["sdpa_cudnn"][0].startswith("runs on NVIDIA cards")
+    assert first["ms"] == first["error"] == {}
+
+    assert [row["counts"] for row in of(rows, "kernels")] == [{FORWARD: 8, f"{FORWARD}_backward": 8}]
+
+    epochs = of(rows, "epoch")
+    assert [row["epoch"] for row in epochs] == [1, 2]
+    for row in epochs:
+        assert row["images_per_second"] > 0
+        assert 0.1 < row["peak_allocated_gib"] <= row["peak_reserved_gib"] < 64
+        assert row["backends"] == {"sdpa_flash": 8}
+        assert row["fallbacks"] == {}
+    assert any(f"one step ran 8 x {FORWARD}, 8 x {FORWARD}_backward" in line for line in log)
+    assert len([line for line in log if "images/s, peak" in line and "of score matrices avoided" in line]) == 2
+
+
+def test_results_csv_has_two_more_columns_and_is_still_drawn(tiny_args: dict[str, Any]) -> None:
+    model = train({**tiny_args, "epochs": 2, "plots": True})
+    table = polars.read_csv(Path(model.trainer.save_dir) / "results.csv")
+    assert table.columns[-2:] == ["flash/peak_allocated_gib", "flash/images_per_second"]
+    assert all(table[column].dtype.is_numeric() for column in table.columns[-2:])
+    assert table["flash/images_per_second"].min() > 0  # type: ignore[operator]
+    assert (Path(model.trainer.save_dir) / "results.png").is_file()
+    assert model.ckpt["train_results"]["flash/images_per_second"] == table["flash/images_per_second"].to_list()
+
+
+def interrupted(args: dict[str, Any], model: YOLO) -> Path:
+    """Stop a run of 3 epochs at the start of its second; return last.pt."""
+
+    class StopError(Exception):
+        pass
+
+    def stop(trainer: Any) -> None:
+        if trainer.epoch == 1:
+            raise StopError
+
+    model.add_callback("on_train_epoch_start", stop)
+    with pytest.raises(StopError):
+        model.train(**{**args, "epochs": 3})
+    return Path(model.trainer.last)
+
+
+@pytest.mark.parametrize("begun", ["stock", "patched"])
+def test_resume_keeps_results_csv_readable(begun: str, tiny_args: dict[str, Any]) -> None:
+    first = YOLO("yolo12n.yaml") if begun == "stock" else patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    last = interrupted({**tiny_args, "plots": True}, first)
+    model = patch_model(YOLO(str(last)), backend="sdpa_flash")
+    model.train(resume=True)
+    table = polars.read_csv(Path(model.trainer.save_dir) / "results.csv")
+    assert table["epoch"].to_list() == [1, 2, 3]
+    assert ("flash/images_per_second" in table.columns) is (begun == "patched")
+    assert (Path(model.trainer.save_dir) / "results.png").is_file()
+    rows = events(model)
+    assert [row["resumed"] for row in of(rows, "run")] == ([True] if begun == "stock" else [False, True])
+    assert [row["epoch"] for row in of(rows, "epoch")][-2:] == [2, 3]
+
+
+def test_logging_changes_no_result(tiny_args: dict[str, Any]) -> None:
+    runs = [train({**tiny_args, "epochs": 2}, log=on) for on in (True, False)]
+    states = [run.model.state_dict() for run in runs]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not (Path(runs[1].trainer.save_dir) / "flash.jsonl").exists()
+    tables = [polars.read_csv(Path(run.trainer.save_dir) / "results.csv") for run in runs]
+    common = [column for column in tables[1].columns if column != "time"]
+    assert tables[0][common].equals(tables[1][common])
+    assert set(tables[0].columns) - set(tables[1].columns) == set(telemetry.COLUMNS)
+
+
+def test_a_profile_that_contradicts_the_plan_is_a_warning(
+    tiny_args: dict[str, Any], log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    math = backends_module.BACKENDS["sdpa_math"]
+    flash = backends_module.BACKENDS["sdpa_flash"]
+    silent = backends_module.Backend("sdpa_flash", flash.limits, math.run, flash.reproducible, flash.operators)
+    monkeypatch.setitem(backends_module.BACKENDS, "sdpa_flash", silent)
+    rows = events(train(tiny_args))
+    assert of(rows, "kernels")[0]["counts"] == {"_scaled_dot_product_attention_math": 8}
+    warning = "the plan says sdpa_flash for 8 layers, but the profiled step called it 0 times"
+    assert len([line for line in log if warning in line]) == 1
+
+
+def test_a_stock_run_says_that_nothing_fused_ran(tiny_args: dict[str, Any], log: list[str]) -> None:
+    rows = events(train(tiny_args, backend="stock"))
+    assert of(rows, "kernels") == [{"event": "kernels", "counts": {}}]
+    assert of(rows, "epoch")[0]["backends"] == {"stock": 8}
+    assert any("one step ran no fused attention" in line for line in log)
+    assert any("attention: 0 MiB of score matrices avoided" in line for line in log)
+    assert not any("the plan says" in line for line in log)
+
+
+def test_a_fallback_is_counted_from_then_on(tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    flash = backends_module.BACKENDS["sdpa_flash"]
+    assert flash.run is not None
+    calls = []
+
+    def fails_in_the_second_epoch(packed: Any, spec: AttentionSpec) -> Any:
+        if spec.training:
+            calls.append(1)
+            if len(calls) > 2 * 8:
+                raise RuntimeError("unable to find an engine")
+        return flash.run(packed, spec)  # type: ignore[misc]
+
+    broken = backends_module.Backend(
+        "sdpa_flash", flash.limits, fails_in_the_second_epoch, flash.reproducible, flash.operators
+    )
+    monkeypatch.setitem(backends_module.BACKENDS, "sdpa_flash", broken)
+    monkeypatch.setattr("yolo_flash.selector._cpu_rules", lambda spec: iter([("sdpa_flash", "for this test")]))
+    model = train({**tiny_args, "epochs": 2}, backend="auto")
+    first, second = of(events(model), "epoch")
+    assert (first["backends"], first["fallbacks"]) == ({"sdpa_flash": 8}, {})
+    assert second["backends"] == {"stock": 8}
+    assert "unable to find an engine" in second["fallbacks"]["sdpa_flash"]
+    assert model.trainer.batch_size == tiny_args["batch"]  # the trainer did not take it for out of memory
+
+
+def test_an_out_of_memory_halving_discards_the_profile_and_profiles_again(tiny_args: dict[str, Any]) -> None:
+    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    failed: list[bool] = []
+
+    def fail_once(trainer: Any) -> None:
+        if not failed:
+            failed.append(True)
+            forward = trainer.model.forward
+
+            def out_of_memory(*args: Any, **kwargs: Any) -> Any:
+                trainer.model.forward = forward
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+            trainer.model.forward = out_of_memory
+
+    model.add_callback("on_train_batch_start", fail_once)
+    model.train(**{**tiny_args, "batch": 4, "imgsz": 64})
+    rows = events(model)
+    kinds = [row["event"] for row in rows if row["event"] != "plan"]
+    assert kinds == ["run", "kernels", "epoch"]
+    assert of(rows, "kernels")[0]["counts"][FORWARD] == 8
+    assert len(of(rows, "plan")) == 2 * 16  # planned again for the halved batch
+
+
+def test_a_file_that_cannot_be_written_costs_one_warning(tiny_args: dict[str, Any], log: list[str]) -> None:
+    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    model.add_callback(  # a folder in the file's place
+        "on_pretrain_routine_start", lambda trainer: (Path(trainer.save_dir) / "flash.jsonl").mkdir()
+    )
+    model.train(**tiny_args)
+    assert Path(model.trainer.best).is_file()
+    assert len([line for line in log if "no more plan, kernels, memory and speed" in line]) == 1
+
+
+def test_no_profiler_is_left_when_a_step_raises(tiny_args: dict[str, Any]) -> None:
+    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+
+    def break_off(trainer: Any) -> None:
+        raise KeyboardInterrupt
+
+    model.add_callback("on_train_batch_start", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        model.train(**tiny_args)
+    with torch.profiler.profile() as profile:  # a second profiler at a time would fail
+        torch.ones(1).add(1)
+    assert any(event.name == "aten::add" for event in profile.events() or [])
+
+
+def test_tensorboard_gets_our_scalars(tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from torch.utils.tensorboard import SummaryWriter
+    from ultralytics.utils.callbacks import tensorboard
+
+    # Ultralytics decides at import whether TensorBoard is on: switch its callback on as the setting would have
+    monkeypatch.setattr(tensorboard, "SummaryWriter", SummaryWriter, raising=False)
+    monkeypatch.setattr(tensorboard, "PREFIX", "TensorBoard: ", raising=False)
+    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    for event in ("on_pretrain_routine_start", "on_train_start", "on_train_epoch_end", "on_fit_epoch_end", "teardown"):
+        model.add_callback(event, getattr(tensorboard, event))
+    from torch.utils import data  # noqa: F401
+    from ultralytics.utils import torch_utils
+
+    monkeypatch.setattr(tensorboard, "torch", torch, raising=False)
+    monkeypatch.setattr(tensorboard, "torch_utils", torch_utils, raising=False)
+    model.train(**{**tiny_args, "epochs": 2})
+    accumulator = event_accumulator.EventAccumulator(str(model.trainer.save_dir))
+    accumulator.Reload()
+    scalars = accumulator.Tags()["scalars"]
+    for column in telemetry.COLUMNS:
+        assert column in scalars
+        assert [point.step for point in accumulator.Scalars(column)] == [1, 2]
+    assert SETTINGS["tensorboard"] is False
+
+
+def spec(dtype: torch.dtype, tokens: int = 400, batch: int = 256) -> AttentionSpec:
+    return AttentionSpec(batch, 2, tokens, tokens, 32, 32, dtype, "nhwc")
+
+
+def test_score_matrices_are_counted_as_stock_keeps_them() -> None:
+    assert score_bytes([spec(torch.float16)]) == 256 * 2 * 400 * 400 * 6
+    assert score_bytes([spec(torch.float32), spec(torch.float32)]) == 2 * 256 * 2 * 400 * 400 * 4
+    assert readable(score_bytes([spec(torch.bfloat16, tokens=1600)])) == "7.3 GiB"
+    assert readable(37 * 2**20) == "37 MiB"
+
+
+def test_columns_of_a_csv_that_was_begun_without_ours(tmp_path: Path) -> None:
+    metrics = {"train/box_loss": 1.0, "flash/images_per_second": 2.0, "flash/peak_allocated_gib": 3.0}
+    csv = tmp_path / "results.csv"
+    assert known_columns(csv, metrics) == metrics
+    csv.write_text("epoch,time,train/box_loss\n1,2,3\n")
+    assert known_columns(csv, metrics) == {"train/box_loss": 1.0}
+    csv.write_text("epoch,  time, train/box_loss, flash/images_per_second,flash/peak_allocated_gib\n")
+    assert known_columns(csv, metrics) == metrics
+
+
+def test_a_profile_counts_each_call_once() -> None:
+    q = torch.randn(1, 2, 16, 8, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        for _ in range(3):
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0].sum().backward()
+    operators, kernels = attention_kernels(profile.events() or [])
+    assert operators == {FORWARD: 3, f"{FORWARD}_backward": 3}
+    assert not kernels

@@ -1,0 +1,265 @@
+"""Proof and numbers of a run: the plan, the kernels that really ran, memory and speed of every epoch.
+
+Goes to Ultralytics' log, to `flash.jsonl` in the run folder (one object a line), to results.csv and to Ultralytics'
+loggers. The trainer catches what goes wrong here: telemetry neither fails a run nor changes its result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import ultralytics
+from torch.profiler import ProfilerActivity, profile
+from ultralytics.utils import LOGGER
+
+from ._version import __version__
+from .backends import BACKENDS, AttentionSpec, short
+from .config import FlashConfig
+from .machine import Machine
+from .planning import PlanRow, describe
+from .runtime import Runtime
+
+GIB = 2**30
+PEAK = "flash/peak_allocated_gib"
+SPEED = "flash/images_per_second"
+COLUMNS = (PEAK, SPEED)
+
+
+class Telemetry:
+    """Follows one training run on rank 0 by the events of Ultralytics' trainer."""
+
+    def __init__(self, config: FlashConfig, runtime: Runtime) -> None:
+        """Follow a run that has these settings and decisions."""
+        self._config = config
+        self._runtime = runtime
+        self._machine: Machine | None = None
+        self._rows: list[PlanRow] = []
+        self._file: Path | None = None
+        self._profile: profile | None = None
+        self._profiled = False
+        self._images = 0
+        self._since = 0.0
+        self._profiled_speed = 0.0
+
+    def plan(self, trainer: Any, rows: list[PlanRow], machine: Machine) -> None:
+        """Log and write the plan; called again when the batch was halved, which also discards a profile under way."""
+        self._rows, self._machine = rows, machine
+        self._stop_profile()
+        LOGGER.info(describe(rows, machine))
+        if self._file is None:
+            self._file = Path(trainer.save_dir) / "flash.jsonl"
+            if not trainer.resume:
+                self._file.unlink(missing_ok=True)
+            self._write(
+                "run",
+                yolo_flash=__version__,
+                ultralytics=ultralytics.__version__,
+                resumed=bool(trainer.resume),
+                machine=dataclasses.asdict(machine),
+                config=dataclasses.asdict(self._config),
+            )
+        for row in rows:
+            self._write("plan", **plan_entry(row))
+
+    def saw_images(self, count: int) -> None:
+        """Count the images of a batch on their way to the model."""
+        self._images += count
+
+    def on_train_epoch_start(self, trainer: Any) -> None:
+        """Begin the clock and the peak memory of an epoch."""
+        if trainer.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(trainer.device)
+        self._restart_clock()
+
+    def on_train_batch_start(self, trainer: Any) -> None:
+        """Profile one step: the first, or the second under `compile`, whose first one compiles."""
+        if self._profiled or self._profile is not None or (trainer.args.compile and not self._images):
+            return
+        activities = [ProfilerActivity.CPU]
+        if trainer.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self._profile = profile(activities=activities)
+        self._profile.start()
+        self._restart_clock()
+
+    def on_train_batch_end(self, trainer: Any) -> None:
+        """Read the profile of the step, if there is one, and compare it with the plan."""
+        if self._profile is None:
+            return
+        self._profiled_speed = self._speed(trainer)
+        operators, kernels = attention_kernels(self._stop_profile())
+        self._profiled = True
+        counts = dict(operators | kernels)
+        self._write("kernels", counts=counts)
+        ran = ", ".join(f"{count} x {name}" for name, count in counts.items()) or "no fused attention"
+        LOGGER.info(f"yolo-flash: one step ran {ran}")
+        for backend, layers in self._in_force().items():
+            calls = sum(operators[name] for name in BACKENDS[backend].operators)
+            if BACKENDS[backend].operators and calls < layers:
+                LOGGER.warning(
+                    f"yolo-flash: the plan says {backend} for {layers} layers, but the profiled step called it "
+                    f"{calls} times. Please report this with flash.jsonl of the run folder."
+                )
+        self._restart_clock()
+
+    def on_train_epoch_end(self, trainer: Any) -> None:
+        """Close the epoch, before the loggers and results.csv read `trainer.lr`, which carries our numbers to them."""
+        speed = self._speed(trainer) if self._images else self._profiled_speed
+        allocated, reserved = peak_memory_gib(trainer.device)
+        backends = self._in_force()
+        failed = self._runtime.failed
+        trainer.lr.update({PEAK: round(allocated, 4), SPEED: round(speed, 2)})
+        self._write(
+            "epoch",
+            epoch=trainer.epoch + 1,
+            images_per_second=round(speed, 2),
+            peak_allocated_gib=round(allocated, 4),
+            peak_reserved_gib=round(reserved, 4),
+            backends=dict(backends),
+            fallbacks=dict(failed),
+        )
+        avoided = score_bytes(
+            row.decision.spec for row in self._training_rows() if BACKENDS[row.decision.backend].fused
+        )
+        LOGGER.info(
+            f"yolo-flash: {speed:.1f} images/s, peak {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved; "
+            f"{', '.join(f'{name} x {count}' for name, count in backends.items())}; "
+            f"attention: {readable(avoided)} of score matrices avoided"
+            + (f"; failed: {', '.join(failed)}" if failed else "")
+        )
+
+    def teardown(self, trainer: Any) -> None:
+        """Leave no profiler behind when a run ends in the middle of a step."""
+        self._stop_profile()
+
+    def _training_rows(self) -> list[PlanRow]:
+        return [row for row in self._rows if row.mode == "train"]
+
+    def _in_force(self) -> Counter[str]:
+        """Backend -> training layers, after what failed since the plan."""
+        backends: Counter[str] = Counter()
+        for row in self._training_rows():
+            decision = row.decision
+            if decision.backend in self._runtime.failed and self._machine is not None:
+                decision = self._runtime.select(decision.spec, "auto", self._machine)
+            backends[decision.backend] += 1
+        return backends
+
+    def _restart_clock(self) -> None:
+        self._images, self._since = 0, time.perf_counter()
+
+    def _speed(self, trainer: Any) -> float:
+        """Images a second of all ranks since the clock was started."""
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize(trainer.device)
+        return self._images * max(trainer.world_size, 1) / (time.perf_counter() - self._since)
+
+    def _stop_profile(self) -> Any:
+        running, self._profile = self._profile, None
+        if running is None:
+            return []
+        running.stop()
+        return running.events() or []
+
+    def _write(self, event: str, **facts: Any) -> None:
+        if self._file is None:
+            return
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, **facts}) + "\n")
+
+
+def plan_entry(row: PlanRow) -> dict[str, Any]:
+    """A row of the plan as JSON: layer, block, mode, spec, backend, why, ms, error and the reasons of the refused."""
+    decision = row.decision
+    return {
+        "layer": row.layer,
+        "block": row.block,
+        "mode": row.mode,
+        "spec": dataclasses.asdict(decision.spec) | {"dtype": short(decision.spec.dtype)},
+        "backend": decision.backend,
+        "why": decision.why,
+        "ms": dict(decision.ms),
+        "error": dict(decision.error),
+        "refused": {name: list(reasons) for name, reasons in decision.refused.items()},
+    }
+
+
+def attention_kernels(events: Iterable[Any]) -> tuple[Counter[str], Counter[str]]:
+    """Attention in a profile.
+
+    Args:
+        events: Of a torch profile.
+
+    Returns:
+        aten operator -> calls, forward and backward; and, on CUDA, kernel -> launches by those operators.
+    """
+    names = {f"aten::{name}{suffix}" for b in BACKENDS.values() for name in b.operators for suffix in ("", "_backward")}
+    operators: Counter[str] = Counter()
+    kernels: Counter[str] = Counter()
+    for event in events:
+        nested = event.cpu_parent is not None and event.cpu_parent.name == event.name  # a redispatch of the same call
+        if event.name in names and not nested:
+            operators[event.name.removeprefix("aten::")] += 1
+            kernels.update(_launched(event))
+    return operators, kernels
+
+
+def _launched(event: Any) -> Counter[str]:
+    launched = Counter(kernel.name for kernel in event.kernels)
+    for child in event.cpu_children:
+        launched.update(_launched(child))
+    return launched
+
+
+def score_bytes(specs: Iterable[AttentionSpec]) -> int:
+    """Bytes of score matrices that stock blocks keep for the backward of one step.
+
+    Under autocast the softmax runs in float32 and the product needs a half copy: 6 bytes a score; in float32, 4.
+
+    Args:
+        specs: One for each layer.
+    """
+    return sum(spec.scores * (4 if spec.dtype is torch.float32 else 6) for spec in specs)
+
+
+def readable(size: int) -> str:
+    """Bytes as `9.1 GiB` or `37 MiB`."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
+
+
+def peak_memory_gib(device: torch.device) -> tuple[float, float]:
+    """Peak allocated and reserved memory in GiB; on a CPU both are the high-water mark of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.max_memory_reserved(device) / GIB
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory() / GIB, torch.mps.driver_allocated_memory() / GIB
+    peak = _high_water_mark() / GIB
+    return peak, peak
+
+
+def _high_water_mark() -> int:
+    """Bytes of physical memory that this process has held at most."""
+    memory = psutil.Process().memory_info()
+    if (peak := getattr(memory, "peak_wset", None)) is not None:  # Windows
+        return int(peak)
+    import resource
+
+    unit = 1 if psutil.MACOS else 1024
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, memory.rss)
+
+
+def known_columns(csv: Path, metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that fit into an existing results.csv: a run that was begun without us has no column for ours."""
+    if not csv.is_file():
+        return dict(metrics)
+    with csv.open(encoding="utf-8") as file:
+        header = {column.strip() for column in file.readline().split(",")}
+    return {name: value for name, value in metrics.items() if name not in COLUMNS or name in header}
