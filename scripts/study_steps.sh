@@ -10,7 +10,7 @@ step() {
     "json=$folder/step-${1%.yaml}-$2-b$3.json" 2>/dev/null | grep -v '━'
   echo
 }
-step yolo12n.yaml 640 64 unpatched,sdpa_flash,sdpa_cudnn,auto
+step yolo12n.yaml 640 64 unpatched,auto,sdpa_cudnn
 step yolo12x.yaml 640 16 unpatched,auto
 step yolo12m.yaml 1280 8 unpatched,auto
 step yolo12n.yaml 2048 4 unpatched,auto

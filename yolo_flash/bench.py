@@ -1,8 +1,8 @@
 """`yolo-flash bench step`: one training step, stock against ours, measured so that the numbers can be quoted.
 
 Every measurement is a fresh process, the arms take turns, and the median over the rounds is reported with its range. A
-step is what Ultralytics' trainer does with a batch: forward, loss, backward, clipping, optimizer and EMA, under autocast,
-on random images with eight boxes each.
+step is what the trainer of Ultralytics does with a batch: forward, loss, backward, clipping, optimizer and EMA, under
+autocast, on random images with eight boxes each.
 """
 
 from __future__ import annotations
