@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from ultralytics.nn.modules.block import AAttn, Attention
+from ultralytics.utils import NUM_THREADS
 
 from yolo_flash import BackendNotSupportedError, FlashConfig, __version__
 from yolo_flash.backends import BACKENDS
@@ -125,6 +126,8 @@ def main() -> None:
     device = sys.argv[1] if len(sys.argv) > 1 else "cuda" if torch.cuda.is_available() else "cpu"
     repeats = int(sys.argv[2]) if len(sys.argv) > 2 else 15
     machine = detect(torch.device(device))
+    if device == "cpu":
+        torch.set_num_threads(NUM_THREADS)  # as Ultralytics does
     cudnn = f", cuDNN {cudnn_release(machine.cudnn)}" if machine.cudnn else ""
     print(f"{machine}; torch {machine.torch}{cudnn}; yolo-flash {__version__}; {torch.get_num_threads()} CPU threads\n")
     print("| mode | block | heads | batch | tokens | dtype | layout | " + " | ".join(BACKENDS) + " |")
@@ -139,11 +142,13 @@ def main() -> None:
             for case in PREDICT:
                 print(measure(*case, dtype, layout, False, repeats, device), flush=True)
     else:
-        for side in (4, 10, 14, 20, 32, 40):
+        single = torch.float32
+        for side in (4, 10, 14, 20, 28, 32, 40):
             for kind, heads in (("area 4", 2), ("area 1", 4), ("PSA", 2)):
-                for batch in (1, 8):
-                    print(measure(kind, heads, batch, side, torch.float32, "nchw", True, repeats, device), flush=True)
-                    print(measure(kind, heads, batch, side, torch.float32, "nhwc", False, repeats, device), flush=True)
+                for batch in (1, 8) if side < 32 else (1,):
+                    print(measure(kind, heads, batch, side, single, "nchw", True, repeats, device), flush=True)
+                    print(measure(kind, heads, batch, side, single, "nhwc", False, repeats, device), flush=True)
+                    print(measure(kind, heads, batch, side, single, "nchw", False, repeats, device), flush=True)
 
 
 if __name__ == "__main__":

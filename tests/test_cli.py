@@ -438,6 +438,11 @@ def test_other_modes_keep_the_default_of_ultralytics(mode: str, yolo: Yolo, onli
     assert yolo.args == [mode]
 
 
+def test_resume_without_a_run_asks_for_one() -> None:
+    with pytest.raises(SystemExit, match=r"resume needs the run to resume: model=path/to/last\.pt"):
+        cli.main(["train", "resume"])
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
@@ -451,7 +456,6 @@ def test_other_modes_keep_the_default_of_ultralytics(mode: str, yolo: Yolo, onli
         ("train model=yolo12n.yaml pretrained=yolo12n.pt", "pretrained=yolo12n.pt"),
         ("predict", "no model= given: yolo26n.pt, which Ultralytics takes,"),
         ("segment predict", "no model= given: yolo26n-seg.pt, which Ultralytics takes,"),
-        ("train resume", "no model= given: yolo26n.pt, which Ultralytics takes,"),
         ("solutions count model=yolo26n.pt", "model=yolo26n.pt"),
         ("train cfg=my.yaml", "model=yolo11n.pt"),
     ],
@@ -573,7 +577,7 @@ def test_a_real_training_run_with_a_section_and_a_space_in_its_folder(
     run = tmp_path / "my runs" / "train"
     assert (run / "weights" / "best.pt").is_file()
     assert not list(run.glob("TRAINED_ON_A_STAND_IN*")), "data= named the set itself"
-    assert re.search(r"train .*sdpa_math, asked for", "\n".join(log))
+    assert re.search(r"train .*sdpa_math +asked for", "\n".join(log))
     assert snapshot() == before
 
 

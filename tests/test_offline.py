@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import os
 import socket
 import threading
@@ -43,11 +45,15 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[str, in
         for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
             monkeypatch.delenv(name)
         tried: list[tuple[str, int]] = []
+        peers: list[socket.socket] = []
 
         def connect(address: tuple[str, int], timeout: float) -> socket.socket:
             tried.append(address)
             action()
-            return socket.socket()
+            ours, theirs = socket.socketpair()
+            theirs.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")  # a proxy's yes
+            peers.append(theirs)
+            return ours
 
         monkeypatch.setattr(socket, "create_connection", connect)
         return tried
@@ -174,20 +180,58 @@ def test_a_proxy_that_is_no_address_is_a_no(
     assert tried == []
 
 
-@pytest.fixture
-def server() -> Iterator[socket.socket]:
+@contextlib.contextmanager
+def proxy(answer: bytes) -> Iterator[tuple[int, list[bytes]]]:
+    """A proxy on a port of its own that gives every request the same answer; yields the port and the requests."""
+    requests: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        yield listening
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection:
+                        requests.append(connection.recv(1024))
+                        connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield listening.getsockname()[1], requests
+        listening.shutdown(socket.SHUT_RDWR)
 
 
-def test_a_real_proxy_that_listens_and_one_that_is_gone(server: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("answer", "yes"),
+    [
+        (b"HTTP/1.1 200 Connection established\r\n\r\n", True),
+        (b"HTTP/1.1 403 Forbidden\r\n\r\n", False),  # only package registries are let through
+        (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", False),
+        (b"", False),
+    ],
+)
+def test_a_proxy_has_to_let_the_download_host_through(
+    answer: bytes, yes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("YOLO_OFFLINE")
     for name in ("no_proxy", "NO_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server.getsockname()[1]}")
-    assert offline.can_download() is True
-    server.close()
-    assert offline.can_download() is False
+    with proxy(answer) as (port, requests):
+        monkeypatch.setenv("https_proxy", f"http://user:se%40cret@127.0.0.1:{port}")
+        assert offline.can_download() is yes
+        assert requests[0].startswith(b"CONNECT github.com:443 HTTP/1.1\r\n")
+        assert b"Proxy-Authorization: Basic " + base64.b64encode(b"user:se@cret") in requests[0]
+    assert offline.can_download() is False  # the proxy is gone
+
+
+def test_downloads_are_off_for_the_time_of_overlapping_trainings() -> None:
+    original = downloads.safe_download
+    first, second = offline.no_downloads(), offline.no_downloads()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with pytest.raises(ConnectionError):
+        downloads.safe_download("https://example.com/file")
+    second.__exit__(None, None, None)
+    assert downloads.safe_download is original
 
 
 # Weights -------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ultralytics.nn.modules.block import AAttn
 from ultralytics.utils import ASSETS
 
 from tests.counting import AttentionCalls, randomise
-from yolo_flash import BackendNotSupportedError, FlashConfigError, patch_model, unpatch_model
+from yolo_flash import BackendNotSupportedError, FlashConfigError, patch_model, plan, unpatch_model
 from yolo_flash.blocks import FlashBlock
 from yolo_flash.patch import targets
 
@@ -127,6 +127,12 @@ def test_mistakes_leave_the_model_as_it_was() -> None:
         patch_model(model, layers={"model.5.*": "stock"})
     assert type(model) is YOLO
     assert patched_layers(model.model) == 0
+    module = patch_model(nn.Sequential(AAttn(64, 2)))
+    with pytest.raises(FlashConfigError, match="matches no attention layer"):
+        patch_model(module, layers={"nope": "stock"})
+    assert patched_layers(module) == 1
+    with pytest.raises(FlashConfigError, match="no setting 'cli'"):
+        patch_model(module, cli={"backend": "stock"})
 
 
 def test_layers_by_pattern_and_the_last_match_wins() -> None:
@@ -165,6 +171,24 @@ def test_a_subclass_of_yolo_keeps_its_methods() -> None:
     assert isinstance(model, MyYOLO)
     assert model.hello() == "hello"
     assert model.__class__ is MyYOLO
+
+
+def test_a_subclass_with_its_own_state_pickles_and_copies_as_it_would() -> None:
+    class Locked(YOLO):
+        def __getstate__(self) -> dict[str, Any]:
+            return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    model = Locked("yolo12n.yaml")
+    model.__dict__["lock"] = threading.Lock()
+    patch_model(model)
+    twin = copy.deepcopy(model)
+    assert "lock" not in vars(twin)
+    assert patched_layers(twin.model) == 8
+    reduced: Any = model.__reduce_ex__(2)
+    state = reduced[2]
+    assert reduced[1] == (Locked,)
+    assert "lock" not in state
+    assert not any("flash" in name for name in state)
 
 
 def test_rtdetr_objects_are_accepted(log: list[str]) -> None:
@@ -289,4 +313,8 @@ def test_an_exported_model_is_told_and_left_alone(log: list[str], tmp_path: Path
     (tmp_path / "model.mnn").touch()  # nothing is read before predict
     model = patch_model(YOLO(str(tmp_path / "model.mnn"), task="detect"))
     assert any("exported model" in line for line in log)
+    with pytest.raises(TypeError, match="should be a"):  # as the stock object says it
+        model.export()
+    with pytest.raises(ValueError, match="call patch_model first"):
+        plan(model)
     assert type(unpatch_model(model)) is YOLO

@@ -162,7 +162,7 @@ def test_the_description_folds_equal_rows_and_marks_what_is_not_reproducible() -
     lines = text.splitlines()
     assert lines[0] == "yolo-flash: 16 attention layers on NVIDIA H100 80GB HBM3 (Hopper, compute capability 9.0)"
     assert [line.split(maxsplit=9) for line in lines[2:4]] == [
-        ["train", "8", "in", stage, "AAttn", groups, "12", "400", "sdpa_flash", "the fastest for half precision"]
+        ["train", "8", "in", stage, "AAttn", groups, "12", "400", "sdpa_flash", "fused, for half precision"]
         for stage, groups in (("model.6", "64"), ("model.8", "16"))
     ]
     assert "flash.deterministic=strict" in lines[4]

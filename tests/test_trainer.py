@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import re
 import shutil
 import zipfile
 from collections import Counter
@@ -19,9 +21,17 @@ from ultralytics.utils import ASSETS, YAML
 
 from tests.counting import AttentionCalls
 from tests.test_patch import load_without_plugin, patched_layers
-from yolo_flash import BackendNotSupportedError, FlashConfig, patch_model, unpatch_model
+from yolo_flash import (
+    BackendNotSupportedError,
+    FlashConfig,
+    FlashConfigError,
+    FlashKernelError,
+    patch_model,
+    unpatch_model,
+)
+from yolo_flash import backends as backends_module
 from yolo_flash.blocks import FlashBlock
-from yolo_flash.trainer import trainer_class
+from yolo_flash.trainer import patch_from_sources, trainer_class
 
 
 class Phases(AttentionCalls):
@@ -104,7 +114,7 @@ def test_the_run_has_a_plan_before_its_first_step(tiny_args: dict[str, Any], log
     assert val.batch == 4 * 4  # twice the batch
     assert val.seq_len_q in (6, 9)  # rectangles are padded by half a stride: 64 x 96 or 96 x 96
     assert any("8 attention layers on" in line for line in log)
-    assert any("sdpa_flash, asked for" in line for line in log)
+    assert any(re.search(r"train +4 in model\.6 .* sdpa_flash +asked for", line) for line in log)
 
 
 def test_log_false_writes_no_plan_and_changes_no_result(tiny_args: dict[str, Any], log: list[str]) -> None:
@@ -256,7 +266,6 @@ def test_an_impossible_explicit_choice_raises_before_the_first_step(tiny_args: d
 
 def test_no_targets_trains_with_one_warning(tiny_args: dict[str, Any], log: list[str]) -> None:
     model = patch_model(YOLO("yolov8n.yaml"))
-    log.clear()
     model.train(**tiny_args)
     assert len([line for line in log if "has no attention layer" in line]) == 1
     assert Path(model.trainer.best).is_file()
@@ -272,6 +281,87 @@ def test_a_flash_section_of_a_cfg_file(tiny_args: dict[str, Any], tmp_path: Path
     assert "flash" not in YAML.load(Path(model.trainer.save_dir) / "args.yaml")
 
 
+def test_a_wrong_section_spoils_its_own_run_only(tiny_args: dict[str, Any], tmp_path: Path) -> None:
+    YAML.save(tmp_path / "bad.yaml", {**tiny_args, "flash": {"layers": {"model.99": "stock"}}})
+    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    with pytest.raises(FlashConfigError, match=r"model\.99"):
+        model.train(cfg=str(tmp_path / "bad.yaml"))
+    with AttentionCalls() as calls:
+        model.train(**tiny_args)
+    assert calls.backward["sdpa_flash"] == 16
+
+
+def test_an_object_of_the_command_line_takes_another_section(tiny_args: dict[str, Any], tmp_path: Path) -> None:
+    YAML.save(tmp_path / "mine.yaml", {**tiny_args, "flash": {"backend": "sdpa_flash"}})
+    model = patch_from_sources(YOLO("yolo12n.yaml"), {"cli": {}, "section": None})
+    with AttentionCalls() as calls:
+        model.train(cfg=str(tmp_path / "mine.yaml"))
+    assert calls.backward["sdpa_flash"] == 16
+
+
+def test_the_trainer_class_of_a_finished_run_can_be_given_again(tiny_args: dict[str, Any]) -> None:
+    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_math")
+    model.train(**tiny_args)
+    again = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    with AttentionCalls() as calls:
+        again.train(trainer=type(model.trainer), **tiny_args)
+    assert calls.backward["sdpa_flash"] == 16
+
+
+def test_a_trainer_that_is_no_class_trains_stock_and_says_so(tiny_args: dict[str, Any], log: list[str]) -> None:
+    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    with AttentionCalls() as calls:
+        model.train(trainer=functools.partial(DetectionTrainer), **tiny_args)
+    assert not calls.backward
+    assert any("is not a class, so that it trains stock attention" in line for line in log)
+
+
+class _FailingBackward(torch.autograd.Function):
+    """Raises in the backward what cuDNN raises when it has no kernel for a problem."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("cuDNN error: unable to find an engine to execute this computation")
+
+
+def cudnn_with_a_failing_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    flash = backends_module.BACKENDS["sdpa_flash"]
+    assert flash.run is not None
+
+    def run(packed: torch.Tensor, spec: backends_module.AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        return flash.run(_FailingBackward.apply(packed) if packed.requires_grad else packed, spec)  # type: ignore[misc]
+
+    broken = backends_module.Backend("sdpa_cudnn", lambda spec, machine: iter(()), run, lambda machine: True)
+    monkeypatch.setitem(backends_module.BACKENDS, "sdpa_cudnn", broken)
+    rules = [("sdpa_cudnn", "for this test"), ("sdpa_flash", "after it")]
+    monkeypatch.setattr("yolo_flash.selector._cpu_rules", lambda spec: iter(rules))
+
+
+def test_a_kernel_error_in_the_backward_does_not_halve_the_batch(
+    tiny_args: dict[str, Any], log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cudnn_with_a_failing_backward(monkeypatch)
+    model = patch_model(YOLO("yolo12n.yaml"))
+    with AttentionCalls() as calls:
+        model.train(**{**tiny_args, "batch": 4})
+    assert model.trainer.batch_size == 4
+    assert calls.backward["sdpa_flash"] == 1 + 8  # one before the backward of the last layer raised, then a whole step
+    assert len([line for line in log if "sdpa_cudnn failed" in line and "unable to find an engine" in line]) == 1
+
+
+def test_an_explicit_backend_that_raises_in_the_backward_ends_the_run(
+    tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cudnn_with_a_failing_backward(monkeypatch)
+    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_cudnn")
+    with pytest.raises(FlashKernelError, match=r"sdpa_cudnn raised in the backward .*flash\.backend=auto avoids it"):
+        model.train(**{**tiny_args, "batch": 4})
+
+
 def test_disabled_by_the_section_or_the_environment(
     tiny_args: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,8 +369,8 @@ def test_disabled_by_the_section_or_the_environment(
     model = patch_model(YOLO("yolo12n.yaml"))
     with AttentionCalls() as calls:
         model.train(cfg=str(tmp_path / "off.yaml"))
-        assert patched_layers(model.model) == 0
     assert not calls.forward
+    assert patched_layers(model.model) == 8  # the section was that run's
     monkeypatch.setenv("YOLO_FLASH", "0")
     model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
     with AttentionCalls() as calls:
@@ -347,6 +437,9 @@ def test_export_sees_a_stock_model_and_patches_again(tmp_path: Path, monkeypatch
     model.export(format="torchscript")
     assert types == [0]
     assert patched_layers(model.model) == 8
+    with AttentionCalls() as calls, torch.no_grad():
+        model.model.eval()(torch.rand(1, 3, 64, 64))
+    assert calls.forward["sdpa_flash"] == 8
 
     def fail(self: Any, model: nn.Module) -> None:
         raise RuntimeError("no")

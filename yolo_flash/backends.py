@@ -193,6 +193,8 @@ def _cudnn_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
         yield f"runs on NVIDIA cards, the device is {machine}"
         return
     yield from _capability_limits(machine, (8, 0))
+    if machine.capability is not None and machine.capability[0] == 10:
+        yield f"gave wrong results at compute capability {dotted(machine.capability)} (pytorch issue 193893, open)"
     yield from _fused_limits(spec, machine, dtypes=(torch.float16, torch.bfloat16), head_dim_max=128)
     if machine.release < (2, 6):
         yield f"needs torch >= 2.6, found {machine.torch}: gradients were NaN before (pytorch issue 138649)"

@@ -46,7 +46,7 @@ class FlashBlock(StockPickle):
             BackendNotSupportedError: The backend asked for by name cannot run this input.
             FlashKernelError: The backend asked for by name raised.
         """
-        spec = None if _leave_stock(self) else self._spec(x)
+        spec = None if _leave_stock(self, x) else self._spec(x)
         backend = "stock" if spec is None else self._choose(spec, x.device)
         if spec is None or BACKENDS[backend].run is None:
             return self._stock.forward(self, x)  # type: ignore[attr-defined]
@@ -88,9 +88,9 @@ class FlashBlock(StockPickle):
             return run(packed, spec)
         try:
             return run(packed, spec)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if _is_out_of_memory(error):  # the trainer halves the batch
+                raise
             if self._flash_choice != "auto":
                 raise FlashKernelError(
                     f"{backend} raised in {self._flash_layer or 'the block'} ({spec}): {error}. "
@@ -99,7 +99,8 @@ class FlashBlock(StockPickle):
             if backend in ("stock", "sdpa_math"):
                 raise
             self._flash_runtime.fail(self._flash_layer, spec, backend, error)
-            return self._attend(packed, spec, self._choose(spec, packed.device))
+            following = self._flash_runtime.decide(spec, "auto", packed.device).backend
+            return self._attend(packed, spec, "sdpa_math" if following == backend else following)
 
 
 class FlashAAttn(FlashBlock, AAttn):
@@ -173,15 +174,20 @@ def block_spec(
     )
 
 
-def _leave_stock(block: FlashBlock) -> bool:
+def _leave_stock(block: FlashBlock, x: Tensor) -> bool:
     """Exporters and tracers record operators: they get the stock ones, which every runtime knows."""
     return (
         torch.jit.is_tracing()
         or torch.onnx.is_in_onnx_export()
         or getattr(torch.compiler, "is_exporting", bool)()  # torch >= 2.7
         or getattr(block, "format", None) == "coreml"
-        or block.qkv.conv.weight.is_meta
+        or x.is_meta
     )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text.lower() or "ALLOC_FAILED" in text
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -213,9 +219,12 @@ class _Relayout(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: torch.memory_format, back: torch.memory_format) -> Tensor:
-        ctx.back = back
+    def forward(x: Tensor, layout: torch.memory_format, back: torch.memory_format) -> Tensor:
         return x.contiguous(memory_format=layout).view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.back = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -212,6 +212,8 @@ def choose_model(args: list[str]) -> list[str]:
         return choose_model([*args, f"model={resume}"])  # Ultralytics would load yolo26n.pt only to drop it
     if mode != "train" or resume:
         weights = TASK2MODEL.get(task, "yolo26n.pt")
+        if resume and offline.missing_asset(weights) and not offline.can_download():
+            raise _UsageError(f"resume needs the run to resume: model=path/to/last.pt ({offline.why_not()}).")
         _refuse_missing(weights, f"no model= given: {weights}, which Ultralytics takes,", mode)
         return args
     weights = (TASK2MODEL | {"detect": "yolo12n.pt"}).get(task, "yolo12n.pt")

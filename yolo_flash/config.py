@@ -78,7 +78,7 @@ class FlashConfig:
         ):
             if not isinstance(values, Mapping) and values is not None:
                 raise FlashConfigError(f"{source} must map keys to values, found {values!r}.")
-            merged |= _known(values or {}, source)
+            merged |= known_keys(values or {}, source)
         file = merged.pop("config", None)
         base = {} if file is None else read_config_file(file)
         return cls(**(base | merged | switch))
@@ -108,7 +108,7 @@ def read_config_file(name: str | Path) -> dict[str, Any]:
         raise FlashConfigError(f"{path} must map keys to values, found {values!r}.")
     if "config" in values:
         raise FlashConfigError(f"{path}: a file of settings cannot name another one, config={values['config']!r}.")
-    return _known(values, str(path))
+    return known_keys(values, str(path))
 
 
 def config_folder() -> Path:
@@ -135,7 +135,12 @@ def _from_environment() -> tuple[dict[str, Any], dict[str, Any]]:
     return values, {"enabled": False}
 
 
-def _known(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+def known_keys(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The settings of a source, every key of which must exist.
+
+    Raises:
+        FlashConfigError: One does not, with the nearest valid name.
+    """
     valid = [*_keys(), "config"]
     for key in values:
         if key not in valid:

@@ -124,6 +124,21 @@ def detect(device: torch.device) -> Machine:
     return Machine(kind="other", name=str(device), **common)
 
 
+def resolve_device(device: str | int | None) -> torch.device:
+    """The torch device that Ultralytics takes for `device=`: the GPU if there is one and none is named.
+
+    Raises:
+        ValueError: The device does not exist.
+    """
+    from ultralytics.utils.torch_utils import select_device
+
+    threads = torch.get_num_threads()
+    try:
+        return torch.device(select_device("" if device is None else device, verbose=False))
+    finally:
+        torch.set_num_threads(threads)  # select_device changes it for the CPU
+
+
 def _import_result(name: str) -> str:
     try:
         return str(importlib.import_module(name).__version__)

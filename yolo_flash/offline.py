@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import queue
@@ -11,7 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from ultralytics.utils import DATASETS_DIR, LOGGER, SETTINGS, USER_CONFIG_DIR, downloads, env_bool
 from ultralytics.utils.checks import check_file, check_yolov5u_filename
@@ -47,37 +48,54 @@ def why_not() -> str:
 
 
 def _connects() -> bool:
-    try:
-        socket.create_connection(_first_hop(), PROBE_SECONDS).close()
-    except (OSError, ValueError, OverflowError):  # the latter two: an address that cannot be one
-        return False
-    return True
-
-
-def _first_hop() -> tuple[str, int]:
-    """Host and port that a download connects to: the proxy of the environment, or the download host itself."""
     proxies = urllib.request.getproxies()
     proxy = proxies.get("https") or proxies.get("all")
-    if not proxy or urllib.request.proxy_bypass(DOWNLOAD_HOST):
-        return DOWNLOAD_HOST, 443
-    url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    default = 443 if url.scheme == "https" else 1080 if url.scheme.startswith("socks") else 80
-    return url.hostname or "", url.port or default
+    try:
+        if not proxy or urllib.request.proxy_bypass(DOWNLOAD_HOST):
+            socket.create_connection((DOWNLOAD_HOST, 443), PROBE_SECONDS).close()
+            return True
+        return _proxy_connects(urlsplit(proxy if "://" in proxy else f"http://{proxy}"))
+    except (OSError, ValueError, OverflowError):  # the latter two: an address that cannot be one
+        return False
+
+
+def _proxy_connects(proxy: SplitResult) -> bool:
+    """Whether the proxy lets the download host through: many answer, and refuse all but package registries."""
+    default = 443 if proxy.scheme == "https" else 1080 if proxy.scheme.startswith("socks") else 80
+    with socket.create_connection((proxy.hostname or "", proxy.port or default), PROBE_SECONDS) as connection:
+        if proxy.scheme != "http":
+            return True  # would need TLS or SOCKS to ask; Ultralytics' own attempt decides
+        login = ""
+        if proxy.username:
+            secret = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()
+            login = f"Proxy-Authorization: Basic {base64.b64encode(secret).decode()}\r\n"
+        request = f"CONNECT {DOWNLOAD_HOST}:443 HTTP/1.1\r\nHost: {DOWNLOAD_HOST}:443\r\n{login}\r\n"
+        connection.sendall(request.encode())
+        status = connection.recv(64).split()  # b"HTTP/1.1 200 Connection established"
+        return len(status) > 1 and status[1].startswith(b"2")
 
 
 @contextlib.contextmanager
 def no_downloads() -> Iterator[None]:
     """For the time of the context Ultralytics' downloads fail at once, where they would retry for minutes."""
-    original = downloads.safe_download
-
-    def fail(url: Any, *args: Any, **kwargs: Any) -> Any:
-        raise ConnectionError(f"{url} not downloaded: {why_not()}")
-
-    downloads.safe_download = fail
+    with _downloads_lock:
+        _downloads_off.append(downloads.safe_download)
+        downloads.safe_download = _fail
     try:
         yield
     finally:
-        downloads.safe_download = original
+        with _downloads_lock:  # trainings in two threads overlap: the first to come kept the original
+            original = _downloads_off.pop()
+            if not _downloads_off:
+                downloads.safe_download = original
+
+
+_downloads_lock = threading.Lock()
+_downloads_off: list[Any] = []
+
+
+def _fail(url: Any, *args: Any, **kwargs: Any) -> Any:
+    raise ConnectionError(f"{url} not downloaded: {why_not()}")
 
 
 def missing_asset(weights: str | Path) -> bool:

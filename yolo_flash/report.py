@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from ultralytics.utils import LOGGER
 from ultralytics.utils.checks import collect_system_info
-from ultralytics.utils.torch_utils import select_device
 
 from ._version import __version__
 from .backends import BACKENDS, AttentionSpec
-from .machine import Machine, cudnn_release, detect
+from .machine import Machine, cudnn_release, detect, resolve_device
 from .selector import select
 
 
@@ -33,7 +32,7 @@ def checks(device: str | int | None = None, as_json: bool = False) -> dict[str, 
     disabled, threads = LOGGER.disabled, torch.get_num_threads()
     LOGGER.disabled = disabled or as_json  # Ultralytics logs to standard output
     try:
-        machine = detect(_resolve(device))
+        machine = detect(resolve_device(device))
         facts: dict[str, Any] = {
             "yolo_flash": __version__,
             "device": str(machine),
@@ -94,8 +93,3 @@ def _text(facts: dict[str, Any], machine: Machine) -> str:
             chosen = f"  <- auto: {verdicts['why']}" if backend == verdicts["auto"] else ""
             lines.append(f"  {backend:<15}{text}{chosen}")
     return "\n".join(lines)
-
-
-def _resolve(device: str | int | None) -> torch.device:
-    found = select_device("" if device is None else device, verbose=False)
-    return found if isinstance(found, torch.device) else torch.device(found)

@@ -10,6 +10,8 @@ import torch
 from .backends import BACKENDS, AttentionSpec, BackendNotSupportedError, check_name
 from .machine import Machine
 
+ASKED_FOR = "asked for"  # why an explicit choice is taken
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -48,7 +50,7 @@ def select(
         machine: The device it runs on.
         choice: `auto`, or the name of the backend to use.
         deterministic: `prefer` or `strict`, see FlashConfig.
-        failed: Backend -> error of backends that raised in this run and are not to be tried again.
+        failed: Backend -> error of backends that raised in this run, which `auto` does not try again.
 
     Raises:
         BackendNotSupportedError: The choice is a name and that backend cannot run. `auto` never raises.
@@ -56,7 +58,7 @@ def select(
     refused: dict[str, tuple[str, ...]] = {}
     for name, backend in BACKENDS.items():
         reasons = list(backend.not_supported_reasons(spec, machine))
-        if failed and name in failed:
+        if failed and name in failed and choice == "auto":
             reasons.append(failed[name])
         if deterministic == "strict" and spec.training and not backend.reproducible(machine):
             reasons.append("deterministic=strict, and its backward adds in an order that changes from run to run")
@@ -70,7 +72,7 @@ def select(
             f"These can: {', '.join(['auto', *(name for name in BACKENDS if name not in refused)])}."
         )
     else:
-        winner, why = choice, "asked for"
+        winner, why = choice, ASKED_FOR
     return Decision(spec, winner, why, refused, BACKENDS[winner].reproducible(machine))
 
 
@@ -87,15 +89,14 @@ def _gpu_rules(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str
     padded = spec.head_dim != spec.head_dim_v
     if spec.layout == "nchw" and not spec.training:
         # Prediction in NCHW, where the fused kernels need a copy of q, k and v: small images do not pay for it.
-        least = (30e6 if padded else 4e6) if spec.dtype is torch.float32 else (4e6 if padded else 0)
+        least = (30e6 if padded else 4e6) if spec.dtype is torch.float32 else (8e6 if padded else 0)
         if spec.scores < least:
             yield "stock", f"below {least / 1e6:.0f} million scores the copies cost more than is gained"
     if padded and spec.training and machine.capability == (9, 0):
-        # cuDNN on Hopper only: on Blackwell it was seen to be wrong (pytorch issue 193893). And in training only: it
-        # compiles a plan for every new shape.
+        # In training only, and on the card where it was measured: cuDNN compiles a plan for every new shape.
         yield "sdpa_cudnn", "takes unequal head dims without padding"
-    yield "sdpa_flash", "the fastest for half precision"
-    yield "sdpa_efficient", "the fused kernel for float32 and for cards older than Ampere"
+    yield "sdpa_flash", "fused, for half precision"
+    yield "sdpa_efficient", "fused, for float32 and for cards older than Ampere"
 
 
 def _cpu_rules(spec: AttentionSpec) -> Iterator[tuple[str, str]]:

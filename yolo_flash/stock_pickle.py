@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import copyreg
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 PREFIX = "_flash_"  # of every attribute that the plugin adds to an object; they stay out of pickles
@@ -26,24 +26,30 @@ class StockPickle:
     def __class__(self, cls: type) -> None:
         object.__dict__["__class__"].__set__(self, cls)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """As the stock object would, without our attributes."""
-        return copyreg.__newobj__, (type(self)._stock,), _without_ours(self.__dict__)  # type: ignore[attr-defined]
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As the stock object would, its own `__getstate__` included, without our attributes."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = reduced
+        if rest and isinstance(rest[0], dict):
+            rest[0] = _without_ours(rest[0])
+        return make, tuple(type(self)._stock if a is type(self) else a for a in arguments), *rest
 
     def __copy__(self) -> Any:
         """A shallow copy of our class."""
-        return self._restore(dict(self.__dict__))
+        return self._twin(lambda state: dict(state) if isinstance(state, dict) else state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A deep copy of our class: EMA, validator, predictor and exporter all work on copies."""
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        return new._restore(copy.deepcopy(self.__dict__, memo), new)
+        return self._twin(lambda state: copy.deepcopy(state, memo), memo)
 
-    def _restore(self, state: dict[str, Any], new: Any = None) -> Any:
-        new = type(self).__new__(type(self)) if new is None else new
-        new.__setstate__(state)  # of torch.nn.Module, and of the blocks that mend old checkpoints
-        return new
+    def _twin(self, copied: Callable[[Any], Any], memo: dict[int, Any] | None = None) -> Any:
+        reduced: Any = super().__reduce_ex__(4)
+        make, arguments, state = reduced[:3]
+        twin = make(*arguments)
+        if memo is not None:
+            memo[id(self)] = twin
+        twin.__setstate__(copied(state))  # of torch.nn.Module, and of the blocks that mend old checkpoints
+        return twin
 
 
 def become(obj: Any, cls: type[StockPickle], **attributes: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 import psutil
 import torch
 import ultralytics
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import DeviceType, ProfilerActivity, profile
 from ultralytics.utils import LOGGER
 
 from ._version import __version__
@@ -31,6 +32,7 @@ GIB = 2**30
 PEAK = "flash/peak_allocated_gib"
 SPEED = "flash/images_per_second"
 COLUMNS = (PEAK, SPEED)
+_ATTENTION_KERNEL = re.compile(r"flash|fmha|sdpa|attention|dot_do_o|convert_dq", re.IGNORECASE)  # of all libraries
 
 
 class Telemetry:
@@ -99,7 +101,10 @@ class Telemetry:
         self._profiled = True
         counts = dict(operators | kernels)
         self._write("kernels", counts=counts)
-        ran = ", ".join(f"{count} x {name}" for name, count in counts.items()) or "no fused attention"
+        names: Counter[str] = Counter()
+        for name, count in counts.items():
+            names[_short_name(name)] += count
+        ran = ", ".join(f"{count} x {name}" for name, count in names.items()) or "no fused attention"
         LOGGER.info(f"yolo-flash: one step ran {ran}")
         for backend, layers in self._in_force().items():
             calls = sum(operators[name] for name in BACKENDS[backend].operators)
@@ -112,7 +117,8 @@ class Telemetry:
 
     def on_train_epoch_end(self, trainer: Any) -> None:
         """Close the epoch, before the loggers and results.csv read `trainer.lr`, which carries our numbers to them."""
-        speed = self._speed(trainer) if self._images else self._profiled_speed
+        alone = not self._images  # an epoch of one step, which was profiled
+        speed = self._profiled_speed if alone else self._speed(trainer)
         allocated, reserved = peak_memory_gib(trainer.device)
         backends = self._in_force()
         failed = self._runtime.failed
@@ -129,9 +135,10 @@ class Telemetry:
         avoided = score_bytes(
             row.decision.spec for row in self._training_rows() if BACKENDS[row.decision.backend].fused
         )
+        used = f"peak {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved"
+        ran = ", ".join(f"{name} x {count}" for name, count in backends.items())
         LOGGER.info(
-            f"yolo-flash: {speed:.1f} images/s, peak {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved; "
-            f"{', '.join(f'{name} x {count}' for name, count in backends.items())}; "
+            f"yolo-flash: {speed:.1f} images/s{' (the profiled step alone)' if alone else ''}, {used}; {ran}; "
             f"attention: {readable(avoided)} of score matrices avoided"
             + (f"; failed: {', '.join(failed)}" if failed else "")
         )
@@ -199,7 +206,7 @@ def attention_kernels(events: Iterable[Any]) -> tuple[Counter[str], Counter[str]
         events: Of a torch profile.
 
     Returns:
-        aten operator -> calls, forward and backward; and, on CUDA, kernel -> launches by those operators.
+        aten operator of attention -> calls, forward and backward; and, on CUDA, kernel of attention -> launches.
     """
     names = {f"aten::{name}{suffix}" for b in BACKENDS.values() for name in b.operators for suffix in ("", "_backward")}
     operators: Counter[str] = Counter()
@@ -208,15 +215,14 @@ def attention_kernels(events: Iterable[Any]) -> tuple[Counter[str], Counter[str]
         nested = event.cpu_parent is not None and event.cpu_parent.name == event.name  # a redispatch of the same call
         if event.name in names and not nested:
             operators[event.name.removeprefix("aten::")] += 1
-            kernels.update(_launched(event))
+        elif event.device_type == DeviceType.CUDA and _ATTENTION_KERNEL.search(event.name):
+            kernels[event.name] += 1
     return operators, kernels
 
 
-def _launched(event: Any) -> Counter[str]:
-    launched = Counter(kernel.name for kernel in event.kernels)
-    for child in event.cpu_children:
-        launched.update(_launched(child))
-    return launched
+def _short_name(kernel: str) -> str:
+    """`void pytorch_flash::flash_fwd_kernel<...>(...)` -> `flash_fwd_kernel`."""
+    return re.split(r"[<(]", kernel.removeprefix("void "))[0].rsplit("::", 1)[-1]
 
 
 def score_bytes(specs: Iterable[AttentionSpec]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +19,13 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from . import offline
 from .backends import BackendNotSupportedError
-from .blocks import FlashBlock
-from .config import FlashConfig
-from .machine import detect
+from .blocks import FlashBlock, FlashKernelError
+from .config import FlashConfig, known_keys
+from .machine import detect, resolve_device
 from .patch import layer_choices, patch_modules, targets, unpatch_modules
 from .planning import PlanRow, Shot, make_plan
 from .runtime import Runtime
+from .selector import ASKED_FOR
 from .stock_pickle import StockPickle, become, restore
 from .telemetry import Telemetry, known_columns
 
@@ -57,8 +59,9 @@ class FlashTrainerMixin(_TrainerBase):
         overrides = dict(overrides or {})
         section = overrides.pop("flash", None)  # of a cfg= file; Ultralytics refuses keys that it does not know
         if section is not None:
-            type(self).flash = FlashConfig.resolve(section=section, **self.flash_sources)
+            type(self).flash = FlashConfig.resolve(**{**self.flash_sources, "section": section})
         self.flash_plan = []
+        self._flash_batch = 0
         self._flash_runtime = Runtime(self.flash)
         self._flash_telemetry: Telemetry | None = None
         if self.flash.enabled and self.flash.log and RANK in {-1, 0}:
@@ -79,13 +82,15 @@ class FlashTrainerMixin(_TrainerBase):
         return checkpoint
 
     def _setup_train(self) -> None:
-        needs_amp_check = self.device.type == "cuda" and offline.missing_asset("yolo26n.pt")
-        hopeless = needs_amp_check and not offline.can_download()
+        checks_amp = self.device.type == "cuda" and self.args.amp not in (False, "fp32", "bf16")
+        hopeless = checks_amp and offline.missing_asset("yolo26n.pt") and not offline.can_download()
         with offline.no_downloads() if hopeless else contextlib.nullcontext():
             super()._setup_train()
 
     def _build_train_pipeline(self) -> None:
         """Plan now that the batch size is known, and again after a halving; patch what joined the model."""
+        self._blame_cudnn(sys.exc_info()[1])
+        self._flash_batch = self.batch_size
         self._patch(self.model)
         super()._build_train_pipeline()
         self._plan()
@@ -143,11 +148,7 @@ class FlashTrainerMixin(_TrainerBase):
     def _plan(self) -> None:
         """Decide for the training batch and for the commonest validation batch; explicit choices raise here."""
         model = unwrap_model(self.model)
-        if not self.flash.enabled:
-            return
-        if not targets(model):
-            if RANK in {-1, 0}:
-                warn_no_targets(model)
+        if not (self.flash.enabled and targets(model)):
             return
         machine = detect(self.device)
         try:
@@ -162,6 +163,25 @@ class FlashTrainerMixin(_TrainerBase):
             for row in self.flash_plan
         }
         self._tell("plan", self.flash_plan, machine)
+
+    def _blame_cudnn(self, error: BaseException | None) -> None:
+        """Undo a halving of the batch that an error of cuDNN's attention in the backward has caused.
+
+        Ultralytics takes some of cuDNN's errors for a lack of memory, halves the batch, and builds the pipeline again
+        while it still handles the error.
+        """
+        plan = [row for row in self.flash_plan if row.mode == "train" and row.decision.backend == "sdpa_cudnn"]
+        mistaken = any(words in str(error) for words in ("unable to find an engine", "CUDNN_STATUS_INTERNAL_ERROR"))
+        if not (plan and mistaken and isinstance(error, Exception)):
+            return
+        if all(row.decision.why == ASKED_FOR for row in plan):
+            raise FlashKernelError(
+                f"sdpa_cudnn raised in the backward of {plan[0].layer} ({plan[0].decision.spec}): {error}. "
+                f"flash.backend=auto avoids it."
+            ) from error
+        if "sdpa_cudnn" not in self._flash_runtime.failed:
+            self._flash_runtime.fail(plan[0].layer, plan[0].decision.spec, "sdpa_cudnn", error)
+            self.args.batch = self.batch_size = self._flash_batch
 
     def _shots(self) -> list[Shot]:
         args: Any = self.args
@@ -194,20 +214,26 @@ class FlashModelMixin(StockPickle, _ModelBase):
     def train(self, trainer: Any = None, **kwargs: Any) -> Any:
         """As `YOLO.train`, with our trainer mixed into the task's own or the given one."""
         base = trainer or self._smart_load("trainer")
-        cls = trainer_class(base, self._flash_config, self._flash_sources)
+        if isinstance(base, type):
+            base = trainer_class(base, self._flash_config, self._flash_sources)
+        else:
+            LOGGER.warning(f"yolo-flash: trainer={base!r} is not a class, so that it trains stock attention.")
         try:
-            return super().train(trainer=cls, **kwargs)
+            return super().train(trainer=base, **kwargs)
         finally:
-            self._flash_config = cls.flash
             _patch_inner(self)
 
     def export(self, **kwargs: Any) -> Any:
         """As `YOLO.export`, of the stock model."""
+        if not isinstance(self.model, nn.Module):
+            return super().export(**kwargs)
+        runtime = next((b._flash_runtime for b in self.model.modules() if isinstance(b, FlashBlock)), None)
         unpatch_modules(self.model)
         try:
             return super().export(**kwargs)
         finally:
-            _patch_inner(self)
+            if runtime is not None:
+                patch_modules(self.model, self._flash_config, runtime)
 
     def tune(self, *args: Any, **kwargs: Any) -> Any:
         """As `YOLO.tune`, which trains in processes of its own."""
@@ -235,17 +261,18 @@ def patch_model(model: M, **settings: Any) -> M:
         >>> model = patch_model(YOLO("yolo12n.yaml"))
         >>> model.train(data="coco8.yaml", epochs=3)
     """
-    return patch_from_sources(model, settings)
+    return patch_from_sources(model, known_keys(settings, "the keyword arguments"))
 
 
 def patch_from_sources(model: M, sources: dict[str, Any]) -> M:
     """`patch_model` for settings that still have to be resolved: keyword arguments of `FlashConfig.resolve`."""
     config = FlashConfig.resolve(**sources)
     if not isinstance(model, Model):
-        unpatch_model(model)
         if config.enabled:
             patch_modules(model, config)
             warn_no_targets(model)
+        else:
+            unpatch_model(model)
         return model
     if config.enabled and isinstance(model.model, nn.Module):
         layer_choices(list(targets(model.model)), config)  # raises before anything is changed
@@ -279,7 +306,7 @@ def unpatch_model(model: M) -> M:
 
 
 def plan(
-    model: nn.Module, imgsz: int = 640, batch: int = 16, device: str | torch.device | None = None, amp: bool = True
+    model: nn.Module, imgsz: int = 640, batch: int = 16, device: str | int | None = None, amp: bool = True
 ) -> list[PlanRow]:
     """What each attention layer of a patched model would run in training and in validation.
 
@@ -287,7 +314,7 @@ def plan(
         model: What `patch_model` returned.
         imgsz: Side of the training images in pixels.
         batch: Training images a step; validation takes twice as many.
-        device: Where to run; CUDA if there is one.
+        device: As in Ultralytics: `cpu`, `0`; the GPU if there is one.
         amp: Train in float16 on a GPU.
 
     Returns:
@@ -297,11 +324,12 @@ def plan(
         BackendNotSupportedError: A backend asked for by name cannot run a layer.
         ValueError: The model is not patched.
     """
-    inner = model.model if isinstance(model, Model) else model
-    block = next((b for b in targets(inner).values() if isinstance(b, FlashBlock)), None)
+    inner: Any = model.model if isinstance(model, Model) else model
+    blocks = inner.modules() if isinstance(inner, nn.Module) else ()
+    block = next((b for b in blocks if isinstance(b, FlashBlock)), None)
     if block is None:
         raise ValueError("this model has no patched attention layer: call patch_model first")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = resolve_device(device)
     on_gpu = where.type == "cuda"
     dtype = torch.float16 if on_gpu and amp else torch.float32
     shots = [
@@ -315,7 +343,8 @@ def warn_no_targets(model: nn.Module) -> None:
     """One line when there is nothing to patch, so that nobody waits for a gain."""
     if targets(model):
         return
-    name = Path(str(getattr(model, "yaml", {}).get("yaml_file", type(model).__name__))).stem
+    config = getattr(model, "yaml", None)
+    name = Path(str(config.get("yaml_file") if isinstance(config, dict) else type(model).__name__)).stem
     LOGGER.warning(
         f"yolo-flash: {name} has no attention layer that the plugin knows (of YOLO10, 11, 12 or 26): it runs stock."
     )
@@ -331,6 +360,8 @@ def trainer_class(base: type, config: FlashConfig, sources: Mapping[str, Any]) -
 
     Integrations look for "Trainer" in the name, which therefore keeps that of `base`.
     """
+    if issubclass(base, FlashTrainerMixin):  # the class of a finished run, given again
+        base = base.__bases__[1]
     attributes = {"flash": config, "flash_sources": dict(sources), "__module__": _GENERATED}
     return type(f"Flash{base.__name__}", (FlashTrainerMixin, base), attributes)
 
