@@ -30,8 +30,8 @@ class FlashConfig:
         enabled: False leaves the model stock.
         backend: `auto`, or the name of the backend that every attention layer shall run.
         layers: fnmatch pattern of layer names -> backend, over `backend`; the last matching pattern wins.
-        deterministic: `prefer` lets a reproducible backend win a tie, `strict` takes no other.
-        log: Write the plan to Ultralytics' log.
+        deterministic: `strict` trains with reproducible backends only, `prefer` with the fastest.
+        log: Say what runs: plan, kernels, memory and speed, in the log and in the run folder.
 
     Raises:
         FlashConfigError: A value has the wrong type or is not among the valid ones.

@@ -15,6 +15,7 @@ from ultralytics.utils import ASSETS
 from tests.counting import AttentionCalls, randomise
 from tests.test_blocks import LAYOUTS, MAKE, channels, patched
 from tests.test_patch import patched_layers
+from tests.test_telemetry import events
 from tests.test_trainer import Phases
 from yolo_flash import BackendNotSupportedError, FlashConfig, checks, patch_model, plan
 from yolo_flash.backends import BACKENDS
@@ -162,6 +163,13 @@ def test_each_backend_trains_when_asked_for(config: str, backend: str, tiny_args
     with AttentionCalls() as calls:
         model.train(**{**tiny_args, "device": 0, "imgsz": 128})
     layers = len(targets(model.model))
+    counts = next(row["counts"] for row in events(model) if row["event"] == "kernels")
+    launched = {name: count for name, count in counts.items() if not name.startswith("_scaled_dot_product")}
+    marks = {"sdpa_flash": ("flash_fwd", "flash_bwd"), "sdpa_efficient": ("fmha_cutlassF", "fmha_cutlassB")}
+    for mark in {**marks, "sdpa_cudnn": ("fprop", "bprop")}.get(backend, ()):  # the kernels themselves, on the device
+        assert sum(count for name, count in launched.items() if mark in name) >= layers, launched
+    if backend not in FUSED:
+        assert not launched
     assert calls.backward == ({backend: 2 * layers} if backend in FUSED else {})
     assert patched_layers(model.model) == layers
 
