@@ -195,7 +195,7 @@ def test_a_failure_under_auto_leaves_explicit_layers_alone(monkeypatch: pytest.M
     module: Any = nn.ModuleList([make("area1"), make("area1")])
     patch_modules(module, FlashConfig(layers={"1": "sdpa_flash"}))
     flash = backends_module.BACKENDS["sdpa_flash"]
-    x = torch.randn(2, 64, 16, 16)
+    x = torch.randn(4, 64, 16, 16)
     with monkeypatch.context() as patch:
         patch.setitem(backends_module.BACKENDS, "sdpa_flash", broken("one shape is bad"))
         module[0](x)
@@ -213,7 +213,7 @@ def test_a_kernel_that_raises_while_it_is_compiled_ends_in_one_error_or_a_result
     ours = patched(make("area1", train=False), "auto")
     monkeypatch.setitem(backends_module.BACKENDS, "sdpa_flash", broken("unable to find an engine"))
     torch._dynamo.reset()
-    x = torch.randn(2, 64, 16, 16)
+    x = torch.randn(4, 64, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(ours, backend="eager")(x), make("area1", train=False)(x))
 
@@ -223,7 +223,7 @@ def test_a_lack_of_memory_by_any_name_is_left_to_the_trainer(message: str, monke
     ours = patched(make("area1"), "auto")
     monkeypatch.setitem(backends_module.BACKENDS, "sdpa_flash", broken(message))
     with pytest.raises(RuntimeError, match=message):
-        ours(torch.randn(2, 64, 16, 16))
+        ours(torch.randn(4, 64, 16, 16))
 
 
 def test_the_determinism_that_torch_is_asked_for_reaches_the_spec() -> None:
@@ -308,7 +308,7 @@ def test_auto_survives_a_kernel_that_raises_and_says_so_once(monkeypatch: pytest
     stock = make("area1")
     ours = patched(stock, "auto")
     monkeypatch.setitem(backends_module.BACKENDS, "sdpa_flash", broken("unable to find an engine"))
-    x = torch.randn(2, 64, 16, 16)  # 256 tokens: the rules choose sdpa_flash
+    x = torch.randn(4, 64, 16, 16)  # so large that the rules choose sdpa_flash
     torch.testing.assert_close(ours(x), stock(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours(x), stock(x), rtol=1e-4, atol=1e-5)
     warnings = [message for message in log if "sdpa_flash failed" in message]

@@ -65,10 +65,15 @@ def test_auto_takes_the_best_on_an_h100_but_for_cudnn() -> None:
 
 @pytest.mark.parametrize(
     ("layout", "dims", "least"),
-    [("nhwc", (32, 32), 100), ("nhwc", (32, 64), 512), ("nchw", (32, 32), 256), ("nchw", (32, 64), 1024)],
+    [
+        ("nhwc", (32, 32), 5_000),
+        ("nhwc", (32, 64), 600_000),
+        ("nchw", (32, 32), 400_000),
+        ("nchw", (32, 64), 6_000_000),
+    ],
 )
 def test_the_thresholds_of_the_cpu(layout: Any, dims: tuple[int, int], least: int) -> None:
-    def taken(tokens: int) -> str:
-        return select(AttentionSpec(2, 2, tokens, tokens, *dims, torch.float32, layout), MACHINES["CPU"]).backend
+    def taken(groups: int) -> str:  # of 100 scores each
+        return select(AttentionSpec(groups, 1, 10, 10, *dims, torch.float32, layout), MACHINES["CPU"]).backend
 
-    assert (taken(least - 1), taken(least)) == ("stock", "sdpa_flash")
+    assert (taken(least // 100 - 1), taken(least // 100)) == ("stock", "sdpa_flash")

@@ -30,6 +30,7 @@ from yolo_flash import (
     unpatch_model,
 )
 from yolo_flash import backends as backends_module
+from yolo_flash.backends import AttentionSpec
 from yolo_flash.blocks import FlashBlock
 from yolo_flash.trainer import patch_from_sources, trainer_class
 
@@ -98,6 +99,61 @@ def test_every_phase_of_a_run_is_fused(start: str, weights: str, tiny_args: dict
     unpatch_model(model)
     assert type(model) is YOLO
     assert patched_layers(model.model) == 0
+
+
+class Decided(Phases):
+    """What the patched blocks decided, and the fused forward operators that ran, by phase."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.decided: Counter[tuple[str, str]] = Counter()
+        choose = FlashBlock._choose
+
+        def spy(block: FlashBlock, spec: AttentionSpec, device: torch.device) -> str:
+            backend = choose(block, spec, device)
+            self.decided[self.phase, backend] += 1
+            return backend
+
+        monkeypatch.setattr(FlashBlock, "_choose", spy)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_scaled_dot_product" in func.name() and "backward" not in func.name():
+            self.calls[self.phase] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def check_every_phase(
+    config: str, args: dict[str, Any], monkeypatch: pytest.MonkeyPatch, backend: str = "auto"
+) -> Counter[tuple[str, str]]:
+    """Train, predict and validate; every layer decides in every phase, and runs what it decided."""
+    model = patch_model(YOLO(config), backend=backend)
+    with Decided(monkeypatch) as phases:
+        phases.follow(model)
+        model.train(**args)
+        phases.phase = "predict"
+        model.predict(ASSETS / "bus.jpg", imgsz=args["imgsz"], device=args["device"], verbose=False)
+        phases.phase = "val"
+        model.val(**{key: args[key] for key in ("data", "imgsz", "device", "plots", "project")}, batch=4)
+    layers = patched_layers(model.model)
+    for phase in ("train batch", "ema validation", "final", "predict", "val"):
+        decided = Counter({name: n for (when, name), n in phases.decided.items() if when == phase})
+        assert sum(decided.values()) >= layers, phase
+        fused = sum(n for name, n in decided.items() if backends_module.BACKENDS[name].fused)
+        assert phases.calls[phase] == fused, phase
+    trainer: Any = model.trainer
+    planned = {row.decision.spec for row in trainer.flash_plan}
+    met = {spec for spec, _, _ in trainer._flash_runtime._decisions}
+    assert {spec for spec in met if spec.training}
+    assert {spec for spec in met if spec.training} <= planned  # dtype, layout and sizes were foreseen
+    assert {row.decision.spec for row in trainer.flash_plan if row.mode == "val"} & met
+    return phases.decided
+
+
+@pytest.mark.parametrize(("config", "imgsz"), [("yolo12n.yaml", 128), ("yolo26n.yaml", 64)])
+def test_auto_decides_in_every_phase_and_runs_what_it_decided(
+    config: str, imgsz: int, tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_every_phase(config, {**tiny_args, "imgsz": imgsz}, monkeypatch)
 
 
 def test_the_run_has_a_plan_before_its_first_step(tiny_args: dict[str, Any], log: list[str]) -> None:

@@ -91,7 +91,7 @@ def _gpu_rules(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str
         # Prediction in NCHW, where the fused kernels need a copy of q, k and v: small images do not pay for it.
         least = (30e6 if padded else 4e6) if spec.dtype is torch.float32 else (8e6 if padded else 0)
         if spec.scores < least:
-            yield "stock", f"below {least / 1e6:.0f} million scores the copies cost more than is gained"
+            yield "stock", _too_small(least)
     if padded and spec.training and machine.capability == (9, 0):
         # In training only, and on the card where it was measured: cuDNN compiles a plan for every new shape.
         yield "sdpa_cudnn", "takes unequal head dims without padding"
@@ -100,11 +100,15 @@ def _gpu_rules(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str
 
 
 def _cpu_rules(spec: AttentionSpec) -> Iterator[tuple[str, str]]:
-    """Short rows gain nothing: the copies to the kernel's layout, and the padding of unequal head dims, cost more."""
+    """Small problems gain nothing: the copies to the kernel's layout, and the padding of unequal head dims, cost more."""
     padded = spec.head_dim != spec.head_dim_v
-    least = {("nhwc", False): 100, ("nhwc", True): 512, ("nchw", False): 256, ("nchw", True): 1024}
+    least = {("nhwc", False): 5e3, ("nhwc", True): 6e5, ("nchw", False): 4e5, ("nchw", True): 6e6}
     needed = least.get((spec.layout, padded), 0)
-    if spec.seq_len_k >= needed:
+    if spec.scores >= needed:
         yield "sdpa_flash", "fused on the CPU"
     else:
-        yield "stock", f"below {needed} tokens the CPU's fused kernel gains nothing"
+        yield "stock", _too_small(needed)
+
+
+def _too_small(least: float) -> str:
+    return f"below {least:,.0f} scores fused attention gains nothing here"
