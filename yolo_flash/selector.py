@@ -100,7 +100,7 @@ def _gpu_rules(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str
 
 
 def _cpu_rules(spec: AttentionSpec) -> Iterator[tuple[str, str]]:
-    """Small problems gain nothing: the copies to the kernel's layout, and the padding of unequal head dims, cost more."""
+    """Small problems gain nothing: copies to the kernel's layout, and the padding of unequal head dims, cost more."""
     padded = spec.head_dim != spec.head_dim_v
     least = {("nhwc", False): 5e3, ("nhwc", True): 6e5, ("nchw", False): 4e5, ("nchw", True): 6e6}
     needed = least.get((spec.layout, padded), 0)
