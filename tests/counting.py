@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +33,43 @@ class AttentionCalls(TorchDispatchMode):
         elif (forward := name.replace("_backward", "")) in OPERATORS:
             self.backward[OPERATORS[forward]] += 1
         return func(*args, **(kwargs or {}))
+
+
+def in_threads(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, AttentionCalls]:
+    """Run each work that often in a thread of its own, all at the same time; what each called."""
+    counts = {name: AttentionCalls() for name in works}
+    start = threading.Barrier(len(works))
+
+    def run(name: str) -> None:
+        start.wait()
+        with torch.no_grad(), counts[name]:
+            for _ in range(repeats):
+                works[name]()
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return counts
+
+
+def run_out_of_memory_once(model: Any) -> None:
+    """Let the first training step of a `YOLO` object raise what CUDA raises without memory."""
+    done: list[bool] = []
+
+    def fail_once(trainer: Any) -> None:
+        if not done:
+            done.append(True)
+            forward = trainer.model.forward
+
+            def out_of_memory(*args: Any, **kwargs: Any) -> Any:
+                trainer.model.forward = forward
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+            trainer.model.forward = out_of_memory
+
+    model.add_callback("on_train_batch_start", fail_once)
 
 
 def randomise(module: torch.nn.Module) -> torch.nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import threading
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from ultralytics.nn.modules.block import AAttn, Attention
 
-from tests.counting import AttentionCalls, randomise
+from tests.counting import AttentionCalls, in_threads, randomise
 from yolo_flash import BackendNotSupportedError, FlashConfig, FlashKernelError
 from yolo_flash import backends as backends_module
 from yolo_flash.patch import patch_modules, unpatch_modules
@@ -207,17 +207,6 @@ def test_a_failure_under_auto_leaves_explicit_layers_alone(monkeypatch: pytest.M
     assert calls.forward == {"sdpa_flash": 1}
 
 
-def test_a_kernel_that_raises_while_it_is_compiled_ends_in_one_error_or_a_result(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    ours = patched(make("area1", train=False), "auto")
-    monkeypatch.setitem(backends_module.BACKENDS, "sdpa_flash", broken("unable to find an engine"))
-    torch._dynamo.reset()
-    x = torch.randn(4, 64, 16, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.compile(ours, backend="eager")(x), make("area1", train=False)(x))
-
-
 @pytest.mark.parametrize("message", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling"])
 def test_a_lack_of_memory_by_any_name_is_left_to_the_trainer(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = patched(make("area1"), "auto")
@@ -338,21 +327,7 @@ def test_two_threads_with_different_backends_do_not_see_each_other() -> None:
     block = make("area4", train=False)
     x = torch.randn(1, 64, 8, 8)
     models = {name: patched(block, name) for name in ("sdpa_flash", "sdpa_math", "stock")}
-    counts: dict[str, AttentionCalls] = {}
-    start = threading.Barrier(len(models))
-
-    def work(name: str) -> None:
-        start.wait()
-        with torch.no_grad(), AttentionCalls() as calls:
-            for _ in range(50):
-                models[name](x)
-        counts[name] = calls
-
-    threads = [threading.Thread(target=work, args=(name,)) for name in models]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    counts = in_threads({name: functools.partial(model, x) for name, model in models.items()}, repeats=50)
     assert counts["sdpa_flash"].forward == {"sdpa_flash": 50}
     assert not counts["sdpa_math"].forward
     assert not counts["stock"].forward
@@ -423,3 +398,15 @@ def test_coreml_format_still_reaches_the_stock_block() -> None:
     unpatched = copy.deepcopy(block)
     unpatch_modules(unpatched)
     assert torch.equal(block(x), unpatched(x))
+
+
+# Last: dynamo of torch 2.5 does not compile a function again that once failed to.
+def test_a_kernel_that_raises_while_it_is_compiled_ends_in_one_error_or_a_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = patched(make("area1", train=False), "auto")
+    monkeypatch.setitem(backends_module.BACKENDS, "sdpa_flash", broken("unable to find an engine"))
+    torch._dynamo.reset()
+    x = torch.randn(4, 64, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(ours, backend="eager")(x), make("area1", train=False)(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import subprocess
@@ -19,7 +20,7 @@ from ultralytics import RTDETR, YOLO
 from ultralytics.nn.modules.block import AAttn
 from ultralytics.utils import ASSETS
 
-from tests.counting import AttentionCalls, randomise
+from tests.counting import AttentionCalls, in_threads, randomise
 from yolo_flash import BackendNotSupportedError, FlashConfigError, patch_model, plan, unpatch_model
 from yolo_flash.blocks import FlashBlock
 from yolo_flash.patch import targets
@@ -254,21 +255,8 @@ model.predict(ASSETS / "bus.jpg", imgsz=64, verbose=False)
 
 def test_two_models_with_two_settings_in_two_threads() -> None:
     models = {name: patch_model(yolo(), backend=name).model.eval() for name in ("sdpa_flash", "sdpa_math")}
-    counts: dict[str, AttentionCalls] = {}
-    start = threading.Barrier(len(models))
-
-    def work(name: str) -> None:
-        start.wait()
-        with AttentionCalls() as calls, torch.no_grad():
-            for _ in range(5):
-                models[name](torch.rand(1, 3, 64, 64))
-        counts[name] = calls
-
-    threads = [threading.Thread(target=work, args=(name,)) for name in models]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    x = torch.rand(1, 3, 64, 64)
+    counts = in_threads({name: functools.partial(model, x) for name, model in models.items()}, repeats=5)
     assert counts["sdpa_flash"].forward == {"sdpa_flash": 40}
     assert not counts["sdpa_math"].forward
 

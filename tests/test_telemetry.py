@@ -12,6 +12,7 @@ import torch
 from ultralytics import YOLO
 from ultralytics.utils import SETTINGS
 
+from tests.counting import run_out_of_memory_once
 from yolo_flash import AttentionSpec, patch_model, telemetry
 from yolo_flash import backends as backends_module
 from yolo_flash.telemetry import attention_kernels, known_columns, readable, score_bytes
@@ -165,20 +166,7 @@ def test_a_fallback_is_counted_from_then_on(tiny_args: dict[str, Any], monkeypat
 
 def test_an_out_of_memory_halving_discards_the_profile_and_profiles_again(tiny_args: dict[str, Any]) -> None:
     model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
-    failed: list[bool] = []
-
-    def fail_once(trainer: Any) -> None:
-        if not failed:
-            failed.append(True)
-            forward = trainer.model.forward
-
-            def out_of_memory(*args: Any, **kwargs: Any) -> Any:
-                trainer.model.forward = forward
-                raise torch.OutOfMemoryError("CUDA out of memory")
-
-            trainer.model.forward = out_of_memory
-
-    model.add_callback("on_train_batch_start", fail_once)
+    run_out_of_memory_once(model)
     model.train(**{**tiny_args, "batch": 4, "imgsz": 64})
     rows = events(model)
     kinds = [row["event"] for row in rows if row["event"] != "plan"]

@@ -19,7 +19,7 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import ASSETS, YAML
 
-from tests.counting import AttentionCalls
+from tests.counting import AttentionCalls, run_out_of_memory_once
 from tests.test_patch import load_without_plugin, patched_layers
 from yolo_flash import (
     BackendNotSupportedError,
@@ -270,20 +270,7 @@ def test_resume_keeps_the_patch(through: str, tiny_args: dict[str, Any]) -> None
 
 def test_out_of_memory_halving_keeps_the_patch(tiny_args: dict[str, Any]) -> None:
     model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
-    failed: list[bool] = []
-
-    def fail_once(trainer: Any) -> None:
-        if not failed:
-            failed.append(True)
-            forward = trainer.model.forward
-
-            def out_of_memory(*args: Any, **kwargs: Any) -> Any:
-                trainer.model.forward = forward
-                raise torch.OutOfMemoryError("CUDA out of memory")
-
-            trainer.model.forward = out_of_memory
-
-    model.add_callback("on_train_batch_start", fail_once)
+    run_out_of_memory_once(model)
     with AttentionCalls() as calls:
         model.train(**{**tiny_args, "batch": 4, "imgsz": 64})
     assert model.trainer.batch_size == 2

