@@ -21,7 +21,7 @@ from ultralytics.utils import NUM_THREADS
 
 from yolo_flash import BackendNotSupportedError, FlashConfig, __version__
 from yolo_flash.backends import BACKENDS
-from yolo_flash.machine import cudnn_release, detect
+from yolo_flash.machine import detect
 from yolo_flash.patch import patch_modules
 
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
@@ -128,8 +128,7 @@ def main() -> None:
     machine = detect(torch.device(device))
     if device == "cpu":
         torch.set_num_threads(NUM_THREADS)  # as Ultralytics does
-    cudnn = f", cuDNN {cudnn_release(machine.cudnn)}" if machine.cudnn else ""
-    print(f"{machine}; torch {machine.torch}{cudnn}; yolo-flash {__version__}; {torch.get_num_threads()} CPU threads\n")
+    print(f"{machine.with_versions}; yolo-flash {__version__}; {torch.get_num_threads()} CPU threads\n")
     print("| mode | block | heads | batch | tokens | dtype | layout | " + " | ".join(BACKENDS) + " |")
     print("| --- " * (7 + len(BACKENDS)) + "|")
     if device == "cuda":

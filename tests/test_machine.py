@@ -42,6 +42,8 @@ def test_a_card_is_told_with_its_capability() -> None:
 def test_versions_are_numbers() -> None:
     assert MACHINES["H100"].release == (2, 11, 0)
     assert cudnn_release(91501) == "9.15.1"
+    assert MACHINES["CPU"].with_versions == "AMD EPYC (CPU), torch 2.11.0"
+    assert MACHINES["T4"].with_versions.endswith("capability 7.5), torch 2.11.0+cu130, cuDNN 9.19.0")
     assert cudnn_release(8907) == "8.9.7"
 
 

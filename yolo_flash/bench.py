@@ -29,7 +29,7 @@ from ultralytics.utils.torch_utils import ModelEMA, init_seeds
 from ._version import __version__
 from .backends import check_name
 from .config import FlashConfig
-from .machine import Machine, cudnn_release, detect
+from .machine import detect
 from .patch import patch_modules
 from .telemetry import GIB, peak_memory_gib
 
@@ -186,7 +186,8 @@ def measure_step(job: StepJob, arm: str) -> dict[str, Any]:
         "kernel_ms": _kernel_ms(step) if on_gpu else None,
         "wall_ms": statistics.median(times),
         "peak_gib": peak,
-        "machine": dataclasses.asdict(machine) | {"text": _text(machine), "precision": job.amp if on_gpu else "fp32"},
+        "machine": dataclasses.asdict(machine)
+        | {"text": machine.with_versions, "precision": job.amp if on_gpu else "fp32"},
     }
 
 
@@ -251,11 +252,6 @@ def _kernel_ms(run: Callable[[], None], steps: int = 4) -> float:
         torch.cuda.synchronize()
     kernels = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
     return sum(event.self_device_time_total for event in kernels) / 1e3 / steps
-
-
-def _text(machine: Machine) -> str:
-    cudnn = f", cuDNN {cudnn_release(machine.cudnn)}" if machine.cudnn else ""
-    return f"{machine}, torch {machine.torch}{cudnn}"
 
 
 def main() -> None:

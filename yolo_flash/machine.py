@@ -71,6 +71,12 @@ class Machine:
         """Version of torch as numbers, (2, 5, 1)."""
         return Version(self.torch).release
 
+    @property
+    def with_versions(self) -> str:
+        """The device and what its numbers depend on, for the head of a table."""
+        cudnn = f", cuDNN {cudnn_release(self.cudnn)}" if self.cudnn else ""
+        return f"{self}, torch {self.torch}{cudnn}"
+
     def __str__(self) -> str:
         """`Tesla T4 (Turing, compute capability 7.5)`."""
         if self.capability is not None:
