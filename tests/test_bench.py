@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from yolo_flash import cli
-from yolo_flash.bench import StepJob, bench_step, measure_step, summary, table
+from yolo_flash.bench import StepJob, bench_step, build_network, summary, table
 
 TINY: dict[str, Any] = {"imgsz": 64, "batch": 2, "rounds": 1, "steps": 1, "device": "cpu"}
 
@@ -39,15 +41,29 @@ def test_a_step_is_measured_from_the_command_line(tmp_path: Path, log: list[str]
 
 
 def test_arms_take_turns_in_fresh_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
+    told: list[str] = []
+    began: list[str] = []
 
-    def fake(job: StepJob, arm: str) -> dict[str, Any]:
-        order.append(arm)
-        return {"kernel_ms": 10.0 + len(order), "wall_ms": 20.0, "peak_gib": 1.0, "machine": {"text": "a card"}}
+    class Process:
+        returncode = 0
 
-    monkeypatch.setattr("yolo_flash.bench._in_fresh_process", fake)
+        def __init__(self, command: list[str], **pipes: Any) -> None:
+            self.arm = command[-1]
+            began.append(self.arm)
+
+        def communicate(self, word: str) -> tuple[str, str]:
+            told.append(self.arm)
+            assert word == "go\n"
+            answer = {"kernel_ms": 10.0 + len(told), "wall_ms": 20.0, "peak_gib": 1.0, "machine": {"text": "a card"}}
+            return f"a line of another library\n{json.dumps(answer)}\n", ""
+
+        def kill(self) -> None: ...
+
+        def wait(self) -> None: ...
+
+    monkeypatch.setattr("yolo_flash.bench.subprocess.Popen", Process)
     results = bench_step(StepJob(arms=("unpatched", "auto", "stock"), rounds=2))
-    assert order == ["unpatched", "auto", "stock"] * 2
+    assert told == began == ["unpatched", "auto", "stock"] * 2
     assert results["machine"] == {"text": "a card"}
     assert results["arms"]["auto"]["median"]["kernel_ms"] == {"median": 13.5, "low": 12.0, "high": 15.0}
 
@@ -90,4 +106,10 @@ def test_mistakes_are_told_before_a_process_starts(typed: str, message: str) -> 
 
 def test_other_tasks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"measures detection models, yolo12n-seg\.yaml is none"):
-        measure_step(StepJob(**TINY, model="yolo12n-seg.yaml"), "auto")
+        build_network(StepJob(**TINY, model="yolo12n-seg.yaml"))
+
+
+def test_a_process_whose_parent_is_gone_measures_nothing() -> None:
+    command = [sys.executable, "-m", "yolo_flash.bench", json.dumps(dataclasses.asdict(StepJob(**TINY))), "auto"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    assert "{" not in done.stdout

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from .patch import patch_modules
 from .telemetry import GIB, peak_memory_gib
 
 UNPATCHED = "unpatched"  # an arm without the plugin
+_GO = "go\n"  # what the parent writes to a process whose turn it is
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ def bench_step(job: StepJob) -> dict[str, Any]:
         The job, the machine and, for each arm, the samples of every round.
     """
     samples: dict[str, list[dict[str, Any]]] = {arm: [] for arm in job.arms}
-    turns = [arm for _ in range(job.rounds) for arm in job.arms]
-    for arm in TQDM(turns, desc=f"bench step {job.model} imgsz={job.imgsz} batch={job.batch}"):
-        samples[arm].append(_in_fresh_process(job, arm))
+    for _ in TQDM(range(job.rounds), desc=f"bench step {job.model} imgsz={job.imgsz} batch={job.batch}"):
+        for arm, answer in _one_round(job):
+            samples[arm].append(answer)
     machine: dict[str, Any] = {}
     for sample in (sample for arm in job.arms for sample in samples[arm]):
         machine = sample.pop("machine", machine)
@@ -147,18 +148,36 @@ def _cell(median: dict[str, Any], name: str) -> str:
     return f"{figure['median']:.2f} ({figure['low']:.2f}..{figure['high']:.2f})"
 
 
-def _in_fresh_process(job: StepJob, arm: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "yolo_flash.bench", json.dumps(dataclasses.asdict(job)), arm]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    answers = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not answers:
-        return {"error": (done.stderr.strip().splitlines() or ["the process ended without an answer"])[-1][:200]}
-    return json.loads(answers[-1])
+def _one_round(job: StepJob) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every arm once, each in a process of its own: they import side by side, and then measure one at a time."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-m", "yolo_flash.bench", json.dumps(dataclasses.asdict(job))]
+    started = [
+        (arm, subprocess.Popen([*command, arm], stdin=pipe, stdout=pipe, stderr=pipe, text=True)) for arm in job.arms
+    ]
+    try:
+        for arm, process in started:
+            stdout, stderr = process.communicate(_GO)
+            answers = [line for line in stdout.splitlines() if line.startswith("{")]
+            if process.returncode or not answers:
+                last = (stderr.strip().splitlines() or ["the process ended without an answer"])[-1]
+                yield arm, {"error": last[:200]}
+            else:
+                yield arm, json.loads(answers[-1])
+    finally:
+        for _, process in started:
+            process.kill()
+            process.wait()
 
 
 # In the fresh process -------------------------------------------------------------------------------------------------
-def measure_step(job: StepJob, arm: str) -> dict[str, Any]:
+def measure_step(job: StepJob, arm: str, model: Any) -> dict[str, Any]:
     """Measure one arm in this process.
+
+    Args:
+        job: What to measure.
+        arm: One of its arms.
+        model: The network in main memory, as `build_network` makes it; it is patched and moved.
 
     Returns:
         Milliseconds of GPU kernels of forward, loss and backward (`network_kernel_ms`) and of the whole step
@@ -167,7 +186,7 @@ def measure_step(job: StepJob, arm: str) -> dict[str, Any]:
     device = torch.device(f"cuda:{job.device or 0}" if job.device != "cpu" and torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     init_seeds(0, deterministic=False)
-    step, network = _make_step(job, arm, device)
+    step, forward_to_backward = _make_step(job, arm, device, model)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(3 if on_gpu else 1):
@@ -182,7 +201,7 @@ def measure_step(job: StepJob, arm: str) -> dict[str, Any]:
     peak = peak_memory_gib(device)[0]
     machine = detect(device)
     return {
-        "network_kernel_ms": _kernel_ms(network) if on_gpu else None,
+        "network_kernel_ms": _kernel_ms(forward_to_backward) if on_gpu else None,
         "kernel_ms": _kernel_ms(step) if on_gpu else None,
         "wall_ms": statistics.median(times),
         "peak_gib": peak,
@@ -191,15 +210,26 @@ def measure_step(job: StepJob, arm: str) -> dict[str, Any]:
     }
 
 
-def _make_step(job: StepJob, arm: str, device: torch.device) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The whole step, and its part from forward to backward."""
-    on_gpu = device.type == "cuda"
+def build_network(job: StepJob) -> nn.Module:
+    """The detection model as the trainer has it.
+
+    Raises:
+        ValueError: The model has another task.
+    """
     model = YOLO(job.model).model
     if not isinstance(model, nn.Module) or model.task != "detect":
         raise ValueError(f"bench step measures detection models, {job.model} is none.")
     model.args = get_cfg()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.dtype.is_floating_point)
+    return model
+
+
+def _make_step(
+    job: StepJob, arm: str, device: torch.device, model: Any
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The whole step, and its part from forward to backward."""
+    on_gpu = device.type == "cuda"
     model = model.to(device).train()
     if on_gpu:
         model = model.to(memory_format=torch.channels_last)
@@ -255,11 +285,17 @@ def _kernel_ms(run: Callable[[], None], steps: int = 4) -> float:
 
 
 def main() -> None:
-    """One arm in this process: the job and the arm are the arguments, one line of JSON the answer."""
+    """One arm in this process: the job and the arm are the arguments, one line of JSON the answer.
+
+    The device is touched only after the word to go on standard input, so that the arms do not disturb each other.
+    """
     values = json.loads(sys.argv[1])
     job = StepJob(**{**values, "arms": tuple(values["arms"])})
+    model = build_network(job)
+    if sys.stdin.readline() != _GO:
+        return  # the parent is gone
     try:
-        answer = measure_step(job, sys.argv[2])
+        answer = measure_step(job, sys.argv[2], model)
     except torch.OutOfMemoryError:
         total = torch.cuda.get_device_properties(0).total_memory / GIB
         answer = {"error": f"out of memory ({total:.0f} GiB)"}
