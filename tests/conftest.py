@@ -19,6 +19,9 @@ for _name in [name for name in os.environ if name.startswith("YOLO_FLASH") and n
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: our kernels run on the CPU
 from ultralytics import settings  # noqa: E402
 from ultralytics.utils import LOGGER  # noqa: E402
 

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OPERATORS = {  # spelled out: the plugin's own list is under test
+    "area_attention": "triton_area",
     "_scaled_dot_product_flash_attention_for_cpu": "sdpa_flash",
     "_scaled_dot_product_flash_attention": "sdpa_flash",
     "_scaled_dot_product_efficient_attention": "sdpa_efficient",
@@ -27,7 +28,7 @@ class AttentionCalls(TorchDispatchMode):
         self.backward: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().removeprefix("aten::").split(".")[0]
+        name = func.name().split("::")[1].split(".")[0]
         if name in OPERATORS:
             self.forward[OPERATORS[name]] += 1
         elif (forward := name.replace("_backward", "")) in OPERATORS:

@@ -6,7 +6,13 @@ from typing import Any
 
 from yolo_flash import Machine
 
-_RECENT: dict[str, Any] = {"kind": "cuda", "torch": "2.11.0+cu130", "toolkit": "13.0", "cudnn": 91900}
+_RECENT: dict[str, Any] = {
+    "kind": "cuda",
+    "torch": "2.11.0+cu130",
+    "toolkit": "13.0",
+    "cudnn": 91900,
+    "packages": {"triton": "3.6.0"},
+}
 
 MACHINES = {
     "P100": Machine(name="Tesla P100", capability=(6, 0), **_RECENT),
@@ -16,6 +22,11 @@ MACHINES = {
     "RTX 3090": Machine(name="NVIDIA GeForce RTX 3090", capability=(8, 6), **_RECENT),
     "RTX 4090": Machine(name="NVIDIA GeForce RTX 4090", capability=(8, 9), **_RECENT),
     "H100": Machine(name="NVIDIA H100 80GB HBM3", capability=(9, 0), **_RECENT),
+    "H100 without Triton": Machine(
+        name="NVIDIA H100 80GB HBM3",
+        capability=(9, 0),
+        **{**_RECENT, "packages": {"triton": "ModuleNotFoundError: No module named 'triton'"}},
+    ),
     "B200": Machine(name="NVIDIA B200", capability=(10, 0), **_RECENT),
     "RTX 5090": Machine(name="NVIDIA GeForce RTX 5090", capability=(12, 0), **_RECENT),
     "MI300": Machine(kind="rocm", name="AMD Instinct MI300X", gcn="gfx942", torch="2.11.0+rocm7.1", toolkit="7.1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from yolo_flash import cli
-from yolo_flash.bench import StepJob, bench_step, build_network, summary, table
+from yolo_flash.bench import Step, StepJob, bench_step, summary, table
 
 TINY: dict[str, Any] = {"imgsz": 64, "batch": 2, "rounds": 1, "steps": 1, "device": "cpu"}
 
@@ -49,13 +50,14 @@ def test_arms_take_turns_in_fresh_processes(monkeypatch: pytest.MonkeyPatch) -> 
 
         def __init__(self, command: list[str], **pipes: Any) -> None:
             self.arm = command[-1]
+            self.stdout = io.StringIO("a line of another library\nready\n")
             began.append(self.arm)
 
         def communicate(self, word: str) -> tuple[str, str]:
             told.append(self.arm)
             assert word == "go\n"
             answer = {"kernel_ms": 10.0 + len(told), "wall_ms": 20.0, "peak_gib": 1.0, "machine": {"text": "a card"}}
-            return f"a line of another library\n{json.dumps(answer)}\n", ""
+            return f"another line\n{json.dumps(answer)}\n", ""
 
         def kill(self) -> None: ...
 
@@ -90,8 +92,8 @@ def test_speed_up_is_by_gpu_time_where_there_is_one() -> None:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("bench", "bench measures: step. Found nothing"),
-        ("bench op", "bench measures: step. Found op"),
+        ("bench", "bench measures: step, attention. Found nothing"),
+        ("bench op", "bench measures: step, attention. Found op"),
         ("bench step imgz=64", r"bench step takes model=\.\.\., imgsz=\.\.\., .*; found imgz"),
         ("bench step batch=0", "batch must be a whole number of at least 1, found 0"),
         ("bench step rounds=two", "rounds must be a whole number of at least 1, found 'two'"),
@@ -106,7 +108,7 @@ def test_mistakes_are_told_before_a_process_starts(typed: str, message: str) -> 
 
 def test_other_tasks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"measures detection models, yolo12n-seg\.yaml is none"):
-        build_network(StepJob(**TINY, model="yolo12n-seg.yaml"))
+        Step(StepJob(**TINY, model="yolo12n-seg.yaml"), "auto")
 
 
 def test_a_process_whose_parent_is_gone_measures_nothing() -> None:

@@ -36,7 +36,7 @@ SPECS = {
     ),
 }
 
-F, E, C, S = "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "stock"
+F, E, C, S, T = "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "stock", "triton_area"
 GOLDEN = {  # machine: the backend for each spec above
     "P100": [E, S, E, E, S, E, E, E, E, E, S, E],
     "V100": [E, S, E, E, S, E, E, E, E, E, S, E],
@@ -44,7 +44,8 @@ GOLDEN = {  # machine: the backend for each spec above
     "A100": [F, F, E, F, S, F, F, F, F, E, S, F],
     "RTX 3090": [F, F, E, F, S, F, F, F, F, E, S, F],
     "RTX 4090": [F, F, E, F, S, F, F, F, F, E, S, F],
-    "H100": [F, F, E, F, S, C, F, C, C, E, S, F],
+    "H100": [T, T, E, T, S, T, T, T, T, E, S, T],
+    "H100 without Triton": [F, F, E, F, S, C, F, C, C, E, S, F],
     "B200": [F, F, E, F, S, F, F, F, F, E, S, F],
     "RTX 5090": [F, F, E, F, S, F, F, F, F, E, S, F],
     "MI300": [F, F, E, F, S, F, F, F, F, E, S, F],
@@ -75,6 +76,16 @@ REASONS = [
     ("RX 7900", "area fp16 train", F, "torch ships AMD kernels for gfx90a, gfx942 and gfx950, the device is gfx1100"),
     ("MPS", "area fp16 train", F, "runs on CUDA, ROCm and the CPU, the device is Apple GPU (MPS)"),
     ("MPS", "area fp16 train", E, "runs on CUDA and ROCm, the device is Apple GPU (MPS)"),
+    ("T4", "area fp16 train", T, "needs compute capability >= 8.0, Tesla T4 has 7.5"),
+    ("MI300", "area fp16 train", T, "runs on NVIDIA cards, the device is AMD Instinct MI300X (gfx942)"),
+    ("CPU", "area fp16 train", T, "runs on NVIDIA cards, the device is AMD EPYC (CPU)"),
+    ("H100", "area fp32 train", T, "needs float16 or bfloat16, the tensors are float32"),
+    (
+        "H100 without Triton",
+        "area fp16 train",
+        T,
+        "needs triton >= 3.3, its import gave ModuleNotFoundError: No module named 'triton'",
+    ),
     ("CPU", "area fp16 train", E, "runs on CUDA and ROCm, the device is AMD EPYC (CPU)"),
 ]
 
@@ -108,15 +119,19 @@ def test_limits_have_numbers() -> None:
     assert refusals(C, torch="2.5.1+cu124").startswith("needs torch >= 2.6, found 2.5.1+cu124")
     assert refusals(C, cudnn=None) == "needs cuDNN, torch reports none"
     assert refusals(C, seq_len_q=1, seq_len_k=1) == "needs at least 2 key tokens, the layer has 1"
+    assert refusals(T, head_dim=136) == "needs head_dim <= 128, the layer has 136"
+    assert refusals(T, packages={"triton": "3.2.0"}) == "needs triton >= 3.3, found 3.2.0"
+    assert refusals(T, packages={"triton": "3.3.0+git1234"}) == ""
+    assert refusals(T, packages={}) == "needs triton >= 3.3, its import gave none"
     assert refusals(C, batch=70000) == "needs batch x area <= 65535, found 70000"
 
 
-@pytest.mark.parametrize("backend", ["sdpa_math", F, E, C])
+@pytest.mark.parametrize("backend", ["sdpa_math", F, E, C, T])
 def test_masks_are_refused_while_no_backend_passes_them_on(backend: str) -> None:
     assert refusals(backend, mask=True) == "masks are not passed on yet"
 
 
-@pytest.mark.parametrize("backend", ["sdpa_math", F, E, C])
+@pytest.mark.parametrize("backend", ["sdpa_math", F, E, C, T])
 def test_separate_tensors_are_refused_while_no_block_has_them(backend: str) -> None:
     reason = "takes the packed output of one convolution, the tensors are separate"
     assert refusals(backend, layout="separate") == reason
@@ -145,20 +160,23 @@ def test_an_explicit_choice_that_can_run_is_taken(choice: str) -> None:
 
 def test_strict_takes_reproducible_backends_for_training_only() -> None:
     train, predict = SPECS["area fp16 train"], SPECS["area fp16 predict"]
-    strict = select(train, MACHINES["H100"], deterministic="strict")
-    assert strict.backend == "stock"
-    assert strict.reproducible
-    assert "changes from run to run" in strict.refused[F][0]
-    assert select(predict, MACHINES["H100"], deterministic="strict").backend == F
+    for machine, fused in (("H100", T), ("H100 without Triton", "stock"), ("A100", T), ("T4", "stock")):
+        strict = select(train, MACHINES[machine], deterministic="strict")
+        assert strict.backend == fused
+        assert strict.reproducible
+        assert "changes from run to run" in strict.refused[F][0]
+    assert select(predict, MACHINES["A100"], deterministic="strict").backend == F
     assert select(SPECS["area fp32 train nchw"], MACHINES["CPU"], deterministic="strict").backend == F
-    with pytest.raises(BackendNotSupportedError, match=r"deterministic=strict.*These can: auto, stock, sdpa_math\."):
+    with pytest.raises(
+        BackendNotSupportedError, match=r"deterministic=strict.*These can: auto, stock, sdpa_math, triton_area\."
+    ):
         select(train, MACHINES["H100"], choice=F, deterministic="strict")
 
 
 def test_a_backend_that_failed_is_not_taken_again() -> None:
-    decision = select(SPECS["area fp16 train"], MACHINES["H100"], failed={F: "raised in this run: boom"})
-    assert decision.backend == E
-    assert decision.refused[F] == ("raised in this run: boom",)
+    decision = select(SPECS["area fp16 train"], MACHINES["H100"], failed={T: "raised in this run: boom"})
+    assert decision.backend == F
+    assert decision.refused[T] == ("raised in this run: boom",)
 
 
 def test_auto_never_raises() -> None:

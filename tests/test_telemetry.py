@@ -17,7 +17,8 @@ from yolo_flash import AttentionSpec, patch_model, telemetry
 from yolo_flash import backends as backends_module
 from yolo_flash.telemetry import attention_kernels, known_columns, readable, score_bytes
 
-FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
+OPERATOR = "_scaled_dot_product_flash_attention_for_cpu"
+FORWARD = f"aten::{OPERATOR}"
 
 
 def train(args: dict[str, Any], backend: str = "sdpa_flash", **settings: Any) -> YOLO:
@@ -61,7 +62,7 @@ def test_flash_jsonl_holds_run_plan_kernels_and_epochs(tiny_args: dict[str, Any]
         assert 0.1 < row["peak_allocated_gib"] <= row["peak_reserved_gib"] < 64
         assert row["backends"] == {"sdpa_flash": 8}
         assert row["fallbacks"] == {}
-    assert any(f"one step ran 8 x {FORWARD}, 8 x {FORWARD}_backward" in line for line in log)
+    assert any(f"one step ran 8 x {OPERATOR}, 8 x {OPERATOR}_backward" in line for line in log)
     assert len([line for line in log if "images/s, peak" in line and "of score matrices avoided" in line]) == 2
 
 

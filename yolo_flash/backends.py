@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .kernels import area
 from .machine import Machine, cudnn_release, dotted
 
 aten = torch.ops.aten
@@ -95,7 +97,7 @@ class Backend:
             strides but unit last, and out and v both contiguous `[batch, seq_len, num_heads, head_dim_v]`. None for
             `stock`, which is the block's own forward.
         reproducible: Whether the backward gives the same bits every time, on a machine.
-        operators: Names of the aten operators, one of which each forward calls: a profile proves the backend by them.
+        operators: Names of the operators, one of which each forward calls: a profile proves the backend by them.
     """
 
     name: str
@@ -211,6 +213,19 @@ def _cudnn_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
         yield f"needs batch x area <= 65535, found {spec.batch}"
 
 
+def _triton_area_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
+    if machine.kind != "cuda":
+        yield f"runs on NVIDIA cards, the device is {machine}"
+        return
+    yield from _capability_limits(machine, (8, 0))
+    found = machine.packages.get("triton", "none")
+    if not found[:1].isdigit():
+        yield f"needs triton >= {dotted(area.TRITON)}, its import gave {found}"
+    elif Version(found).release < area.TRITON:
+        yield f"needs triton >= {dotted(area.TRITON)}, found {found}"
+    yield from _fused_limits(spec, machine, dtypes=(torch.float16, torch.bfloat16), head_dim_max=area.HEAD_DIM_MAX)
+
+
 def _aotriton_limits(machine: Machine) -> Iterator[str]:
     """AMD's kernels are built ahead for a few architectures; torch calls all others experimental."""
     if machine.kind == "rocm" and not (machine.gcn or "").startswith(("gfx90a", "gfx942", "gfx950")):
@@ -263,6 +278,10 @@ def _run_cudnn(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     return _attend(packed, spec, *dims, aten._scaled_dot_product_cudnn_attention, None, spec.training)
 
 
+def _run_triton_area(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    return area.area_attention(packed, spec.head_dim)
+
+
 def _always(machine: Machine) -> bool:
     return True
 
@@ -276,18 +295,23 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("stock", _no_limits, None, _always),
-        Backend("sdpa_math", _packed_limits, _run_math, _always, ("_scaled_dot_product_attention_math",)),
+        Backend("sdpa_math", _packed_limits, _run_math, _always, ("aten::_scaled_dot_product_attention_math",)),
         Backend(
             "sdpa_flash",
             _flash_limits,
             _run_flash,
             _on_cpu,
-            ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
+            ("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu"),
         ),
         Backend(
-            "sdpa_efficient", _efficient_limits, _run_efficient, _on_cpu, ("_scaled_dot_product_efficient_attention",)
+            "sdpa_efficient",
+            _efficient_limits,
+            _run_efficient,
+            _on_cpu,
+            ("aten::_scaled_dot_product_efficient_attention",),
         ),
-        Backend("sdpa_cudnn", _cudnn_limits, _run_cudnn, _on_cpu, ("_scaled_dot_product_cudnn_attention",)),
+        Backend("sdpa_cudnn", _cudnn_limits, _run_cudnn, _on_cpu, ("aten::_scaled_dot_product_cudnn_attention",)),
+        Backend("triton_area", _triton_area_limits, _run_triton_area, _always, ("yolo_flash::area_attention",)),
     )
 }
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from .patch import patch_modules
 from .telemetry import GIB, peak_memory_gib
 
 UNPATCHED = "unpatched"  # an arm without the plugin
-_GO = "go\n"  # what the parent writes to a process whose turn it is
+_READY, _GO = "ready\n", "go\n"  # what a process says that has warmed up, and what the parent says when its turn comes
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ def bench_step(job: StepJob) -> dict[str, Any]:
         The job, the machine and, for each arm, the samples of every round.
     """
     samples: dict[str, list[dict[str, Any]]] = {arm: [] for arm in job.arms}
-    for _ in TQDM(range(job.rounds), desc=f"bench step {job.model} imgsz={job.imgsz} batch={job.batch}"):
-        for arm, answer in _one_round(job):
-            samples[arm].append(answer)
+    total = job.rounds * len(job.arms)
+    for arm, answer in TQDM(_turns(job), f"bench step {job.model} imgsz={job.imgsz} batch={job.batch}", total):
+        samples[arm].append(answer)
     machine: dict[str, Any] = {}
     for sample in (sample for arm in job.arms for sample in samples[arm]):
         machine = sample.pop("machine", machine)
@@ -148,20 +149,23 @@ def _cell(median: dict[str, Any], name: str) -> str:
     return f"{figure['median']:.2f} ({figure['low']:.2f}..{figure['high']:.2f})"
 
 
-def _one_round(job: StepJob) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every arm once, each in a process of its own: they import side by side, and then measure one at a time."""
+def _turns(job: StepJob) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All measurements, each in a process of its own: they get ready side by side, and then take turns."""
     pipe = subprocess.PIPE
     command = [sys.executable, "-m", "yolo_flash.bench", json.dumps(dataclasses.asdict(job))]
     started = [
-        (arm, subprocess.Popen([*command, arm], stdin=pipe, stdout=pipe, stderr=pipe, text=True)) for arm in job.arms
+        (arm, subprocess.Popen([*command, arm], stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True))
+        for _ in range(job.rounds)
+        for arm in job.arms
     ]
     try:
-        for arm, process in started:
-            stdout, stderr = process.communicate(_GO)
-            answers = [line for line in stdout.splitlines() if line.startswith("{")]
+        said = [_until_ready(process) for _, process in started]
+        for (arm, process), before in zip(started, said, strict=True):
+            lines = before + process.communicate(_GO)[0].splitlines()
+            answers = [line for line in lines if line.startswith("{")]
             if process.returncode or not answers:
-                last = (stderr.strip().splitlines() or ["the process ended without an answer"])[-1]
-                yield arm, {"error": last[:200]}
+                last = ([line for line in lines if line.strip()] or ["the process ended without an answer"])[-1]
+                yield arm, {"error": last.strip()[:200]}
             else:
                 yield arm, json.loads(answers[-1])
     finally:
@@ -170,97 +174,104 @@ def _one_round(job: StepJob) -> Iterator[tuple[str, dict[str, Any]]]:
             process.wait()
 
 
-# In the fresh process -------------------------------------------------------------------------------------------------
-def measure_step(job: StepJob, arm: str, model: Any) -> dict[str, Any]:
-    """Measure one arm in this process.
+def _until_ready(process: subprocess.Popen[str]) -> list[str]:
+    """What a process says before it is ready, or before it ends."""
+    lines: list[str] = []
+    while line := process.stdout.readline() if process.stdout else "":
+        if line == _READY:
+            break
+        lines.append(line.rstrip())
+    return lines
 
-    Args:
-        job: What to measure.
-        arm: One of its arms.
-        model: The network in main memory, as `build_network` makes it; it is patched and moved.
+
+# In the fresh process -------------------------------------------------------------------------------------------------
+class Step:
+    """A training step of one arm, for batches of any size."""
+
+    def __init__(self, job: StepJob, arm: str) -> None:
+        """Build the network, patched unless the arm is `unpatched`, on the device, with optimizer and EMA.
+
+        Raises:
+            ValueError: The model has another task than detection.
+        """
+        self.device = torch.device(f"cuda:{job.device or 0}" if job.device != "cpu" and _has_gpu() else "cpu")
+        self.on_gpu = self.device.type == "cuda"
+        init_seeds(0, deterministic=False)
+        model: Any = YOLO(job.model).model
+        if not isinstance(model, nn.Module) or getattr(model, "task", "") != "detect":
+            raise ValueError(f"bench step measures detection models, {job.model} is none.")
+        model.args = get_cfg()
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.dtype.is_floating_point)
+        self.model: Any = model.to(self.device).train()
+        if self.on_gpu:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        if arm != UNPATCHED:
+            patch_modules(self.model, FlashConfig(backend=arm))
+        self.ema = ModelEMA(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=self.on_gpu)
+        self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[job.amp]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.on_gpu and self.dtype is torch.float16)
+
+    def forward_to_backward(self, batch: dict[str, Any]) -> None:
+        """Forward, loss and backward of a batch."""
+        amp = self.on_gpu and self.dtype is not torch.float32
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=amp):
+            loss, _ = self.model(batch)
+            loss = loss.sum()
+        self.scaler.scale(loss).backward()
+
+    def network(self, batch: dict[str, Any]) -> None:
+        """Forward, loss and backward, and no trace of them."""
+        self.forward_to_backward(batch)
+        self.optimizer.zero_grad()
+
+    def whole(self, batch: dict[str, Any]) -> None:
+        """All that the trainer does with a batch."""
+        self.forward_to_backward(batch)
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=10.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.ema.update(self.model)
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def measure_step(job: StepJob, step: Step) -> dict[str, Any]:
+    """Measure one arm in this process.
 
     Returns:
         Milliseconds of GPU kernels of forward, loss and backward (`network_kernel_ms`) and of the whole step
         (`kernel_ms`), None on a CPU; milliseconds on the clock (`wall_ms`, median); peak memory (`peak_gib`).
     """
-    device = torch.device(f"cuda:{job.device or 0}" if job.device != "cpu" and torch.cuda.is_available() else "cpu")
-    on_gpu = device.type == "cuda"
-    init_seeds(0, deterministic=False)
-    step, forward_to_backward = _make_step(job, arm, device, model)
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(3 if on_gpu else 1):
-        step()
+    batch = _random_batch(job.batch, job.imgsz, step.device)
+    if step.on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(step.device)
+    for _ in range(3 if step.on_gpu else 1):
+        step.whole(batch)
     times = []
     for _ in range(job.steps):
         start = time.perf_counter()
-        step()
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        step.whole(batch)
+        if step.on_gpu:
+            torch.cuda.synchronize(step.device)
         times.append((time.perf_counter() - start) * 1e3)
-    peak = peak_memory_gib(device)[0]
-    machine = detect(device)
+    peak = peak_memory_gib(step.device)[0]
+    machine = detect(step.device)
+    network, whole = _kernel_ms([step.network, step.whole], batch) if step.on_gpu else (None, None)
     return {
-        "network_kernel_ms": _kernel_ms(forward_to_backward) if on_gpu else None,
-        "kernel_ms": _kernel_ms(step) if on_gpu else None,
+        "network_kernel_ms": network,
+        "kernel_ms": whole,
         "wall_ms": statistics.median(times),
         "peak_gib": peak,
         "machine": dataclasses.asdict(machine)
-        | {"text": machine.with_versions, "precision": job.amp if on_gpu else "fp32"},
+        | {"text": machine.with_versions, "precision": job.amp if step.on_gpu else "fp32"},
     }
-
-
-def build_network(job: StepJob) -> nn.Module:
-    """The detection model as the trainer has it.
-
-    Raises:
-        ValueError: The model has another task.
-    """
-    model = YOLO(job.model).model
-    if not isinstance(model, nn.Module) or model.task != "detect":
-        raise ValueError(f"bench step measures detection models, {job.model} is none.")
-    model.args = get_cfg()
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.dtype.is_floating_point)
-    return model
-
-
-def _make_step(
-    job: StepJob, arm: str, device: torch.device, model: Any
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The whole step, and its part from forward to backward."""
-    on_gpu = device.type == "cuda"
-    model = model.to(device).train()
-    if on_gpu:
-        model = model.to(memory_format=torch.channels_last)
-    if arm != UNPATCHED:
-        patch_modules(model, FlashConfig(backend=arm))
-    ema = ModelEMA(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=on_gpu)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[job.amp]
-    scaler = torch.amp.GradScaler(device.type, enabled=on_gpu and dtype is torch.float16)
-    batch = _random_batch(job.batch, job.imgsz, device)
-
-    def forward_to_backward() -> None:
-        with torch.autocast(device.type, dtype=dtype, enabled=on_gpu and dtype is not torch.float32):
-            loss, _ = model(batch)
-            loss = loss.sum()
-        scaler.scale(loss).backward()
-
-    def network() -> None:
-        forward_to_backward()
-        optimizer.zero_grad()
-
-    def step() -> None:
-        forward_to_backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=10.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        ema.update(model)
-
-    return step, network
 
 
 def _random_batch(batch: int, imgsz: int, device: torch.device) -> dict[str, Any]:
@@ -273,29 +284,43 @@ def _random_batch(batch: int, imgsz: int, device: torch.device) -> dict[str, Any
     }
 
 
-def _kernel_ms(run: Callable[[], None], steps: int = 4) -> float:
-    """Mean time of all GPU kernels of a step; it varies by 1 %, and not with the speed of Python."""
+def _kernel_ms(parts: list[Callable[[dict[str, Any]], None]], batch: dict[str, Any], steps: int = 4) -> list[float]:
+    """Mean time of all GPU kernels of each part; it varies by 1 %, and not with the speed of Python.
+
+    One profile for all, since a profiler takes seconds to start and stop: a pause tells the parts apart.
+    """
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(steps):
-            run()
-        torch.cuda.synchronize()
-    kernels = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
-    return sum(event.self_device_time_total for event in kernels) / 1e3 / steps
+        for part in parts:
+            for _ in range(steps):
+                part(batch)
+            torch.cuda.synchronize()
+            time.sleep(0.5)
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events() or []
+        if event.device_type == DeviceType.CUDA
+    )
+    pauses = [after[0] - before[1] for before, after in pairwise(kernels)]
+    cuts = sorted(sorted(range(len(pauses)), key=pauses.__getitem__)[-(len(parts) - 1) :])
+    bounds = [0, *(cut + 1 for cut in cuts), len(kernels)]
+    return [sum(end - start for start, end in kernels[a:b]) / 1e3 / steps for a, b in pairwise(bounds)]
 
 
 def main() -> None:
     """One arm in this process: the job and the arm are the arguments, one line of JSON the answer.
 
-    The device is touched only after the word to go on standard input, so that the arms do not disturb each other.
+    It warms up on small images, which loads the libraries, and measures when its turn comes.
     """
     values = json.loads(sys.argv[1])
     job = StepJob(**{**values, "arms": tuple(values["arms"])})
-    model = build_network(job)
-    if sys.stdin.readline() != _GO:
-        return  # the parent is gone
     try:
-        answer = measure_step(job, sys.argv[2], model)
+        step = Step(job, sys.argv[2])
+        step.whole(_random_batch(2, 64, step.device))
+        print(_READY, end="", flush=True)
+        if sys.stdin.readline() != _GO:
+            return  # the parent is gone
+        answer = measure_step(job, step)
     except torch.OutOfMemoryError:
         total = torch.cuda.get_device_properties(0).total_memory / GIB
         answer = {"error": f"out of memory ({total:.0f} GiB)"}

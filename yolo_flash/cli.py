@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from . import offline
 from ._version import __version__
 from .backends import BackendNotSupportedError, check_name
 from .bench import StepJob, bench_step
+from .bench_attention import AttentionJob, bench_attention
 from .blocks import FlashKernelError
 from .config import FlashConfig, FlashConfigError
 from .report import checks
@@ -33,6 +34,7 @@ yolo-flash {version}: the `yolo` command with exact, fused attention for YOLO10,
   yolo-flash MODE ARGS            any `yolo` command: train, val, predict, export, track, benchmark, settings, cfg, ...
   yolo-flash checks [device=0] [--json]      what this device can run, and why not the rest
   yolo-flash bench step model=yolo12n.yaml imgsz=640 batch=16      a training step, stock against ours
+  yolo-flash bench attention      every fused attention alone, on the layers of the models
   yolo-flash help                 this screen; `yolo help` explains Ultralytics' own arguments
 
 Examples
@@ -93,22 +95,33 @@ def _checks(args: list[str]) -> None:
 
 
 def _bench(args: list[str]) -> None:
-    if not args or args[0] != "step":
-        raise _UsageError(f"bench measures: step. Found {args[0] if args else 'nothing'}.")
+    benches: dict[str, tuple[Any, Callable[[Any], object]]] = {
+        "step": (StepJob, bench_step),
+        "attention": (AttentionJob, bench_attention),
+    }
+    if not args or args[0] not in benches:
+        raise _UsageError(f"bench measures: {', '.join(benches)}. Found {args[0] if args else 'nothing'}.")
+    what = args[0]
+    make_job, measure = benches[what]
     values, words = _read(_merge(args[1:]))
-    fields = [field.name for field in dataclasses.fields(StepJob)]
+    fields = [field.name for field in dataclasses.fields(make_job)]
     if unknown := words + [key for key in values if key not in fields]:
         raise _UsageError(
-            f"bench step takes {', '.join(f'{name}=...' for name in fields)}; found {', '.join(unknown)}."
+            f"bench {what} takes {', '.join(f'{name}=...' for name in fields)}; found {', '.join(unknown)}."
         )
-    if isinstance(arms := values.get("arms"), str):
-        values["arms"] = tuple(arm.strip() for arm in arms.split(",") if arm.strip())
-    values = {key: str(value) if key in ("model", "device", "json", "amp") else value for key, value in values.items()}
+    for key, value in values.items():
+        if key in ("arms", "shapes"):
+            values[key] = tuple(name.strip() for name in str(value).split(",") if name.strip())
+        elif key in ("model", "device", "json", "amp", "dtype", "folder"):
+            values[key] = str(value)
     try:
-        job = StepJob(**values)
+        job = make_job(**values)
     except ValueError as error:
-        raise _UsageError(f"bench step: {error}") from error
-    bench_step(job)
+        raise _UsageError(f"bench {what}: {error}") from error
+    try:
+        measure(job)
+    except OSError as error:  # a file or folder that cannot be written
+        raise _UsageError(f"bench {what}: {error}") from error
 
 
 def _run_yolo(args: list[str]) -> None:

@@ -92,11 +92,14 @@ def _gpu_rules(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str
         least = (30e6 if padded else 4e6) if spec.dtype is torch.float32 else (8e6 if padded else 0)
         if spec.scores < least:
             yield "stock", _too_small(least)
+    if machine.capability == (9, 0):  # where it was measured
+        yield "triton_area", "fused, reads the convolution's output in place"
     if padded and spec.training and machine.capability == (9, 0):
         # In training only, and on the card where it was measured: cuDNN compiles a plan for every new shape.
         yield "sdpa_cudnn", "takes unequal head dims without padding"
     yield "sdpa_flash", "fused, for half precision"
     yield "sdpa_efficient", "fused, for float32 and for cards older than Ampere"
+    yield "triton_area", "fused, with the same bits every time"  # under deterministic=strict, which refuses those above
 
 
 def _cpu_rules(spec: AttentionSpec) -> Iterator[tuple[str, str]]:

@@ -32,7 +32,9 @@ GIB = 2**30
 PEAK = "flash/peak_allocated_gib"
 SPEED = "flash/images_per_second"
 COLUMNS = (PEAK, SPEED)
-_ATTENTION_KERNEL = re.compile(r"flash|fmha|sdpa|attention|dot_do_o|convert_dq", re.IGNORECASE)  # of all libraries
+_ATTENTION_KERNEL = re.compile(
+    r"flash|fmha|sdpa|attention|dot_do_o|convert_dq|area_(?:for|back)ward", re.IGNORECASE
+)  # of all libraries
 
 
 class Telemetry:
@@ -206,15 +208,15 @@ def attention_kernels(events: Iterable[Any]) -> tuple[Counter[str], Counter[str]
         events: Of a torch profile.
 
     Returns:
-        aten operator of attention -> calls, forward and backward; and, on CUDA, kernel of attention -> launches.
+        operator of attention -> calls, forward and backward; and, on CUDA, kernel of attention -> launches.
     """
-    names = {f"aten::{name}{suffix}" for b in BACKENDS.values() for name in b.operators for suffix in ("", "_backward")}
+    names = {f"{name}{suffix}" for b in BACKENDS.values() for name in b.operators for suffix in ("", "_backward")}
     operators: Counter[str] = Counter()
     kernels: Counter[str] = Counter()
     for event in events:
         nested = event.cpu_parent is not None and event.cpu_parent.name == event.name  # a redispatch of the same call
         if event.name in names and not nested:
-            operators[event.name.removeprefix("aten::")] += 1
+            operators[event.name] += 1
         elif event.device_type == DeviceType.CUDA and _ATTENTION_KERNEL.search(event.name):
             kernels[event.name] += 1
     return operators, kernels

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-FUSED = ("sdpa_flash", "sdpa_efficient", "sdpa_cudnn")
+FUSED = ("sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "triton_area")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SIZES = [(2, 20, 20), (1, 13, 8), (3, 21, 28), (1, 64, 32)]
 
@@ -126,9 +126,13 @@ def test_each_backend_trains_when_asked_for(config: str, backend: str, tiny_args
         model.train(**{**tiny_args, "device": 0, "imgsz": 128})
     layers = len(targets(model.model))
     counts = next(row["counts"] for row in events(model) if row["event"] == "kernels")
-    launched = {name: count for name, count in counts.items() if not name.startswith("_scaled_dot_product")}
-    marks = {"sdpa_flash": ("flash_fwd", "flash_bwd"), "sdpa_efficient": ("fmha_cutlassF", "fmha_cutlassB")}
-    for mark in {**marks, "sdpa_cudnn": ("fprop", "bprop")}.get(backend, ()):  # the kernels themselves, on the device
+    launched = {name: count for name, count in counts.items() if not name.startswith(("aten::", "yolo_flash::"))}
+    marks: dict[str, tuple[str, ...]] = {
+        "sdpa_flash": ("flash_fwd", "flash_bwd"),
+        "sdpa_efficient": ("fmha_cutlassF", "fmha_cutlassB"),
+    }
+    marks |= {"sdpa_cudnn": ("fprop", "bprop"), "triton_area": ("area_forward", "area_backward_q", "area_backward_kv")}
+    for mark in marks.get(backend, ()):  # the kernels themselves, on the device
         assert sum(count for name, count in launched.items() if mark in name) >= layers, launched
     if backend not in FUSED:
         assert not launched
@@ -148,14 +152,16 @@ def test_strict_trains_with_the_same_bits_twice(tiny_args: dict[str, Any]) -> No
         model = patch_model(YOLO("yolo12n.yaml"), deterministic="strict")
         with AttentionCalls() as calls:
             model.train(**{**tiny_args, "device": 0, "imgsz": 128})
-        assert not calls.backward
+        on_hopper = torch.cuda.get_device_capability() == (9, 0)
+        assert set(calls.backward) == ({"triton_area"} if on_hopper else set())
         assert {r.decision.reproducible for r in model.trainer.flash_plan if r.mode == "train"} == {True}
         weights.append(model.model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_compiles_without_a_graph_break() -> None:
-    for kind, backend in (("area4", "sdpa_flash"), ("psa", "sdpa_cudnn"), ("psa", "sdpa_efficient")):
+    cases = [("area4", "sdpa_flash"), ("psa", "sdpa_cudnn"), ("psa", "sdpa_efficient"), ("psa", "triton_area")]
+    for kind, backend in (*cases, ("area4", "triton_area")):
         torch._dynamo.reset()
         block = patched(randomise(MAKE[kind]()), backend).cuda().half().to(memory_format=torch.channels_last).eval()
         x = torch.randn(2, channels(block), 20, 20, device="cuda").half().to(memory_format=torch.channels_last)

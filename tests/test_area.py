@@ -1,0 +1,250 @@
+"""Our Triton kernels against float64: on a CPU through Triton's interpreter, on a GPU for real.
+
+The interpreter multiplies no bfloat16, and float32, which the kernels take but the backend refuses, gives tight bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from yolo_flash.kernels import area
+from yolo_flash.kernels.area import area_attention
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, about the infinities that are meant
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.float16
+CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+
+
+def packed(groups: int, tokens: int, heads: int, dim: int, dim_v: int, dtype: torch.dtype = HALF) -> Tensor:
+    return torch.randn(groups, tokens, heads, 2 * dim + dim_v).to(DEVICE, dtype)
+
+
+def exact(qkv: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Attention and v in float64, in the plainest words."""
+    q, k, v = qkv.double().split([dim, dim, qkv.shape[-1] - 2 * dim], dim=-1)
+    weights = torch.einsum("gqhd,gkhd->ghqk", q, k).mul(dim**-0.5).softmax(-1)
+    return torch.einsum("ghqk,gkhd->gqhd", weights, v), v
+
+
+def gradient(function: Any, qkv: Tensor, dim: int, dout: Tensor, dimage: Tensor) -> tuple[Tensor, Tensor]:
+    """Output of a function and the gradient of its packed input."""
+    leaf = qkv.detach().clone().requires_grad_()
+    out, image = function(leaf, dim)
+    (grad,) = torch.autograd.grad([out, image], [leaf], [dout.to(out.dtype), dimage.to(out.dtype)])
+    return out.detach(), grad
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+def check(qkv: Tensor, dim: int, bound: float) -> None:
+    """Output, copy of v and gradient of every part within a relative error."""
+    dim_v = qkv.shape[-1] - 2 * dim
+    dout, dimage = (torch.randn(*qkv.shape[:3], dim_v, device=DEVICE).to(qkv.dtype) for _ in range(2))
+    out, grad = gradient(area_attention, qkv, dim, dout, dimage)
+    truth, truth_grad = gradient(exact, qkv, dim, dout, dimage)
+    image = area_attention(qkv, dim)[1]
+    assert torch.equal(image, qkv[..., 2 * dim :])
+    assert image.is_contiguous()
+    assert out.is_contiguous()
+    assert error(out, truth) < bound
+    scale = truth_grad.norm()
+    for part, expected in zip(
+        grad.double().split([dim, dim, dim_v], -1), truth_grad.split([dim, dim, dim_v], -1), strict=True
+    ):
+        assert float((part - expected).norm() / scale) < bound
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 32, 32),  # one token
+        (2, 16, 1, 32, 32),
+        (1, 64, 2, 32, 32),  # a whole tile and no rest
+        (2, 100, 2, 32, 32),  # a rest of 36 in a tile of 64
+        (1, 129, 1, 32, 32),  # two tiles and a token
+        (3, 65, 1, 32, 64),  # PSA
+        (1, 70, 2, 36, 72),  # PSA of yolov10m: no powers of two
+        (1, 33, 1, 16, 16),
+        (1, 40, 1, 64, 64),
+        (1, 40, 1, 128, 128),
+        (1, 20, 3, 24, 48),
+    ],
+    ids=str,
+)
+def test_equals_float64(shape: tuple[int, int, int, int, int]) -> None:
+    check(packed(*shape, dtype=torch.float32), shape[3], 1e-6 if DEVICE == "cpu" else 2e-3)
+    check(packed(*shape), shape[3], 1e-3)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    groups=st.integers(1, 3),
+    tokens=st.integers(1, 150),
+    heads=st.integers(1, 3),
+    dim=st.sampled_from([16, 20, 32, 36, 64]),
+    dim_v=st.sampled_from([16, 32, 40, 64]),
+)
+def test_equals_float64_for_any_shape(groups: int, tokens: int, heads: int, dim: int, dim_v: int) -> None:
+    check(packed(groups, tokens, heads, dim, dim_v), dim, 1e-3)
+
+
+def hard_inputs() -> dict[str, Tensor]:
+    """Inputs on which a softmax goes wrong that is not careful: 130 tokens are two tiles of 64 and one of 2."""
+    torch.manual_seed(3)
+    base = packed(1, 130, 2, 32, 32)
+    large, constant, first, last = (base.clone() for _ in range(4))
+    large[..., :64] *= 60  # scores of 1e5, which float16 does not hold
+    constant[..., 32:64] = 0.25
+    first[..., :32].abs_()
+    first[:, 1, :, 32:64] = 30  # one dominating key, in the first tile that is taken
+    last[..., :32].abs_()
+    last[:, 129, :, 32:64] = 30  # and in the last: the tile sets its maximum from it
+    middle = base.clone()
+    middle[..., :32].abs_()
+    middle[:, 70, :, 32:64] = 30  # in neither: the sums overflow, and the tile is computed again
+    return {"large": large, "constant": constant, "first": first, "last": last, "middle": middle}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/gpu compares with flash, which multiplies as coarsely as we do")
+@pytest.mark.parametrize("name", hard_inputs())
+def test_hard_inputs_are_as_exact_as_in_plain_half_precision(name: str) -> None:
+    qkv = hard_inputs()[name]
+    dout, dimage = torch.randn(2, 1, 130, 2, 32, device=DEVICE).to(HALF)
+
+    def plain(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        q, k, v = t.split(dim, dim=-1)
+        weights = (torch.einsum("gqhd,gkhd->ghqk", q.float(), k.float()) * dim**-0.5).softmax(-1).to(t.dtype)
+        return torch.einsum("ghqk,gkhd->gqhd", weights.float(), v.float()).to(t.dtype), v
+
+    truth, truth_grad = gradient(exact, qkv, 32, dout, dimage)
+    half, half_grad = gradient(plain, qkv, 32, dout, dimage)
+    out, grad = gradient(area_attention, qkv, 32, dout, dimage)
+    eps = torch.finfo(HALF).eps
+    assert error(out, truth) <= 1.5 * error(half, truth) + eps / 2
+    assert error(grad, truth_grad) <= 2 * error(half_grad, truth_grad) + eps / 2
+
+
+def test_infinities_and_nans_stay_where_the_reference_has_them() -> None:
+    """A group is spoilt by its own tokens alone, and as float64 is: a key of -inf has no weight, a NaN spreads."""
+    qkv = packed(5, 130, 1, 32, 32)
+    qkv[..., :32].abs_()
+    qkv[1, 70, :, 32:64] = -math.inf  # scores of -inf for one key
+    qkv[2, 128:, :, 32:64] = -math.inf  # for all keys of the first tile
+    qkv[3, 3, 0, 40] = math.nan
+    qkv[4, :, :, 32:64] = -math.inf  # for all keys: 0/0
+    out = area_attention(qkv, 32)[0]
+    truth = exact(qkv, 32)[0]
+    assert torch.equal(out.isfinite(), truth.isfinite())
+    finite = truth.isfinite()
+    assert finite[:3].all()
+    assert not finite[3:].any()
+    assert error(out[finite], truth[finite]) < 1e-3
+
+
+def test_the_statistics_are_the_logarithms_of_the_sums() -> None:
+    for qkv in (packed(2, 130, 2, 32, 32), hard_inputs()["middle"]):
+        lse = torch.ops.yolo_flash.area_attention(qkv, 32)[2][..., :130]
+        q, k, _ = qkv.double().split(32, dim=-1)
+        scores = torch.einsum("gqhd,gkhd->ghqk", q, k) * 32**-0.5
+        torch.testing.assert_close(lse.double(), scores.logsumexp(-1) / math.log(2), atol=2e-3, rtol=1e-5)
+
+
+def test_gives_the_same_bits_every_time() -> None:
+    qkv = packed(2, 100, 2, 32, 32)
+    dout, dimage = torch.randn(2, 2, 100, 2, 32, device=DEVICE).to(HALF)
+    results = [gradient(area_attention, qkv, 32, dout, dimage) for _ in range(3)]
+    for out, grad in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+def test_gradients_come_in_any_form() -> None:
+    """Expanded, transposed, of one output only, of an input used twice; and none where none is wanted."""
+    qkv = packed(2, 40, 2, 32, 32, dtype=torch.float32)
+
+    def both(function: Any, reduce: Any) -> tuple[Tensor, Tensor]:
+        leaf = qkv.clone().requires_grad_()
+        reduce(*function(leaf, 32)).backward()
+        assert leaf.grad is not None
+        return leaf.grad, leaf
+
+    twice = torch.randn(2, 32, 40, 2, device=DEVICE).permute(0, 2, 3, 1)
+    reductions: list[Any] = [
+        lambda out, image: out.sum(),
+        lambda out, image: image.sum(),
+        lambda out, image: (out * twice).sum() + (image * twice).sum(),
+        lambda out, image: (out * image).sum() + out.pow(2).sum(),
+    ]
+    bound = 1e-5 if DEVICE == "cpu" else 1e-2
+    for reduce in reductions:
+        assert error(both(area_attention, reduce)[0], both(exact, reduce)[0].double()) < bound
+    assert not area_attention(qkv, 32)[0].requires_grad
+    leaf = qkv.clone().requires_grad_()
+    out = area_attention(area_attention(leaf, 32)[0].repeat(1, 1, 1, 3), 32)[0]  # twice in one graph
+    out.sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+
+
+def test_a_packed_tensor_of_other_strides_is_copied() -> None:
+    wide = packed(2, 40, 2, 48, 32)
+    view = wide[..., :96]
+    assert not view.is_contiguous()
+    torch.testing.assert_close(area_attention(view, 32)[0], area_attention(view.contiguous(), 32)[0])
+
+
+def test_nothing_comes_from_nothing() -> None:
+    for groups, tokens in ((0, 40), (2, 0)):
+        qkv = torch.empty(groups, tokens, 2, 96, device=DEVICE, dtype=HALF, requires_grad=True)
+        out, image = area_attention(qkv, 32)
+        assert out.shape == image.shape == (groups, tokens, 2, 32)
+        (out.sum() + image.sum()).backward()
+        assert qkv.grad is not None
+        assert qkv.grad.shape == qkv.shape
+
+
+def test_is_a_well_formed_operator() -> None:
+    qkv = packed(1, 32, 1, 32, 32, dtype=torch.float32).requires_grad_()  # 16 divides the tokens: no padding to compare
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.yolo_flash.area_attention.default, (qkv, 32), test_utils=tests)
+
+
+def test_compiles_without_a_break() -> None:
+    def function(t: Tensor) -> Tensor:
+        out, image = area_attention(t * 2, 32)
+        return out + image
+
+    leaf, eager = (packed(1, 20, 1, 32, 32, dtype=torch.float32).fill_(0.3).requires_grad_() for _ in range(2))
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)(leaf)
+    torch.testing.assert_close(compiled, function(eager))
+    compiled.sum().backward()
+    function(eager).sum().backward()
+    torch.testing.assert_close(leaf.grad, eager.grad)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_tiles_are_powers_of_two_that_fit_the_card(capability: tuple[int, int]) -> None:
+    """Tiles in shared memory: those of the stages, one more outside of the loop, and the program's own rows."""
+    kernels: tuple[area.Kernel, ...] = ("area_forward", "area_backward_q", "area_backward_kv")
+    limit = {(8, 0): 163, (9, 0): 227, (10, 0): 227}.get(capability, 99) * 1024
+    for kernel in kernels:
+        for dim, dim_v in ((16, 16), (32, 32), (32, 64), (36, 72), (64, 64), (128, 128)):
+            for tokens in (1, 400, 1600, 65536):
+                tiles = area.tiles_for(kernel, tokens, dim, dim_v, capability)
+                for size in (tiles.rows, tiles.block):
+                    assert size >= 16
+                    assert size & (size - 1) == 0
+                width = sum(1 << (d - 1).bit_length() for d in (dim, dim_v))
+                rows = tiles.block * (tiles.num_stages + 1) + tiles.rows
+                assert rows * width * 2 <= limit, (kernel, dim, dim_v, tiles)

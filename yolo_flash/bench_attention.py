@@ -1,0 +1,153 @@
+"""`yolo-flash bench attention`: the attention core alone, every fused backend and a peer, side by side in one process.
+
+Packed qkv goes in, attention and a contiguous copy of v come out (`Backend.run`), so all layout work counts. The arms
+take turns within every repeat, and the result of each is held against float64 in the very run that times it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.metadata
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ultralytics.utils import LOGGER, TQDM
+
+from ._version import __version__
+from .backends import BACKENDS, BackendNotSupportedError
+from .bench_report import ARMS, COLUMNS, CPU_SHAPES, GPU_SHAPES, MODES, PEER, SHAPES, Row, as_csv, notes, plot, table
+from .bench_timing import first_line, load_peer, measure
+from .machine import Machine, cudnn_release, detect
+
+
+@dataclass(frozen=True)
+class AttentionJob:
+    """What `bench attention` measures.
+
+    Attributes:
+        shapes: Names from `SHAPES`; if empty, those of the models on a GPU and tiny ones on a CPU.
+        arms: Names from `ARMS`; if empty, all that run on this machine.
+        repeats: Samples of each arm; a sample is 10 calls.
+        dtype: `float16`, `bfloat16` or `float32`; if empty, float16 on a GPU and float32 on a CPU.
+        folder: Where attention.csv and attention.png go; made if it is not there.
+    """
+
+    shapes: tuple[str, ...] = ()
+    arms: tuple[str, ...] = ()
+    repeats: int = 20
+    dtype: str = ""
+    folder: str = "runs/attention"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured before anything runs.
+
+        Raises:
+            ValueError: A shape, an arm or a dtype that does not exist, or a count below 1.
+        """
+        for kind, names, valid in (("shape", self.shapes, SHAPES), ("arm", self.arms, ARMS)):
+            for name in names:
+                if name not in valid:
+                    close = difflib.get_close_matches(name, valid, n=1)
+                    hint = f" Did you mean {close[0]!r}?" if close else ""
+                    raise ValueError(f"there is no {kind} {name!r}.{hint} Valid: {', '.join(valid)}.")
+        if not isinstance(self.repeats, int) or self.repeats < 1:
+            raise ValueError(f"repeats must be a whole number of at least 1, found {self.repeats!r}.")
+        if self.dtype not in ("", "float16", "bfloat16", "float32"):
+            raise ValueError(f"dtype must be float16, bfloat16 or float32, found {self.dtype!r}.")
+
+
+def bench_attention(job: AttentionJob) -> list[Row]:
+    """Measure all arms on all shapes, write attention.csv and attention.png, log a table for each mode.
+
+    Returns:
+        The rows of the CSV: `COLUMNS` -> value, None where there is none. A row without `us` has a `note` with the why.
+
+    Raises:
+        BackendNotSupportedError: An arm asked for by name, or every arm, cannot run on any of the shapes.
+        OSError: The folder cannot be written.
+    """
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    machine = detect(device)
+    dtype = job.dtype or ("float16" if on_gpu else "float32")
+    shapes = dict.fromkeys(job.shapes or (GPU_SHAPES if on_gpu else CPU_SHAPES))
+    no_peer = _no_peer(machine)  # once: an import that fails can be slow
+    rows = [row for name in shapes for row in _empty_rows(name, dtype, machine, no_peer)]
+    rows = _without_hopeless(rows, job.arms)
+    folder = Path(job.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    done: list[Row] = []
+    for name in TQDM(shapes, desc=f"bench attention {dtype}, {job.repeats} repeats"):
+        mine = [row for row in rows if row["shape"] == name]
+        measure(mine, job.repeats, device)
+        with contextlib.suppress(RuntimeError):  # after a fault of a kernel every call of CUDA raises; the notes say it
+            torch.cuda.empty_cache()
+        done += mine
+        _write(folder / "attention.csv", as_csv(done))  # after each shape: a borrowed GPU may be taken away
+    for mode in MODES:
+        LOGGER.info(table(rows, mode))
+    LOGGER.info(notes(rows))
+    if any(row["us"] is not None for row in rows):
+        _write(folder / "attention.png", plot(rows))
+    LOGGER.info(f"Results saved to {folder.resolve()}")
+    return rows
+
+
+# Arms -----------------------------------------------------------------------------------------------------------------
+def _empty_rows(name: str, dtype: str, machine: Machine, no_peer: str) -> Iterator[Row]:
+    """A row for each mode and arm, without numbers; with the reasons as a note where the arm refuses."""
+    known = {
+        "device": machine.name,
+        "torch": machine.torch,
+        "triton": machine.packages.get("triton"),
+        "cudnn": cudnn_release(machine.cudnn) if machine.cudnn else None,
+        "yolo_flash": __version__,
+    }
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        known[PEER] = importlib.metadata.version("flash-attn-4")
+    sizes = {"shape": name, **SHAPES[name]._asdict(), "dtype": dtype}
+    for mode in MODES:
+        spec = SHAPES[name].spec(getattr(torch, dtype), mode)
+        for arm in ARMS:
+            note = no_peer if arm == PEER else "; ".join(BACKENDS[arm].not_supported_reasons(spec, machine))
+            yield dict.fromkeys(COLUMNS) | known | sizes | {"mode": mode, "arm": arm, "note": note}
+
+
+def _without_hopeless(rows: list[Row], asked: tuple[str, ...]) -> list[Row]:
+    """The rows of the arms asked for, or of all.
+
+    Raises:
+        BackendNotSupportedError: One of those asked for, or every one, runs on none of the shapes.
+    """
+    able = {row["arm"] for row in rows if not row["note"]}
+    why_not = {row["arm"]: row["note"] for row in rows if row["arm"] not in able}
+    if hopeless := [arm for arm in asked or ARMS if arm in why_not and (asked or not able)]:
+        reasons = "; ".join(f"{arm}: {why_not[arm]}" for arm in hopeless)
+        others = ", ".join(arm for arm in ARMS if arm in able) or "none"
+        raise BackendNotSupportedError(f"bench attention: cannot run on any shape: {reasons}. Arms that can: {others}.")
+    return [row for row in rows if row["arm"] in (asked or ARMS)]
+
+
+def _no_peer(machine: Machine) -> str:
+    """Why flash-attn-4 cannot run; empty when it can be tried."""
+    if machine.kind != "cuda":
+        return f"runs on NVIDIA cards, the device is {machine}"
+    try:
+        load_peer()
+    except Exception as error:  # a broken installation raises anything
+        return f"its import gave {first_line(error)}"
+    return ""
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Write beside the file and swap: a reader never sees half of it."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        draft.write_bytes(content)
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,294 @@
+"""How `bench attention` measures an arm: error against float64, memory, time on the GPU and from Python.
+
+The arms take turns within every repeat. What goes wrong with one becomes a note in its row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import DeviceType, ProfilerActivity, profile
+
+from .backends import BACKENDS, AttentionSpec
+from .bench_report import BOTH, FORWARD, MODES, PEER, SHAPES, Row
+
+Call = Callable[[], tuple[Tensor, ...]]
+
+_CALLS = 10  # in one sample
+_WALL_CALLS = 50
+_SCORES_AT_ONCE = 2**26  # half a GiB in float64
+_WRONG = 0.05  # relative error; bfloat16 stays below 0.01
+
+
+@dataclass
+class _Timer:
+    """An arm that is ready to be timed; `sample()` gives the microseconds of one call, averaged over 10."""
+
+    row: Row
+    call: Call
+    sample: Callable[[], float]
+    method: str
+    note: str = ""
+
+
+def measure(rows: list[Row], repeats: int, device: torch.device) -> None:
+    """Fill in the rows of one shape; what goes wrong becomes a note."""
+    rows = [row for row in rows if not row["note"]]
+    if not rows:
+        return
+    with _noted(rows):
+        shape, dtype = SHAPES[rows[0]["shape"]], getattr(torch, rows[0]["dtype"])
+        source = torch.Generator(device).manual_seed(0)  # its own: a capture that fails can leave torch's unusable
+
+        def random(*size: int) -> Tensor:
+            return torch.randn(size, device=device, dtype=dtype, generator=source)
+
+        packed = random(*shape[:3], 2 * shape.head_dim + shape.head_dim_v)
+        dout, dimage = (random(*shape[:3], shape.head_dim_v) for _ in range(2))
+        # As small as what comes through attention: else the copy of v would hide errors in the gradients of q, k and v.
+        upstream = [dout, dimage * shape.tokens**-0.5]
+        calls = _checked(rows, packed, upstream)
+        for mode in MODES:
+            _time([(row, call) for row, call in calls if row["mode"] == mode], repeats, device)
+
+
+def _checked(rows: list[Row], packed: Tensor, upstream: list[Tensor]) -> list[tuple[Row, Call]]:
+    """The calls whose results are right; fills in errors and memory."""
+    out, grad = reference(packed, *upstream, head_dim=rows[0]["head_dim"])
+    right = []
+    for row in rows:
+        with _noted([row]):
+            call = _caller(row, packed, upstream)
+            results = call()
+            row["error_out"] = _error(results[0], out)
+            if row["mode"] == BOTH:
+                row["error_grad"] = _error(results[2], grad)
+            del results
+            for name in ("error_out", "error_grad"):
+                if row[name] is not None and not row[name] <= _WRONG:  # NaN too
+                    raise ArithmeticError(f"{name} is {row[name]:.2g}, more than {_WRONG}: wrong, so it is not timed")
+            if row["mode"] == BOTH and packed.is_cuda:
+                row["peak_mib"] = _peak_mib(call, packed.device)
+            right.append((row, call))
+    return right
+
+
+@torch.no_grad()
+def reference(packed: Tensor, dout: Tensor, dimage: Tensor, *, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Plain attention in float64, a slice of queries of one group at a time: 0.5 GiB a matrix at most.
+
+    Args:
+        packed: Queries, keys and values `[groups, tokens, heads, 2*head_dim + head_dim_v]`.
+        dout: Upstream gradient of attention `[groups, tokens, heads, head_dim_v]`.
+        dimage: Upstream gradient of the copy of v, of the same shape.
+        head_dim: Channels of a query and of a key.
+
+    Returns:
+        Attention, and the gradient of `packed`, both in float64.
+    """
+    sizes = (head_dim, head_dim, dout.shape[-1])
+    out, dpacked = torch.zeros_like(dout, dtype=torch.float64), torch.zeros_like(packed, dtype=torch.float64)
+    groups, tokens, heads, _ = packed.shape
+    step, scale = max(1, _SCORES_AT_ONCE // (heads * tokens)), head_dim**-0.5
+    for group in range(groups):
+        q, k, v = packed[group].double().transpose(0, 1).split(sizes, dim=-1)  # [heads, tokens, channels]
+        dq, dk, dv = dpacked[group].transpose(0, 1).split(sizes, dim=-1)  # views, written in place
+        dv += dimage[group].double().transpose(0, 1)
+        for start in range(0, tokens, step):
+            part = slice(start, start + step)
+            do = dout[group, part].double().transpose(0, 1)
+            p = torch.softmax(scale * q[:, part] @ k.mT, dim=-1)
+            dv += p.mT @ do
+            ds = do @ v.mT
+            ds = p * (ds - (p * ds).sum(-1, keepdim=True))
+            dq[:, part] = scale * ds @ k
+            dk += scale * ds.mT @ q[:, part]
+            out[group, part] = (p @ v).transpose(0, 1)
+    return out, dpacked
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    """Relative error by the Frobenius norm; NaN if there is one in `found`."""
+    wanted = wanted.double()
+    return ((found.double() - wanted).norm() / wanted.norm()).item()
+
+
+def _peak_mib(call: Call, device: torch.device) -> float:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def _time(calls: list[tuple[Row, Call]], repeats: int, device: torch.device) -> None:
+    """Time the arms of one shape and mode in turns, and fill in their rows."""
+    timers: list[_Timer] = []
+    for row, call in calls:
+        with _noted([row]):
+            timer = _timer(row, call, device)
+            timer.sample()  # the first replay of a graph also uploads it
+            timers.append(timer)
+    samples: list[list[float]] = [[] for _ in timers]
+    for _ in range(repeats):
+        for timer, mine in zip(timers, samples, strict=True):
+            mine.append(timer.sample())
+    exponentials = _exponentials(device)  # now: the clock of an idle GPU is another
+    for timer, mine in zip(timers, samples, strict=True):
+        row, us = timer.row, statistics.median(mine)
+        shape = SHAPES[row["shape"]]
+        timer.call()  # captures have emptied the allocator's cache
+        wall_us = _clock_us(timer.call, _WALL_CALLS, device)
+        row |= {"method": timer.method, "note": timer.note, "wall_us": wall_us}
+        row["repeats"] = 1 if timer.method == "profiler" else repeats
+        row |= {"us": us, "us_low": min(mine), "us_high": max(mine), "tflops": shape.flops(row["mode"]) / us / 1e6}
+        if exponentials and row["mode"] == FORWARD:
+            row["exp_percent"] = 100 * shape.scores / (us * 1e-6 * exponentials)
+
+
+def _timer(row: Row, call: Call, device: torch.device) -> _Timer:
+    if device.type == "cpu":
+        return _Timer(row, call, lambda: _clock_us(call, _CALLS, device), "clock")
+    try:
+        return _Timer(row, call, _graph(call), "graph")
+    except Exception as error:  # an extension may synchronise, allocate, or compile
+        note = f"kernels summed by the profiler, as no CUDA graph could be made: {first_line(error)}"
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.synchronize(device)  # takes what is left of the error
+    us = _profiled_us(call)
+    return _Timer(row, call, lambda: us, "profiler", note)
+
+
+def _graph(call: Call) -> Callable[[], float]:
+    """Capture 10 calls; the result replays them and gives the microseconds of one.
+
+    Raises:
+        RuntimeError: The capture failed, or the replay does not compute what the call does.
+    """
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # also gives back the stream after a capture that failed, which torch does not
+        for _ in range(3):
+            wanted = call()
+        with torch.cuda.graph(graph, stream=side):
+            for _ in range(_CALLS):
+                found = call()
+    torch.cuda.synchronize()
+    for tensor in found:
+        tensor.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    if not all(_error(*pair) <= _WRONG for pair in zip(found, wanted, strict=True)):
+        raise RuntimeError("kernels are missing in it")  # launched on a stream of the extension's own, say
+
+    def sample() -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3 / _CALLS
+
+    return sample
+
+
+def _profiled_us(call: Call) -> float:
+    """Microseconds of all GPU kernels of one call, over 10: once and not in turns, for a profiler is slow to start.
+
+    Raises:
+        RuntimeError: The profiler saw no kernel.
+    """
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(_CALLS):
+            call()
+        torch.cuda.synchronize()
+    kernels = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
+    if not (total := sum(event.self_device_time_total for event in kernels)):
+        raise RuntimeError("no CUDA graph could be made, and the profiler saw no kernel")
+    return total / _CALLS
+
+
+def _clock_us(call: Call, count: int, device: torch.device) -> float:
+    """Microseconds of one call from Python, over `count` calls and one wait for the GPU."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    wait()
+    return (time.perf_counter() - start) / count * 1e6
+
+
+def _exponentials(device: torch.device) -> float | None:
+    """Exponentials a second at the present clock: 16 a cycle on each multiprocessor of NVIDIA. None if unknown."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    try:
+        mhz = float(torch.cuda.clock_rate(device))
+    except Exception:  # without nvidia-ml-py, or where the driver does not tell
+        mhz = getattr(properties, "clock_rate", 0) / 1e3
+    return properties.multi_processor_count * 16 * mhz * 1e6 or None
+
+
+@contextlib.contextmanager
+def _noted(rows: Iterable[Row]) -> Iterator[None]:
+    """Turn an exception into a note on those rows that have neither numbers nor a note yet."""
+    try:
+        yield
+    except Exception as error:  # a kernel that fails must not cost the numbers of the others
+        for row in rows:
+            if row["us"] is None and not row["note"]:
+                row["note"] = first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """Type and first line of an exception."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
+# Arms -----------------------------------------------------------------------------------------------------------------
+def load_peer() -> Callable[..., Any]:
+    """The function of flash-attn-4; raises what its import raises."""
+    return importlib.import_module("flash_attn.cute").flash_attn_func
+
+
+def _run_peer(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """`Backend.run` by flash-attn-4, whose tensors are `[groups, tokens, heads, dim]` too."""
+    q, k, v = packed.split([spec.head_dim, spec.head_dim, spec.head_dim_v], dim=-1)
+    out = load_peer()(q, k, v, softmax_scale=spec.head_dim**-0.5, causal=False)
+    return (out[0] if isinstance(out, tuple) else out).contiguous(), v.contiguous()
+
+
+def _caller(row: Row, packed: Tensor, upstream: list[Tensor]) -> Call:
+    """One call of an arm: `() -> (out, v)`, or `(out, v, gradient of packed)` with the backward."""
+    spec = SHAPES[row["shape"]].spec(packed.dtype, row["mode"])
+    run = _run_peer if row["arm"] == PEER else BACKENDS[row["arm"]].run
+    assert run is not None  # `stock` is no arm
+
+    def forward() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return run(packed, spec)
+
+    def both() -> tuple[Tensor, ...]:
+        # A leaf of its own for every call: autograd ties a leaf to the stream of its first use, and a captured graph
+        # must not wait for another stream. The memory is the same, as replays need it.
+        leaf = packed.detach().requires_grad_()
+        with torch.enable_grad():
+            results = run(leaf, spec)
+        return (*(result.detach() for result in results), *torch.autograd.grad(results, leaf, upstream))
+
+    return both if row["mode"] == BOTH else forward

@@ -1,0 +1,1 @@
+"""Our own kernels, written in Triton and registered as torch operators."""

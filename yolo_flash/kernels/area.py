@@ -1,0 +1,206 @@
+"""`yolo_flash::area_attention`: attention over the packed output of a 1x1 convolution, as torch operators.
+
+The operators have fake kernels and an autograd formula, so that they run under torch.compile, in CUDA graphs, with
+autocast and DDP. Both directions give the same bits every time. Triton is imported when a kernel is first launched.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Kernel = Literal["area_forward", "area_backward_q", "area_backward_kv"]
+
+HEAD_DIM_MAX = 128
+TRITON = (3, 3)  # before it the compiler aborts the process on Hopper
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a kernel cuts its work.
+
+    Attributes:
+        rows: Rows that a program owns: queries, or keys in `area_backward_kv`.
+        block: Rows of the other side that it takes in a step.
+        num_warps: Warps of a program.
+        num_stages: Steps whose tiles are in shared memory at once.
+        max_registers: Registers of a thread at most: fewer let more programs share a multiprocessor. None: no limit.
+    """
+
+    rows: int
+    block: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+def tiles_for(kernel: Kernel, seq_len: int, head_dim: int, head_dim_v: int, capability: tuple[int, int]) -> Tiles:
+    """The tiles of a kernel: measured on an H100 (docs/results/area-h100.md), and what fits elsewhere.
+
+    Args:
+        kernel: Its name.
+        seq_len: Tokens of a group.
+        head_dim: Channels of a query and of a key.
+        head_dim_v: Channels of a value.
+        capability: Compute capability of the device.
+    """
+    width = _power_of_2(head_dim) + _power_of_2(head_dim_v)
+    hopper = capability[0] in (9, 10, 11)
+    if width > 96:  # no YOLO but yolov10m has such heads: one choice that fits everywhere
+        block = 64 if kernel == "area_forward" and width <= 128 else 32
+        return Tiles(64, block, 4, 2) if width <= 192 else Tiles(64, 32, 4, 1)
+    if not hopper:
+        return Tiles(64, 64 if kernel == "area_forward" else 32, 4, 3)
+    if kernel == "area_forward":
+        return Tiles(64, 64, 4, 3, 80 if width <= 64 else None)
+    if kernel == "area_backward_q":
+        return Tiles(64, 32, 4, 4) if width <= 64 and not 1024 <= seq_len < 8192 else Tiles(64, 64, 4, 3)
+    if width <= 64:
+        return Tiles(64, 32, 4, 3, 96) if seq_len < 2048 else Tiles(128, 64, 4, 3)
+    return Tiles(128, 64, 4, 3) if seq_len < 1024 else Tiles(128, 32, 4, 3)
+
+
+# Operators ------------------------------------------------------------------------------------------------------------
+_library = torch.library.Library("yolo_flash", "DEF")
+_library.define("area_attention(Tensor qkv, int head_dim) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    "area_attention_backward(Tensor qkv, Tensor out, Tensor lse, Tensor dout, Tensor dimage, int head_dim) -> Tensor"
+)
+
+
+def area_attention(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Exact attention within each group and head: softmax(q k^T / sqrt(head_dim)) v.
+
+    Args:
+        qkv: Queries, keys and values `[groups, seq_len, num_heads, 2*head_dim + head_dim_v]`, float16 or bfloat16, on a
+            CUDA device of compute capability 8.0 or above.
+        head_dim: Channels of a query and of a key.
+
+    Returns:
+        Attention, and a copy of v for the positional convolution: both contiguous
+        `[groups, seq_len, num_heads, head_dim_v]`, of the dtype of `qkv`.
+    """
+    out, image, _ = torch.ops.yolo_flash.area_attention(qkv, head_dim)
+    return out, image
+
+
+def _outputs(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    groups, seq_len, num_heads, packed = qkv.shape
+    shape = (groups, seq_len, num_heads, packed - 2 * head_dim)
+    lse = qkv.new_empty((groups, num_heads, (seq_len + 15) // 16 * 16), dtype=torch.float32)
+    return qkv.new_empty(shape), qkv.new_empty(shape), lse
+
+
+def _forward(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    qkv = qkv.contiguous()
+    out, image, lse = _outputs(qkv, head_dim)
+    launch("area_forward", qkv, head_dim, (qkv, out, image, lse))
+    return out, image, lse
+
+
+def _backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dimage: Tensor, head_dim: int) -> Tensor:
+    qkv, dout, dimage = qkv.contiguous(), dout.contiguous(), dimage.contiguous()
+    deltas, dqkv = torch.empty_like(lse), torch.empty_like(qkv)
+    launch("area_backward_q", qkv, head_dim, (qkv, out, dout, lse, deltas, dqkv))
+    launch("area_backward_kv", qkv, head_dim, (qkv, dout, dimage, lse, deltas, dqkv))
+    return dqkv
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    qkv, ctx.head_dim = inputs
+    out, _, lse = output
+    ctx.save_for_backward(qkv, out, lse)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dimage: Tensor | None, dlse: None) -> tuple[Tensor | None, None]:
+    qkv, out, lse = ctx.saved_tensors
+    if dout is None and dimage is None:
+        return None, None
+    dout = torch.zeros_like(out) if dout is None else dout
+    dimage = torch.zeros_like(out) if dimage is None else dimage
+    return torch.ops.yolo_flash.area_attention_backward(qkv, out, lse, dout, dimage, ctx.head_dim), None
+
+
+_library.impl("area_attention", _forward, "CompositeExplicitAutograd")
+_library.impl("area_attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("yolo_flash::area_attention", _outputs, lib=_library)
+torch.library.register_fake(
+    "yolo_flash::area_attention_backward",
+    lambda qkv, out, lse, dout, dimage, head_dim: torch.empty_like(qkv, memory_format=torch.contiguous_format),
+    lib=_library,
+)
+torch.library.register_autograd("yolo_flash::area_attention", _differentiate, setup_context=_save, lib=_library)
+
+
+# Launch ---------------------------------------------------------------------------------------------------------------
+def launch(kernel: Kernel, qkv: Tensor, head_dim: int, tensors: tuple[Tensor, ...], tiles: Tiles | None = None) -> None:
+    """Start a kernel.
+
+    Args:
+        kernel: Its name.
+        qkv: The packed tensor, which gives the sizes.
+        head_dim: Channels of a query and of a key.
+        tensors: The kernel's tensors, all contiguous.
+        tiles: Other than those of `tiles_for`, for measurements.
+    """
+    if qkv.numel() == 0:
+        return
+    device = qkv.device.index
+    sizes = tuple(qkv.shape)
+    function, grid, scalars, constants = _prepare(kernel, sizes, head_dim, device, tiles)
+    if device is None or device == torch.cuda.current_device():
+        function[grid](*tensors, *scalars, **constants)
+    else:
+        with torch.cuda.device(device):
+            function[grid](*tensors, *scalars, **constants)
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepare(
+    kernel: Kernel, sizes: tuple[int, ...], head_dim: int, device: int | None, tiles: Tiles | None
+) -> tuple[Any, tuple[int], tuple[int, int, float], dict[str, Any]]:
+    """The kernel's function, its grid, its scalar arguments and its constants."""
+    import triton
+
+    from . import area_triton
+
+    groups, seq_len, num_heads, packed = sizes
+    head_dim_v = packed - 2 * head_dim
+    function = getattr(area_triton, kernel)
+    interpreted = not isinstance(function, triton.JITFunction)
+    capability = (9, 0) if device is None else torch.cuda.get_device_capability(device)
+    tiles = tiles or tiles_for(kernel, seq_len, head_dim, head_dim_v, capability)
+    constants = {
+        "DIM": head_dim,
+        "DIM_V": head_dim_v,
+        "WIDTH": _power_of_2(head_dim),
+        "WIDTH_V": _power_of_2(head_dim_v),
+        "ROWS": tiles.rows,
+        "ROWS_TAIL": _tail(seq_len, tiles.rows),
+        "BLOCK": tiles.block,
+        "TAIL": _tail(seq_len, tiles.block),
+        "STAGES": tiles.num_stages,
+        "PTX": not interpreted,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+    if tiles.max_registers is not None:
+        constants["maxnreg"] = tiles.max_registers
+    grid = (-(-seq_len // tiles.rows) * groups * num_heads,)
+    return function, grid, (seq_len, num_heads, math.log2(math.e) * head_dim**-0.5), constants
+
+
+def _tail(seq_len: int, tile: int) -> int:
+    rest = seq_len % tile
+    return _power_of_2(rest) if rest else 0
+
+
+def _power_of_2(size: int) -> int:
+    """The power of two that is not below `size`; a matrix product in Triton wants 16 at least."""
+    return max(16, 1 << (size - 1).bit_length())
