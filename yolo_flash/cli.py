@@ -43,7 +43,7 @@ Examples
   yolo-flash predict model=runs/detect/train/weights/best.pt source=image.jpg
 
 Settings (flash.KEY=VALUE; also YOLO_FLASH_KEY in the environment, or a `flash:` section in a cfg= file)
-  flash.backend=auto              or stock, sdpa_math, sdpa_flash, sdpa_efficient, sdpa_cudnn
+  flash.backend=auto              or stock, sdpa_math, sdpa_flash, sdpa_efficient, sdpa_cudnn, triton_area
   flash.layers='model.6.*:stock'  another backend for some layers
   flash.deterministic=prefer      or strict: only bitwise reproducible backends
   flash.config=strict             a shipped or own YAML file of settings
