@@ -87,7 +87,7 @@ def test_equals_float64(shape: tuple[int, int, int, int, int]) -> None:
     check(packed(*shape), shape[3], 1e-3)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     groups=st.integers(1, 3),
     tokens=st.integers(1, 150),

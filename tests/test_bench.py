@@ -92,8 +92,8 @@ def test_speed_up_is_by_gpu_time_where_there_is_one() -> None:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("bench", "bench measures: step, attention. Found nothing"),
-        ("bench op", "bench measures: step, attention. Found op"),
+        ("bench", "bench measures: step, op. Found nothing"),
+        ("bench epoch", "bench measures: step, op. Found epoch"),
         ("bench step imgz=64", r"bench step takes model=\.\.\., imgsz=\.\.\., .*; found imgz"),
         ("bench step batch=0", "batch must be a whole number of at least 1, found 0"),
         ("bench step rounds=two", "rounds must be a whole number of at least 1, found 'two'"),

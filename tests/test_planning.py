@@ -137,7 +137,12 @@ def test_the_plan_has_a_row_for_each_layer_and_mode() -> None:
 def test_a_plan_for_another_machine() -> None:
     model = YOLO("yolo26n.yaml").model
     shot = Shot("train", 16, 640, 640, torch.float16, nhwc=True)
-    for card, backend in (("H100", "sdpa_cudnn"), ("A100", "sdpa_flash"), ("MPS", "stock")):
+    for card, backend in (
+        ("H100", "triton_area"),
+        ("H100 without Triton", "sdpa_cudnn"),
+        ("A100", "sdpa_flash"),
+        ("MPS", "stock"),
+    ):
         rows = make_plan(model, Runtime(FlashConfig()), MACHINES[card], [shot])
         assert {row.decision.backend for row in rows} == {backend}
 
@@ -158,7 +163,8 @@ def test_the_description_folds_equal_rows_and_marks_what_is_not_reproducible() -
     model = YOLO("yolo12x.yaml").model
     patch_modules(model, FlashConfig())
     shot = Shot("train", 16, 640, 640, torch.float16, nhwc=True, deterministic=True)
-    text = describe(make_plan(model, Runtime(FlashConfig()), MACHINES["H100"], [shot]), MACHINES["H100"])
+    card = MACHINES["H100 without Triton"]
+    text = describe(make_plan(model, Runtime(FlashConfig()), card, [shot]), card)
     lines = text.splitlines()
     assert lines[0] == "yolo-flash: 16 attention layers on NVIDIA H100 80GB HBM3 (Hopper, compute capability 9.0)"
     assert [line.split(maxsplit=9) for line in lines[2:4]] == [

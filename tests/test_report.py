@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -199,3 +200,47 @@ def test_json_stands_alone_on_standard_output() -> None:
 
 def test_a_new_user_gets_json_alone_from_the_first_command(tmp_path: Path) -> None:
     assert run_json("device=cpu", config=tmp_path)["machine"]["kind"] == "cpu"
+
+
+# Plan -----------------------------------------------------------------------------------------------------------------
+def test_plan_says_what_a_run_would_use_and_what_became_of_the_others(log: list[str]) -> None:
+    cli.main(["plan", "imgsz=640", "batch=4", "device=cpu"])
+    text = "\n".join(log)
+    assert "8 attention layers on" in text
+    assert re.search(r"train +4 in model\.6 +AAttn +16 +2 +400 +sdpa_flash +fused on the CPU", text)
+    assert re.search(r"val +4 in model\.8 +AAttn +8 +4 +400 +sdpa_flash", text)
+    assert "16 x 2 heads x 400 tokens x 32, float32, nchw, train: sdpa_flash; the others" in text
+    assert re.search(r"\n    stock +ready\n", text)
+    assert re.search(r"\n    sdpa_cudnn +runs on NVIDIA cards, the device is", text)
+    scores = 4 * (16 * 2 + 4 * 4) * 400**2  # four layers of 16 groups with 2 heads, and four of 4 groups with 4 heads
+    assert f"score matrices that training keeps: stock {scores * 4 / 2**20:.0f} MiB, planned 0 MiB" in text
+
+
+def test_plan_as_json_is_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["plan", "model=yolo26n.yaml", "imgsz=64", "device=cpu", "train", "--json", "flash.backend=sdpa_math"])
+    facts = json.loads(capsys.readouterr().out)
+    assert [row["layer"].split(".")[1] for row in facts["plan"]] == ["10", "22"]
+    for row in facts["plan"]:
+        assert (row["mode"], row["backend"], row["why"]) == ("train", "sdpa_math", "asked for")
+        assert row["spec"]["seq_len_q"] == 4
+        assert set(row["refused"]) == {"sdpa_efficient", "sdpa_cudnn", "triton_area"}
+    assert facts["score_bytes"]["stock"] == facts["score_bytes"]["planned"] > 0
+    assert facts["machine"]["kind"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("plan imgz=64", r"plan takes model=\.\.\., imgsz=.* found imgz"),
+        ("plan predict", "found predict"),
+        ("plan batch=0", "batch must be a whole number of at least 1, found 0"),
+        ("plan imgsz=[640,480]", r"imgsz must be a whole number of at least 1, found \[640, 480\]"),
+        ("plan model=yolov8n.yaml device=cpu", "no patched attention layer"),
+        ("plan flash.enabled=false device=cpu", "no patched attention layer"),
+        ("plan flash.backend=sdpa_cudnn device=cpu", "runs on NVIDIA cards"),
+        ("plan device=7", "device"),
+    ],
+)
+def test_plan_tells_what_it_cannot_do(typed: str, told: str) -> None:
+    with pytest.raises(SystemExit, match=told):
+        cli.main(typed.split())

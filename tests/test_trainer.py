@@ -117,7 +117,8 @@ class Decided(Phases):
         monkeypatch.setattr(FlashBlock, "_choose", spy)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "_scaled_dot_product" in func.name() and "backward" not in func.name():
+        fused = "_scaled_dot_product" in func.name() or "area_attention" in func.name()
+        if fused and "backward" not in func.name():
             self.calls[self.phase] += 1
         return func(*args, **(kwargs or {}))
 

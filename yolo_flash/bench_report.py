@@ -1,4 +1,4 @@
-"""The rows of `bench attention` and what is made of them: CSV, tables, notes and a plot."""
+"""The rows of `bench op` and what is made of them: CSV, tables, notes and a plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How `bench attention` measures an arm: error against float64, memory, time on the GPU and from Python.
+"""How `bench op` measures an arm: error against float64, memory, time on the GPU and from Python.
 
 The arms take turns within every repeat. What goes wrong with one becomes a note in its row.
 """

@@ -22,10 +22,10 @@ from . import offline
 from ._version import __version__
 from .backends import BackendNotSupportedError, check_name
 from .bench import StepJob, bench_step
-from .bench_attention import AttentionJob, bench_attention
+from .bench_op import OpJob, bench_op
 from .blocks import FlashKernelError
 from .config import FlashConfig, FlashConfigError
-from .report import checks
+from .report import checks, show_plan
 from .trainer import patch_from_sources
 
 HELP = """
@@ -33,8 +33,9 @@ yolo-flash {version}: the `yolo` command with exact, fused attention for YOLO10,
 
   yolo-flash MODE ARGS            any `yolo` command: train, val, predict, export, track, benchmark, settings, cfg, ...
   yolo-flash checks [device=0] [--json]      what this device can run, and why not the rest
+  yolo-flash plan model=yolo12n.yaml imgsz=640 batch=16 [train|val] [--json]      what a run would use, and why
   yolo-flash bench step model=yolo12n.yaml imgsz=640 batch=16      a training step, stock against ours
-  yolo-flash bench attention      every fused attention alone, on the layers of the models
+  yolo-flash bench op             every fused attention alone, on the layers of the models
   yolo-flash help                 this screen; `yolo help` explains Ultralytics' own arguments
 
 Examples
@@ -72,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             _checks(args[1:])
         elif command == "bench":
             _bench(args[1:])
+        elif command == "plan":
+            _plan(args[1:])
         else:
             if command in ("version", "v"):
                 LOGGER.info(f"yolo-flash {__version__}, ultralytics:")
@@ -94,10 +97,28 @@ def _checks(args: list[str]) -> None:
         raise _UsageError(f"device={values.get('device')}: {error}") from error
 
 
+def _plan(args: list[str]) -> None:
+    settings, rest = split_settings(_merge(arg for arg in args if arg != "--json"))
+    values, words = _read(rest)
+    keys = ("model", "imgsz", "batch", "device", "amp")
+    if unknown := [word for word in words if word not in ("train", "val")] + [key for key in values if key not in keys]:
+        takes = ", ".join(f"{key}=..." for key in keys)
+        raise _UsageError(f"plan takes {takes}, flash.*, train or val, and --json; found {', '.join(unknown)}.")
+    for key in ("imgsz", "batch"):
+        if not isinstance(values.get(key, 1), int) or values.get(key, 1) < 1:
+            raise _UsageError(f"plan: {key} must be a whole number of at least 1, found {values[key]!r}.")
+    model = str(values.pop("model", "yolo12n.yaml"))
+    _refuse_missing(model, f"model={model}", "train")
+    try:
+        show_plan(model, {"cli": settings}, tuple(words) or ("train", "val"), as_json="--json" in args, **values)
+    except (ValueError, FileNotFoundError) as error:
+        raise _UsageError(f"plan: {error}") from error
+
+
 def _bench(args: list[str]) -> None:
     benches: dict[str, tuple[Any, Callable[[Any], object]]] = {
         "step": (StepJob, bench_step),
-        "attention": (AttentionJob, bench_attention),
+        "op": (OpJob, bench_op),
     }
     if not args or args[0] not in benches:
         raise _UsageError(f"bench measures: {', '.join(benches)}. Found {args[0] if args else 'nothing'}.")

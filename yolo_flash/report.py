@@ -1,19 +1,25 @@
-"""`yolo-flash checks`: what this device can run, and why not the rest, for people and for bug reports."""
+"""`yolo-flash checks` and `yolo-flash plan`: what a device can run and a model would run, and why not the rest."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from ultralytics import YOLO
 from ultralytics.utils import LOGGER
 from ultralytics.utils.checks import collect_system_info
 
 from ._version import __version__
 from .backends import BACKENDS, AttentionSpec
 from .machine import Machine, cudnn_release, detect, resolve_device
+from .planning import PlanRow, describe
 from .selector import select
+from .telemetry import plan_entry, readable, score_bytes
+from .trainer import patch_from_sources, plan
 
 
 def checks(device: str | int | None = None, as_json: bool = False) -> dict[str, Any]:
@@ -29,9 +35,7 @@ def checks(device: str | int | None = None, as_json: bool = False) -> dict[str, 
     Raises:
         ValueError: The device does not exist.
     """
-    disabled, threads = LOGGER.disabled, torch.get_num_threads()
-    LOGGER.disabled = disabled or as_json  # Ultralytics logs to standard output
-    try:
+    with _quiet(as_json):
         machine = detect(resolve_device(device))
         facts: dict[str, Any] = {
             "yolo_flash": __version__,
@@ -41,12 +45,21 @@ def checks(device: str | int | None = None, as_json: bool = False) -> dict[str, 
         }
         LOGGER.info(_text(facts, machine))
         facts["ultralytics"] = collect_system_info()
-    finally:
-        LOGGER.disabled = disabled
-        torch.set_num_threads(threads)  # select_device, which Ultralytics' checks call too, changes it for the CPU
     if as_json:
         print(json.dumps(facts, indent=2, default=str))
     return facts
+
+
+@contextlib.contextmanager
+def _quiet(really: bool) -> Iterator[None]:
+    """Without Ultralytics' log, which goes to standard output; leaves its switch and torch's threads as they were."""
+    disabled, threads = LOGGER.disabled, torch.get_num_threads()
+    LOGGER.disabled = disabled or really
+    try:
+        yield
+    finally:
+        LOGGER.disabled = disabled
+        torch.set_num_threads(threads)  # select_device, which Ultralytics' checks call too, changes it for the CPU
 
 
 def typical_specs(machine: Machine) -> dict[str, AttentionSpec]:
@@ -93,3 +106,67 @@ def _text(facts: dict[str, Any], machine: Machine) -> str:
             chosen = f"  <- auto: {verdicts['why']}" if backend == verdicts["auto"] else ""
             lines.append(f"  {backend:<15}{text}{chosen}")
     return "\n".join(lines)
+
+
+# Plan -----------------------------------------------------------------------------------------------------------------
+def show_plan(
+    model: str,
+    sources: dict[str, Any],
+    modes: tuple[str, ...] = ("train", "val"),
+    as_json: bool = False,
+    **run: Any,
+) -> dict[str, Any]:
+    """Log what each attention layer of a model would run, without training it.
+
+    Args:
+        model: Checkpoint or YAML, as in Ultralytics.
+        sources: Settings, as keyword arguments of `FlashConfig.resolve`.
+        modes: Of `train` and `val`.
+        as_json: Print JSON on standard output, and nothing else.
+        **run: `imgsz`, `batch`, `device` and `amp` of the run, as in `plan`.
+
+    Returns:
+        The rows as in flash.jsonl, and the bytes of score matrices that training keeps, in stock form and as planned.
+
+    Raises:
+        BackendNotSupportedError: A backend asked for by name cannot run a layer.
+        ValueError: The plugin is off, the model has nothing to patch, or the device does not exist.
+    """
+    with _quiet(as_json):
+        machine = detect(resolve_device(run.get("device")))
+        rows = [row for row in plan(patch_from_sources(YOLO(model), sources), **run) if row.mode in modes]
+        stock, planned = _kept_scores(rows)
+        LOGGER.info(describe(rows, machine))
+        LOGGER.info(_others(rows))
+        if "train" in modes:
+            LOGGER.info(f"score matrices that training keeps: stock {readable(stock)}, planned {readable(planned)}")
+    facts = {
+        "yolo_flash": __version__,
+        "model": model,
+        "machine": dataclasses.asdict(machine),
+        "plan": [plan_entry(row) for row in rows],
+        "score_bytes": {"stock": stock, "planned": planned},
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2, default=str))
+    return facts
+
+
+def _kept_scores(rows: list[PlanRow]) -> tuple[int, int]:
+    """Bytes of score matrices kept for the backward: if all layers were stock, and as planned."""
+    training = [row.decision for row in rows if row.mode == "train"]
+    unfused = [decision.spec for decision in training if not BACKENDS[decision.backend].fused]
+    return score_bytes(decision.spec for decision in training), score_bytes(unfused)
+
+
+def _others(rows: list[PlanRow]) -> str:
+    """What became of the other backends, layers with the same fate in one block."""
+    fates: dict[tuple[str, ...], list[PlanRow]] = {}
+    for row in rows:
+        lines = tuple(
+            f"    {name:<16}{'; '.join(row.decision.refused[name]) if name in row.decision.refused else 'ready'}"
+            for name in BACKENDS
+            if name != row.decision.backend
+        )
+        fates.setdefault((f"{row.decision.spec}: {row.decision.backend}", *lines), []).append(row)
+    return "\n".join(line for (head, *lines) in fates for line in (f"  {head}; the others", *lines))

@@ -1,4 +1,4 @@
-"""`yolo-flash bench attention`: the attention core alone, every fused backend and a peer, side by side in one process.
+"""`yolo-flash bench op`: the attention core alone, every fused backend and a peer, side by side in one process.
 
 Packed qkv goes in, attention and a contiguous copy of v come out (`Backend.run`), so all layout work counts. The arms
 take turns within every repeat, and the result of each is held against float64 in the very run that times it.
@@ -25,22 +25,22 @@ from .machine import Machine, cudnn_release, detect
 
 
 @dataclass(frozen=True)
-class AttentionJob:
-    """What `bench attention` measures.
+class OpJob:
+    """What `bench op` measures.
 
     Attributes:
         shapes: Names from `SHAPES`; if empty, those of the models on a GPU and tiny ones on a CPU.
         arms: Names from `ARMS`; if empty, all that run on this machine.
         repeats: Samples of each arm; a sample is 10 calls.
         dtype: `float16`, `bfloat16` or `float32`; if empty, float16 on a GPU and float32 on a CPU.
-        folder: Where attention.csv and attention.png go; made if it is not there.
+        folder: Where op.csv and op.png go; made if it is not there.
     """
 
     shapes: tuple[str, ...] = ()
     arms: tuple[str, ...] = ()
     repeats: int = 20
     dtype: str = ""
-    folder: str = "runs/attention"
+    folder: str = "runs/op"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured before anything runs.
@@ -60,8 +60,8 @@ class AttentionJob:
             raise ValueError(f"dtype must be float16, bfloat16 or float32, found {self.dtype!r}.")
 
 
-def bench_attention(job: AttentionJob) -> list[Row]:
-    """Measure all arms on all shapes, write attention.csv and attention.png, log a table for each mode.
+def bench_op(job: OpJob) -> list[Row]:
+    """Measure all arms on all shapes, write op.csv and op.png, log a table for each mode.
 
     Returns:
         The rows of the CSV: `COLUMNS` -> value, None where there is none. A row without `us` has a `note` with the why.
@@ -81,18 +81,18 @@ def bench_attention(job: AttentionJob) -> list[Row]:
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
     done: list[Row] = []
-    for name in TQDM(shapes, desc=f"bench attention {dtype}, {job.repeats} repeats"):
+    for name in TQDM(shapes, desc=f"bench op {dtype}, {job.repeats} repeats"):
         mine = [row for row in rows if row["shape"] == name]
         measure(mine, job.repeats, device)
         with contextlib.suppress(RuntimeError):  # after a fault of a kernel every call of CUDA raises; the notes say it
             torch.cuda.empty_cache()
         done += mine
-        _write(folder / "attention.csv", as_csv(done))  # after each shape: a borrowed GPU may be taken away
+        _write(folder / "op.csv", as_csv(done))  # after each shape: a borrowed GPU may be taken away
     for mode in MODES:
         LOGGER.info(table(rows, mode))
     LOGGER.info(notes(rows))
     if any(row["us"] is not None for row in rows):
-        _write(folder / "attention.png", plot(rows))
+        _write(folder / "op.png", plot(rows))
     LOGGER.info(f"Results saved to {folder.resolve()}")
     return rows
 
@@ -128,7 +128,7 @@ def _without_hopeless(rows: list[Row], asked: tuple[str, ...]) -> list[Row]:
     if hopeless := [arm for arm in asked or ARMS if arm in why_not and (asked or not able)]:
         reasons = "; ".join(f"{arm}: {why_not[arm]}" for arm in hopeless)
         others = ", ".join(arm for arm in ARMS if arm in able) or "none"
-        raise BackendNotSupportedError(f"bench attention: cannot run on any shape: {reasons}. Arms that can: {others}.")
+        raise BackendNotSupportedError(f"bench op: cannot run on any shape: {reasons}. Arms that can: {others}.")
     return [row for row in rows if row["arm"] in (asked or ARMS)]
 
 

@@ -1,4 +1,4 @@
-"""`yolo-flash bench attention`: right results or no times, arms that fail told in notes, files that can be quoted."""
+"""`yolo-flash bench op`: right results or no times, arms that fail told in notes, files that can be quoted."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from yolo_flash import Machine, bench_attention, bench_timing, cli
+from yolo_flash import Machine, bench_op, bench_timing, cli
 from yolo_flash.backends import BACKENDS, AttentionSpec, BackendNotSupportedError
-from yolo_flash.bench_attention import AttentionJob
+from yolo_flash.bench_op import OpJob
 from yolo_flash.bench_report import ARMS, BOTH, COLUMNS, FORWARD, GPU_SHAPES, MODES, OURS, SHAPES, notes, plot, table
 from yolo_flash.bench_timing import reference
 
@@ -30,7 +30,7 @@ Install = Callable[..., None]
 
 
 def measure(**job: Any) -> dict[tuple[str, str, str], dict[str, Any]]:
-    rows = bench_attention.bench_attention(AttentionJob(**{"repeats": 1, **job}))
+    rows = bench_op.bench_op(OpJob(**{"repeats": 1, **job}))
     return {(row["shape"], row["mode"], row["arm"]): row for row in rows}
 
 
@@ -60,10 +60,10 @@ def made_up_rows() -> list[dict[str, Any]]:
 
 # The command ----------------------------------------------------------------------------------------------------------
 def test_the_command_writes_numbers_and_a_plot_and_logs_tables(tmp_path: Path, log: list[str]) -> None:
-    cli.main(["bench", "attention", "repeats=1"])
-    folder = tmp_path / "runs" / "attention"
-    assert sorted(file.name for file in folder.iterdir()) == ["attention.csv", "attention.png"]
-    with (folder / "attention.csv").open(newline="") as file:
+    cli.main(["bench", "op", "repeats=1"])
+    folder = tmp_path / "runs" / "op"
+    assert sorted(file.name for file in folder.iterdir()) == ["op.csv", "op.png"]
+    with (folder / "op.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
     assert [(row["shape"], row["mode"], row["arm"]) for row in rows] == [
@@ -83,7 +83,7 @@ def test_the_command_writes_numbers_and_a_plot_and_logs_tables(tmp_path: Path, l
         assert row["torch"] == torch.__version__
         assert row["device"]
     assert all(row["note"] and not row["us"] for row in rows if row["arm"] != "sdpa_flash")
-    with Image.open(folder / "attention.png") as image:
+    with Image.open(folder / "op.png") as image:
         assert image.format == "PNG"
         assert 600 < image.width < 4000
         assert 400 < image.height < 3000
@@ -95,11 +95,11 @@ def test_the_command_writes_numbers_and_a_plot_and_logs_tables(tmp_path: Path, l
 
 
 def test_settings_come_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs: list[AttentionJob] = []
-    monkeypatch.setattr(cli, "bench_attention", jobs.append)
-    typed = "bench attention shapes=one-group,tiny-psa arms=sdpa_flash repeats=3 dtype=bfloat16 folder=2024"
+    jobs: list[OpJob] = []
+    monkeypatch.setattr(cli, "bench_op", jobs.append)
+    typed = "bench op shapes=one-group,tiny-psa arms=sdpa_flash repeats=3 dtype=bfloat16 folder=2024"
     cli.main(typed.split())
-    assert jobs == [AttentionJob(("one-group", "tiny-psa"), ("sdpa_flash",), 3, "bfloat16", "2024")]
+    assert jobs == [OpJob(("one-group", "tiny-psa"), ("sdpa_flash",), 3, "bfloat16", "2024")]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_settings_come_from_the_command_line(tmp_path: Path, monkeypatch: pytest
         ("dtype=fp16", "dtype must be float16, bfloat16 or float32, found 'fp16'"),
         (
             "shape=one-group",
-            "bench attention takes shapes=..., arms=..., repeats=..., dtype=..., folder=...; found shape",
+            "bench op takes shapes=..., arms=..., repeats=..., dtype=..., folder=...; found shape",
         ),
         ("arms=triton_area", "cannot run on any shape: triton_area: runs on NVIDIA cards"),
         ("arms=sdpa_flash,flash_attn_4", "flash_attn_4: runs on NVIDIA cards"),
@@ -122,15 +122,15 @@ def test_settings_come_from_the_command_line(tmp_path: Path, monkeypatch: pytest
 )
 def test_mistakes_are_told_before_anything_runs(typed: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as raised:
-        cli.main(["bench", "attention", typed])
+        cli.main(["bench", "op", typed])
     assert message in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
-    with pytest.raises(SystemExit, match=r"bench attention: .*taken"):
-        cli.main(["bench", "attention", "folder=taken"])
+    with pytest.raises(SystemExit, match=r"bench op: .*taken"):
+        cli.main(["bench", "op", "folder=taken"])
 
 
 # Arms -----------------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_flash_attn_4_gets_views_and_the_true_scale(as_tuple: bool, monkeypatch:
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace(flash_attn_func=func))
     card = Machine(kind="cuda", name="a card", capability=(9, 0))
-    assert bench_attention._no_peer(card) == ""
+    assert bench_op._no_peer(card) == ""
     packed = torch.randn(2, 10, 2, 32 + 32 + 64)
     spec = AttentionSpec(2, 2, 10, 10, 32, 64, torch.float32, "nhwc")
     for found, wanted in zip(bench_timing._run_peer(packed, spec), flash(packed, spec), strict=True):
@@ -269,7 +269,7 @@ def test_flash_attn_4_gets_views_and_the_true_scale(as_tuple: bool, monkeypatch:
 
 def test_a_broken_flash_attn_4_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    reason = bench_attention._no_peer(Machine(kind="cuda", name="a card", capability=(9, 0)))
+    reason = bench_op._no_peer(Machine(kind="cuda", name="a card", capability=(9, 0)))
     assert reason.startswith("its import gave ModuleNotFoundError: ")
 
 
@@ -324,15 +324,15 @@ def test_the_plot_has_room_for_all_shapes(keep: Callable[[dict[str, Any]], bool]
 
 
 def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill = bench_attention.measure
+    fill = bench_op.measure
 
     def interrupted(rows: list[dict[str, Any]], *args: Any) -> None:
         if rows[0]["shape"] == "tiny-psa":
             raise KeyboardInterrupt
         fill(rows, *args)
 
-    monkeypatch.setattr(bench_attention, "measure", interrupted)
+    monkeypatch.setattr(bench_op, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         measure(folder=str(tmp_path))
-    with (tmp_path / "attention.csv").open(newline="") as file:
+    with (tmp_path / "op.csv").open(newline="") as file:
         assert {row["shape"] for row in csv.DictReader(file)} == {"tiny-area"}
