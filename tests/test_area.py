@@ -113,7 +113,10 @@ def hard_inputs() -> dict[str, Tensor]:
     middle = base.clone()
     middle[..., :32].abs_()
     middle[:, 70, :, 32:64] = 30  # in neither: the sums overflow, and the tile is computed again
-    return {"large": large, "constant": constant, "first": first, "last": last, "middle": middle}
+    low = base.clone()  # all scores far below 0, that of the padding
+    low[..., :32] = low[..., :32].abs() + 5
+    low[..., 32:64] = -low[..., 32:64].abs() - 5
+    return {"large": large, "constant": constant, "first": first, "last": last, "middle": middle, "low": low}
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="tests/gpu compares with flash, which multiplies as coarsely as we do")
@@ -137,8 +140,10 @@ def test_hard_inputs_are_as_exact_as_in_plain_half_precision(name: str) -> None:
 
 def test_infinities_and_nans_stay_where_the_reference_has_them() -> None:
     """A group is spoilt by its own tokens alone, and as float64 is: a key of -inf has no weight, a NaN spreads."""
-    qkv = packed(5, 130, 1, 32, 32)
+    qkv = packed(6, 130, 1, 32, 32)
     qkv[..., :32].abs_()
+    qkv[5, :, :, 32:64] = -3.0
+    qkv[5, :64, :, 32:64] = -math.inf  # for the first tile, and far below 0 for the others
     qkv[1, 70, :, 32:64] = -math.inf  # scores of -inf for one key
     qkv[2, 128:, :, 32:64] = -math.inf  # for all keys of the first tile
     qkv[3, 3, 0, 40] = math.nan
@@ -147,9 +152,50 @@ def test_infinities_and_nans_stay_where_the_reference_has_them() -> None:
     truth = exact(qkv, 32)[0]
     assert torch.equal(out.isfinite(), truth.isfinite())
     finite = truth.isfinite()
-    assert finite[:3].all()
-    assert not finite[3:].any()
+    assert finite[[0, 1, 2, 5]].all()
+    assert not finite[3:5].any()
     assert error(out[finite], truth[finite]) < 1e-3
+
+
+def test_gradients_of_keys_of_minus_infinity_are_finite_where_float64_has_them_finite() -> None:
+    qkv = packed(2, 130, 1, 32, 32)
+    qkv[..., :32].abs_()
+    qkv[0, 70, :, 32:64] = -math.inf
+    dout, dimage = torch.randn(2, 2, 130, 1, 32, device=DEVICE).to(HALF)
+    grad = gradient(area_attention, qkv, 32, dout, dimage)[1]
+    truth = gradient(exact, qkv, 32, dout, dimage)[1]
+    finite = truth.isfinite()
+    assert finite[1].all()
+    assert finite[..., 32:].all()  # of k and v; q's is 0 * inf
+    assert grad[finite].isfinite().all()
+    assert error(grad[finite], truth[finite]) < 2e-3
+
+
+def test_a_second_derivative_is_refused_and_not_dropped() -> None:
+    leaf = packed(1, 20, 1, 32, 32).requires_grad_()
+    out = area_attention(leaf, 32)[0]
+    (grad,) = torch.autograd.grad(out.float().pow(2).sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"no gradient of its gradient.*flash\.backend=sdpa_math"):
+        grad.float().pow(2).sum().backward()
+
+
+def test_what_is_no_packed_tensor_is_refused() -> None:
+    for shape, dim, told in (
+        ((2, 20, 96), 32, r"expected \[groups, seq_len, num_heads, .*found \[2, 20, 96\]"),
+        ((2, 20, 1, 96), 48, "with head_dim 48"),
+        ((2, 20, 1, 96), 0, "with head_dim 0"),
+        ((1, 20, 1, 32 + 32 + 136), 32, "head dims go up to 128, found 136"),
+    ):
+        for device in (DEVICE, "meta"):
+            with pytest.raises(ValueError, match=told):
+                area_attention(torch.zeros(shape, dtype=HALF, device=device), dim)
+
+
+def test_the_backward_is_tried_once_on_one_head() -> None:
+    area._try_backward.cache_clear()
+    for _ in range(2):
+        area._try_backward(33, 96, 32, HALF, torch.device(DEVICE))
+    assert area._try_backward.cache_info().misses == 1
 
 
 def test_the_statistics_are_the_logarithms_of_the_sums() -> None:
@@ -218,14 +264,21 @@ def test_is_a_well_formed_operator() -> None:
     qkv = packed(1, 32, 1, 32, 32, dtype=torch.float32).requires_grad_()  # 16 divides the tokens: no padding to compare
     tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.yolo_flash.area_attention.default, (qkv, 32), test_utils=tests)
+    with torch.no_grad():
+        out, image, lse = torch.ops.yolo_flash.area_attention(qkv, 32)
+        backward = torch.ops.yolo_flash.area_attention_backward.default
+        torch.library.opcheck(backward, (qkv, out, lse, out, image, 32), test_utils=tests[:2])
 
 
 def test_compiles_without_a_break() -> None:
-    def function(t: Tensor) -> Tensor:
-        out, image = area_attention(t * 2, 32)
-        return out + image
+    first, second = torch.randn(2, 1, 20, 1, 32, device=DEVICE)
 
-    leaf, eager = (packed(1, 20, 1, 32, 32, dtype=torch.float32).fill_(0.3).requires_grad_() for _ in range(2))
+    def function(t: Tensor) -> Tensor:
+        out, image = area_attention(t[..., 1:] * 2, 32)
+        return out * first + image * second
+
+    qkv = torch.randn(1, 20, 1, 97, device=DEVICE)
+    leaf, eager = (qkv.clone().requires_grad_() for _ in range(2))
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)(leaf)
     torch.testing.assert_close(compiled, function(eager))
     compiled.sum().backward()

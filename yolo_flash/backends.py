@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from packaging.version import Version
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .kernels import area
-from .machine import Machine, cudnn_release, dotted
+from .machine import Machine, cudnn_release, dotted, release
 
 aten = torch.ops.aten
 
@@ -221,7 +220,7 @@ def _triton_area_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
     found = machine.packages.get("triton", "none")
     if not found[:1].isdigit():
         yield f"needs triton >= {dotted(area.TRITON)}, its import gave {found}"
-    elif Version(found).release < area.TRITON:
+    elif release(found) < area.TRITON:
         yield f"needs triton >= {dotted(area.TRITON)}, found {found}"
     yield from _fused_limits(spec, machine, dtypes=(torch.float16, torch.bfloat16), head_dim_max=area.HEAD_DIM_MAX)
 

@@ -35,7 +35,7 @@ from .patch import patch_modules
 from .telemetry import GIB, peak_memory_gib
 
 UNPATCHED = "unpatched"  # an arm without the plugin
-_READY, _GO = "ready\n", "go\n"  # what a process says that has warmed up, and what the parent says when its turn comes
+_READY, _GO = "ready", "go\n"  # what a process says that has warmed up, and what the parent says when its turn comes
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def bench_step(job: StepJob) -> dict[str, Any]:
     """
     samples: dict[str, list[dict[str, Any]]] = {arm: [] for arm in job.arms}
     total = job.rounds * len(job.arms)
-    for arm, answer in TQDM(_turns(job), f"bench step {job.model} imgsz={job.imgsz} batch={job.batch}", total):
+    turns = (turn for _ in range(job.rounds) for turn in _one_round(job))
+    for arm, answer in TQDM(turns, f"bench step {job.model} imgsz={job.imgsz} batch={job.batch}", total):
         samples[arm].append(answer)
     machine: dict[str, Any] = {}
     for sample in (sample for arm in job.arms for sample in samples[arm]):
@@ -149,13 +150,12 @@ def _cell(median: dict[str, Any], name: str) -> str:
     return f"{figure['median']:.2f} ({figure['low']:.2f}..{figure['high']:.2f})"
 
 
-def _turns(job: StepJob) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All measurements, each in a process of its own: they get ready side by side, and then take turns."""
+def _one_round(job: StepJob) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every arm once, each in a process of its own: they get ready side by side, and then measure one at a time."""
     pipe = subprocess.PIPE
     command = [sys.executable, "-m", "yolo_flash.bench", json.dumps(dataclasses.asdict(job))]
     started = [
         (arm, subprocess.Popen([*command, arm], stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True))
-        for _ in range(job.rounds)
         for arm in job.arms
     ]
     try:
@@ -178,7 +178,7 @@ def _until_ready(process: subprocess.Popen[str]) -> list[str]:
     """What a process says before it is ready, or before it ends."""
     lines: list[str] = []
     while line := process.stdout.readline() if process.stdout else "":
-        if line == _READY:
+        if line.strip() == _READY:
             break
         lines.append(line.rstrip())
     return lines
@@ -317,7 +317,7 @@ def main() -> None:
     try:
         step = Step(job, sys.argv[2])
         step.whole(_random_batch(2, 64, step.device))
-        print(_READY, end="", flush=True)
+        print(f"\n{_READY}", flush=True)  # on a line of its own, whatever a library left unfinished
         if sys.stdin.readline() != _GO:
             return  # the parent is gone
         answer = measure_step(job, step)

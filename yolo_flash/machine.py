@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import importlib
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from packaging.version import Version
 
 Kind = Literal["cuda", "rocm", "mps", "cpu", "other"]
 Release = tuple[int, ...]
@@ -69,7 +69,7 @@ class Machine:
     @property
     def release(self) -> Release:
         """Version of torch as numbers, (2, 5, 1)."""
-        return Version(self.torch).release
+        return release(self.torch)
 
     @property
     def with_versions(self) -> str:
@@ -82,6 +82,11 @@ class Machine:
         if self.capability is not None:
             return f"{self.name} ({self.architecture}, compute capability {dotted(self.capability)})"
         return f"{self.name} ({self.architecture})"
+
+
+def release(version: str) -> Release:
+    """The numbers that a version begins with: `3.5.0-windows` -> (3, 5, 0)."""
+    return tuple(int(number) for number in re.match(r"[\d.]*", version)[0].split(".") if number)  # type: ignore[index]
 
 
 def dotted(numbers: Release) -> str:

@@ -1,7 +1,7 @@
 """`yolo_flash::area_attention`: attention over the packed output of a 1x1 convolution, as torch operators.
 
 The operators have fake kernels and an autograd formula, so that they run under torch.compile, in CUDA graphs, with
-autocast and DDP. Both directions give the same bits every time. Triton is imported when a kernel is first launched.
+autocast and DDP. Both directions give the same bits every time.
 """
 
 from __future__ import annotations
@@ -84,13 +84,24 @@ def area_attention(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     Returns:
         Attention, and a copy of v for the positional convolution: both contiguous
         `[groups, seq_len, num_heads, head_dim_v]`, of the dtype of `qkv`.
+
+    Raises:
+        ValueError: `qkv` has another shape, or a head_dim is above 128.
+        NotImplementedError: In a second backward, through the gradients of the first.
     """
     out, image, _ = torch.ops.yolo_flash.area_attention(qkv, head_dim)
     return out, image
 
 
 def _outputs(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    if qkv.ndim != 4 or not 0 < 2 * head_dim < qkv.shape[-1]:
+        raise ValueError(
+            f"expected [groups, seq_len, num_heads, 2*head_dim + head_dim_v] with head_dim {head_dim}, "
+            f"found {list(qkv.shape)}."
+        )
     groups, seq_len, num_heads, packed = qkv.shape
+    if (largest := max(head_dim, packed - 2 * head_dim)) > HEAD_DIM_MAX:
+        raise ValueError(f"head dims go up to {HEAD_DIM_MAX}, found {largest}.")
     shape = (groups, seq_len, num_heads, packed - 2 * head_dim)
     lse = qkv.new_empty((groups, num_heads, (seq_len + 15) // 16 * 16), dtype=torch.float32)
     return qkv.new_empty(shape), qkv.new_empty(shape), lse
@@ -100,7 +111,20 @@ def _forward(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     qkv = qkv.contiguous()
     out, image, lse = _outputs(qkv, head_dim)
     launch("area_forward", qkv, head_dim, (qkv, out, image, lse))
+    if qkv.is_cuda and torch.is_grad_enabled() and qkv.numel():
+        _try_backward(qkv.shape[1], qkv.shape[3], head_dim, qkv.dtype, qkv.device)
     return out, image, lse
+
+
+@functools.lru_cache(maxsize=256)
+def _try_backward(seq_len: int, packed: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile and run the backward on one head, once for a shape.
+
+    What fails here, in a forward, can still be answered by another backend; what fails in a backward ends the run.
+    """
+    qkv = torch.zeros(1, seq_len, 1, packed, dtype=dtype, device=device)
+    out, image, lse = _outputs(qkv, head_dim)
+    _backward(qkv, out.zero_(), lse.zero_(), image.zero_(), image, head_dim)
 
 
 def _backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dimage: Tensor, head_dim: int) -> Tensor:
@@ -115,6 +139,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor, Te
     qkv, ctx.head_dim = inputs
     out, _, lse = output
     ctx.save_for_backward(qkv, out, lse)
+    ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 
 
@@ -127,6 +152,12 @@ def _differentiate(ctx: Any, dout: Tensor | None, dimage: Tensor | None, dlse: N
     return torch.ops.yolo_flash.area_attention_backward(qkv, out, lse, dout, dimage, ctx.head_dim), None
 
 
+def _refuse(ctx: Any, *grads: Tensor | None) -> Any:
+    raise NotImplementedError(
+        "area_attention has no gradient of its gradient (create_graph=True); flash.backend=sdpa_math has one."
+    )
+
+
 _library.impl("area_attention", _forward, "CompositeExplicitAutograd")
 _library.impl("area_attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("yolo_flash::area_attention", _outputs, lib=_library)
@@ -136,6 +167,7 @@ torch.library.register_fake(
     lib=_library,
 )
 torch.library.register_autograd("yolo_flash::area_attention", _differentiate, setup_context=_save, lib=_library)
+torch.library.register_autograd("yolo_flash::area_attention_backward", _refuse, lib=_library)
 
 
 # Launch ---------------------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ registers only.
 
 The method is that of FlashAttention-2 (arXiv 2307.08691), with two changes for short rows and a small head_dim, where
 one waits for everything but the matrix units. Rows and keys that do not fill a tile go through a smaller one: 400
-tokens are six tiles of 64 and one of 16. And the running maximum of the scores is that of the first tile of keys only:
-any number near the true one will do, and if a later score exceeds it by so much that the sums leave float16, the tile
-of queries is computed again, with a maximum that follows the scores.
+tokens are six tiles of 64 and one of 16. And the running maximum of the scores is taken from the first tile of keys
+only, with room above: if later scores leave that room, which the sums show, the tile of queries is computed again, with
+a maximum that follows the scores.
 
 Arguments that the functions share:
     row_stride: Elements from a token to the next in the packed tensor; `out_stride` in the output.
@@ -24,12 +24,16 @@ Arguments that the functions share:
 
 import triton
 import triton.language as tl
-from packaging.version import Version
+
+from ..machine import release
 
 # Above it a sum of exponentials may contain one that float16 cannot hold (65504).
 _HIGHEST_SUM = tl.constexpr(60000.0)
-# Columns of ones with which exponentials are multiplied to sum them, each with the same result: as few as Triton takes.
-_SUMS = tl.constexpr(8 if Version(triton.__version__) >= Version("3.5") else 16)
+# The first tile's maximum becomes 2**-8: later scores may exceed it by 16 (natural logarithm), and exponentials of
+# 2**-6 of the largest are still normal numbers in float16.
+_ROOM = tl.constexpr(8.0)
+# Columns of ones that exponentials are multiplied with to sum them, all of one result: as few as Triton takes.
+_SUMS = tl.constexpr(8 if release(triton.__version__) >= (3, 5) else 16)
 
 
 @triton.jit
@@ -95,7 +99,7 @@ def _attend_keys(
 ):  # fmt: skip
     """A tile of keys and values into the sums of exponentials and the outputs, both relative to 2**shift.
 
-    If FOLLOW, the shift becomes the highest score so far, and the sums follow it.
+    If FOLLOW, the shift becomes at least the highest score of the tile, with room above, and the sums follow it.
     """
     k = _load(keys, row_stride, limit, DIM, WIDTH, BLOCK, RAGGED)
     v = _load(keys + DIM, row_stride, limit, DIM_V, WIDTH_V, BLOCK, RAGGED)
@@ -103,7 +107,7 @@ def _attend_keys(
     if RAGGED:
         scores = tl.where(tl.arange(0, BLOCK)[None, :] < limit, scores, -float("inf"))
     if FOLLOW:
-        higher = tl.maximum(shift, tl.max(scores, 1) * scale)
+        higher = tl.maximum(shift, tl.max(scores, 1) * scale + _ROOM)
         finite = tl.where(
             higher == -float("inf"), 0.0, higher
         )  # else a row that begins with -inf would be NaN for good
@@ -112,7 +116,7 @@ def _attend_keys(
         total = total * decay[:, None]
         shift = higher
     else:
-        finite = tl.where(shift == -float("inf"), 0.0, shift)
+        finite = shift  # from -inf, the sums become infinite or NaN, and the tile is computed again
     # Rounded before they are summed, so that the weights of a row add up to 1 whatever the rounding of large scores.
     p = _exp2(scores * scale - finite[:, None], PTX).to(v.dtype)
     total = tl.dot(p, tl.full([BLOCK, _SUMS], 1.0, v.dtype), total)
@@ -126,29 +130,28 @@ def _attend_all(
     WIDTH_V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
     FOLLOW: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """All keys of a head: the first tile, which is the ragged one if there is one, sets the shift of the others."""
+    """All keys of a head. If not FOLLOW, the first tile sets the shift of the others."""
     shift = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS, _SUMS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH_V], tl.float32)
     whole = seq_len // BLOCK * BLOCK
-    if TAIL:
-        shift, total, acc = _attend_keys(
-            q, keys + whole.to(tl.int64) * row_stride, shift, total, acc, row_stride, seq_len - whole, scale,
-            DIM, DIM_V, WIDTH, WIDTH_V, TAIL, True, True, PTX,
-        )  # fmt: skip
-    else:
+    if whole > 0:
         shift, total, acc = _attend_keys(
             q, keys, shift, total, acc, row_stride, BLOCK, scale,
             DIM, DIM_V, WIDTH, WIDTH_V, BLOCK, False, True, PTX,
         )  # fmt: skip
         keys += BLOCK * row_stride
-        whole -= BLOCK
-    for _ in tl.range(0, whole, BLOCK, num_stages=STAGES):
+    for _ in tl.range(BLOCK, whole, BLOCK, num_stages=STAGES):
         shift, total, acc = _attend_keys(
             q, keys, shift, total, acc, row_stride, BLOCK, scale,
             DIM, DIM_V, WIDTH, WIDTH_V, BLOCK, False, FOLLOW, PTX,
         )  # fmt: skip
         keys += BLOCK * row_stride
+    if TAIL:  # perhaps the first tile, and always a small one
+        shift, total, acc = _attend_keys(
+            q, keys, shift, total, acc, row_stride, seq_len - whole, scale,
+            DIM, DIM_V, WIDTH, WIDTH_V, TAIL, True, True, PTX,
+        )  # fmt: skip
     return shift, tl.max(total, 1), acc
 
 
@@ -165,9 +168,9 @@ def _forward_rows(
     shift, total, acc = _attend_all(
         q, qkv + DIM, row_stride, seq_len, scale, DIM, DIM_V, WIDTH, WIDTH_V, ROWS, BLOCK, TAIL, STAGES, False, PTX
     )
-    if tl.min((total < _HIGHEST_SUM).to(tl.int32)) == 0:  # too high, or NaN
+    if tl.min(((total > 0) & (total < _HIGHEST_SUM)).to(tl.int32)) == 0:  # too low, too high, or NaN
         shift, total, acc = _attend_all(
-            q, qkv + DIM, row_stride, seq_len, scale, DIM, DIM_V, WIDTH, WIDTH_V, ROWS, BLOCK, TAIL, 1, True, PTX
+            q, qkv + DIM, row_stride, seq_len, scale, DIM, DIM_V, WIDTH, WIDTH_V, ROWS, BLOCK, TAIL, STAGES, True, PTX
         )
     at = start.to(tl.int64) * out_stride
     _store(out + at, out_stride, acc * (1 / total)[:, None], limit, DIM_V, WIDTH_V, ROWS)
@@ -307,6 +310,8 @@ def _dkv_queries(
         delta = tl.load(deltas + rows)
     scores = tl.dot(k, tl.trans(q))
     dp = tl.dot(v, tl.trans(dout_tile))  # begun before the exponentials, which wait for the scores alone
+    if RAGGED:  # a query of zeros and a key of infinities have a score of NaN
+        scores = tl.where(rows < limit, scores, 0.0)
     p = _exp2(scores * scale - lse_tile, PTX)
     dv = tl.dot(p.to(v.dtype), dout_tile, dv)
     ds = p * (dp - delta)
