@@ -73,6 +73,7 @@ def test_results_csv_has_two_more_columns_and_is_still_drawn(tiny_args: dict[str
     assert all(table[column].dtype.is_numeric() for column in table.columns[-2:])
     assert table["flash/images_per_second"].min() > 0  # type: ignore[operator]
     assert (Path(model.trainer.save_dir) / "results.png").is_file()
+    assert (Path(model.trainer.save_dir) / "flash.png").is_file()
     assert model.ckpt["train_results"]["flash/images_per_second"] == table["flash/images_per_second"].to_list()
 
 

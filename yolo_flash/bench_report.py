@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .backends import BACKENDS, AttentionSpec
+from .pictures import COLORS
 
 Row = dict[str, Any]
 
@@ -20,7 +21,6 @@ COLUMNS = (  # times in microseconds of one call: us of the GPU, wall_us from Py
     *("us", "us_low", "us_high", "wall_us", "tflops", "exp_percent", "peak_mib", "error_out", "error_grad", "note"),
     *("device", "torch", "triton", "cudnn", PEER, "yolo_flash"),
 )
-_COLORS = ("#56b4e9", "#a0a0a0", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#f0c040")  # told apart by everyone
 
 
 class Shape(NamedTuple):
@@ -145,7 +145,7 @@ def plot(rows: list[Row]) -> bytes:
                 if arm in times:
                     others = [time for other, time in times.items() if other != OURS]
                     speeds[place + (i - (len(arms) - 1) / 2) * width] = min(others or times.values()) / times[arm]
-            color = _COLORS[ARMS.index(arm) % len(_COLORS)]
+            color = COLORS.get(arm, "#009e73")
             bars = panel.bar(list(speeds), list(speeds.values()), width, label=arm, color=color, zorder=2)
             if arm == OURS:
                 panel.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)

@@ -25,6 +25,7 @@ from ._version import __version__
 from .backends import BACKENDS, AttentionSpec, short
 from .config import FlashConfig
 from .machine import Machine
+from .pictures import draw_run
 from .planning import PlanRow, describe
 from .runtime import Runtime
 
@@ -144,6 +145,14 @@ class Telemetry:
             f"attention: {readable(avoided)} of score matrices avoided"
             + (f"; failed: {', '.join(failed)}" if failed else "")
         )
+
+    def on_train_end(self, trainer: Any) -> None:
+        """Draw flash.png beside Ultralytics' own plots."""
+        if self._file is None or not trainer.args.plots or (picture := draw_run(self._file)) is None:
+            return
+        draft = self._file.with_name(".flash.png")
+        draft.write_bytes(picture)
+        draft.replace(self._file.with_name("flash.png"))
 
     def teardown(self, trainer: Any) -> None:
         """Leave no profiler behind when a run ends in the middle of a step."""

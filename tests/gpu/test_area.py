@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.counting import AttentionCalls
 from tests.test_area import error, exact, gradient, hard_inputs
+from tests.test_blocks import MAKE, channels, patched
 from yolo_flash.backends import BACKENDS, AttentionSpec
+from yolo_flash.kernels import area
 from yolo_flash.kernels.area import area_attention
 
 pytestmark = [
@@ -163,6 +166,23 @@ def test_compiles_for_changing_sizes() -> None:
     for tokens in (400, 441, 49):
         qkv = torch.randn(2, tokens, 2, 96, device="cuda", dtype=torch.float16)
         torch.testing.assert_close(compiled(qkv), area_attention(qkv, 32)[0])
+
+
+def test_a_backward_that_cannot_run_is_noticed_in_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another backend can still take over; without a gradient nothing is tried."""
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(area, "_try_backward", fail)
+    block = patched(MAKE["area4"](), "auto").cuda().half().to(memory_format=torch.channels_last)
+    x = torch.randn(2, channels(block), 20, 20, device="cuda").half().to(memory_format=torch.channels_last)
+    with torch.no_grad(), AttentionCalls() as calls:
+        block(x)
+    assert calls.forward == {"triton_area": 1} if torch.cuda.get_device_capability() == (9, 0) else calls.forward
+    with AttentionCalls() as calls:
+        block(x.requires_grad_()).float().sum().backward()
+    assert calls.backward == {"sdpa_flash": 1}
 
 
 def test_the_first_call_is_ready_soon() -> None:

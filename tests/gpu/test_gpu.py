@@ -58,7 +58,7 @@ def reference(block: nn.Module, x: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", MAKE)
 def test_blocks_are_as_exact_as_stock(kind: str, backend: str, dtype: str, layout: str) -> None:
     block = randomise(MAKE[kind]())
-    for batch, height, width in SIZES:
+    for batch, height, width in SIZES[:2] if backend == "triton_area" else SIZES:  # tests/gpu/test_area.py has more
         x = torch.randn(batch, channels(block), height, width)
         ours = patched(block, backend)
         truth = reference(block, x)

@@ -111,9 +111,15 @@ def _forward(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     qkv = qkv.contiguous()
     out, image, lse = _outputs(qkv, head_dim)
     launch("area_forward", qkv, head_dim, (qkv, out, image, lse))
-    if qkv.is_cuda and torch.is_grad_enabled() and qkv.numel():
-        _try_backward(qkv.shape[1], qkv.shape[3], head_dim, qkv.dtype, qkv.device)
     return out, image, lse
+
+
+def _backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dimage: Tensor, head_dim: int) -> Tensor:
+    qkv, dout, dimage = qkv.contiguous(), dout.contiguous(), dimage.contiguous()
+    deltas, dqkv = torch.empty_like(lse), torch.empty_like(qkv)
+    launch("area_backward_q", qkv, head_dim, (qkv, out, dout, lse, deltas, dqkv))
+    launch("area_backward_kv", qkv, head_dim, (qkv, dout, dimage, lse, deltas, dqkv))
+    return dqkv
 
 
 @functools.lru_cache(maxsize=256)
@@ -127,19 +133,13 @@ def _try_backward(seq_len: int, packed: int, head_dim: int, dtype: torch.dtype, 
     _backward(qkv, out.zero_(), lse.zero_(), image.zero_(), image, head_dim)
 
 
-def _backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dimage: Tensor, head_dim: int) -> Tensor:
-    qkv, dout, dimage = qkv.contiguous(), dout.contiguous(), dimage.contiguous()
-    deltas, dqkv = torch.empty_like(lse), torch.empty_like(qkv)
-    launch("area_backward_q", qkv, head_dim, (qkv, out, dout, lse, deltas, dqkv))
-    launch("area_backward_kv", qkv, head_dim, (qkv, dout, dimage, lse, deltas, dqkv))
-    return dqkv
-
-
 def _save(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor, Tensor]) -> None:
     qkv, ctx.head_dim = inputs
     out, _, lse = output
     ctx.save_for_backward(qkv, out, lse)
     ctx.mark_non_differentiable(lse)
+    if qkv.is_cuda and type(qkv) is Tensor and qkv.numel():  # neither in Triton's interpreter nor under a tracer
+        _try_backward(qkv.shape[1], qkv.shape[3], ctx.head_dim, qkv.dtype, qkv.device)
     ctx.set_materialize_grads(False)
 
 

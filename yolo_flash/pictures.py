@@ -1,0 +1,83 @@
+"""`flash.png` of a training run: memory and speed of every epoch, and the backend of every layer."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from .backends import BACKENDS
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart: one for each backend, unfused ones in greys.
+COLORS = dict(
+    zip(
+        BACKENDS, ("#a0a0a0", "#606060", "#56b4e9", "#cc79a7", "#0072b2", "#d55e00", "#009e73", "#f0c040"), strict=False
+    )
+)
+
+
+def draw_run(file: Path) -> bytes | None:
+    """Draw a run from its flash.jsonl alone.
+
+    Args:
+        file: The flash.jsonl of a run folder. Of a resumed run, the last line of an epoch counts.
+
+    Returns:
+        A PNG; None before the first epoch has ended.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not pyplot, which is state of the whole process
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    epochs = {line["epoch"]: line for line in lines if line["event"] == "epoch"}
+    if not epochs:
+        return None
+    rows = {(line["mode"], line["layer"]): line for line in lines if line["event"] == "plan"}
+    figure = Figure(figsize=(11, 3.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    memory, speed, layers = figure.subplots(1, 3, width_ratios=(1, 1, 1.3))
+    numbers = sorted(epochs)
+    style: dict[str, Any] = {"marker": "o", "markersize": 3.5} if len(numbers) < 50 else {}
+    for key, label, color in (
+        ("peak_reserved_gib", "reserved", "#56b4e9"),
+        ("peak_allocated_gib", "allocated", "#0072b2"),
+    ):
+        memory.plot(numbers, [epochs[n][key] for n in numbers], label=label, color=color, **style)
+    speed.plot(numbers, [epochs[n]["images_per_second"] for n in numbers], color="#d55e00", **style)
+    for panel, title, unit in ((memory, "Peak memory", "GiB"), (speed, "Speed", "images/s")):
+        panel.set_title(title, loc="left", fontsize=11)
+        panel.set_xlabel("epoch")
+        panel.set_ylabel(unit)
+        panel.set_ylim(0, 1.08 * panel.get_ylim()[1])
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        panel.grid(axis="y", color="#dddddd")
+        panel.spines[["top", "right"]].set_visible(False)
+    memory.legend(frameon=False, fontsize=8)
+    _layers(layers, rows)
+    run: dict[str, Any] = next((line for line in reversed(lines) if line["event"] == "run"), {})
+    name = run.get("machine", {}).get("name", "")
+    figure.suptitle(f"yolo-flash {run.get('yolo_flash', '')}, {name}", fontsize=10, x=0.01, ha="left")
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
+
+
+def _layers(panel: Any, rows: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """A cell for each layer and mode, in the colour of its backend."""
+    modes = list(dict.fromkeys(mode for mode, _ in rows))
+    names = list(dict.fromkeys(layer for _, layer in rows))
+    drawn: dict[str, Any] = {}
+    for (mode, layer), row in rows.items():
+        place = modes.index(mode), names.index(layer)
+        color = COLORS.get(row["backend"], "#000000")
+        drawn[row["backend"]] = panel.barh(place[1], 0.94, left=place[0] - 0.47, height=0.86, color=color)
+    panel.set_title("Backend of each layer", loc="left", fontsize=11)
+    panel.set_xticks(range(len(modes)), modes)
+    panel.set_yticks(range(len(names)), names, fontsize=8 if len(names) <= 10 else 6)
+    panel.set_xlim(-0.5, max(len(modes), 1) - 0.5)
+    panel.set_ylim(max(len(names), 1) - 0.5, -0.5)
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
+    panel.legend(drawn.values(), drawn, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
