@@ -108,9 +108,8 @@ def _attend_keys(
         scores = tl.where(tl.arange(0, BLOCK)[None, :] < limit, scores, -float("inf"))
     if FOLLOW:
         higher = tl.maximum(shift, tl.max(scores, 1) * scale + _ROOM)
-        finite = tl.where(
-            higher == -float("inf"), 0.0, higher
-        )  # else a row that begins with -inf would be NaN for good
+        # Without a score above -inf yet: the difference of infinities would make the row NaN for good.
+        finite = tl.where(higher == -float("inf"), 0.0, higher)
         decay = _exp2(shift - finite, PTX)
         acc = acc * decay[:, None]
         total = total * decay[:, None]
