@@ -21,21 +21,11 @@ from pathlib import Path
 
 import torch
 
+from yolo_flash.bench_report import GPU_SHAPES, Shape
 from yolo_flash.kernels import area
 from yolo_flash.kernels.area import Tiles
 
-SHAPES = {  # groups, tokens, heads, head_dim, head_dim_v
-    "12n-p4-640-b64": (256, 400, 2, 32, 32),
-    "12n-p5-640-b64": (64, 400, 4, 32, 32),
-    "12x-p4-640-b16": (64, 400, 12, 32, 32),
-    "12l-p4-1280-b4": (16, 1600, 8, 32, 32),
-    "12n-p5-2048-b4": (4, 4096, 4, 32, 32),
-    "12x-p5-4096-b1": (1, 16384, 12, 32, 32),
-    "26n-640-b64": (64, 400, 2, 32, 64),
-    "26l-1280-b4": (4, 1600, 4, 32, 64),
-    "26n-2560-b4": (4, 6400, 2, 32, 64),
-    "v10m-640-b16": (16, 400, 4, 36, 72),
-}
+SHAPES = GPU_SHAPES | {"v10m-640-b16": Shape(16, 400, 4, 36, 72)}
 CANDIDATES: dict[area.Kernel, list[Tiles]] = {  # rows, block, warps, stages, registers
     "area_forward": [
         *[Tiles(64, 64, 4, stages, registers) for stages in (3, 4) for registers in (None, 96, 80, 72, 64)],

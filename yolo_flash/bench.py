@@ -194,7 +194,9 @@ class Step:
         Raises:
             ValueError: The model has another task than detection.
         """
-        self.device = torch.device(f"cuda:{job.device or 0}" if job.device != "cpu" and _has_gpu() else "cpu")
+        self.device = torch.device(
+            f"cuda:{job.device or 0}" if job.device != "cpu" and torch.cuda.is_available() else "cpu"
+        )
         self.on_gpu = self.device.type == "cuda"
         init_seeds(0, deterministic=False)
         model: Any = YOLO(job.model).model
@@ -235,10 +237,6 @@ class Step:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.ema.update(self.model)
-
-
-def _has_gpu() -> bool:
-    return torch.cuda.is_available()
 
 
 def measure_step(job: StepJob, step: Step) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.metadata
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from .backends import BACKENDS, BackendNotSupportedError
 from .bench_report import ARMS, COLUMNS, CPU_SHAPES, GPU_SHAPES, MODES, PEER, SHAPES, Row, as_csv, notes, plot, table
 from .bench_timing import first_line, load_peer, measure
 from .machine import Machine, cudnn_release, detect
+from .pictures import write_file
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ def bench_op(job: OpJob) -> list[Row]:
         with contextlib.suppress(RuntimeError):  # after a fault of a kernel every call of CUDA raises; the notes say it
             torch.cuda.empty_cache()
         done += mine
-        _write(folder / "op.csv", as_csv(done))  # after each shape: a borrowed GPU may be taken away
+        write_file(folder / "op.csv", as_csv(done))  # after each shape: a borrowed GPU may be taken away
     for mode in MODES:
         LOGGER.info(table(rows, mode))
     LOGGER.info(notes(rows))
     if any(row["us"] is not None for row in rows):
-        _write(folder / "op.png", plot(rows))
+        write_file(folder / "op.png", plot(rows))
     LOGGER.info(f"Results saved to {folder.resolve()}")
     return rows
 
@@ -141,13 +141,3 @@ def _no_peer(machine: Machine) -> str:
     except Exception as error:  # a broken installation raises anything
         return f"its import gave {first_line(error)}"
     return ""
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Write beside the file and swap: a reader never sees half of it."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        draft.write_bytes(content)
-        draft.replace(file)
-    finally:
-        draft.unlink(missing_ok=True)

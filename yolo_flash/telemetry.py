@@ -25,7 +25,7 @@ from ._version import __version__
 from .backends import BACKENDS, AttentionSpec, short
 from .config import FlashConfig
 from .machine import Machine
-from .pictures import draw_run
+from .pictures import draw_run, write_file
 from .planning import PlanRow, describe
 from .runtime import Runtime
 
@@ -150,9 +150,7 @@ class Telemetry:
         """Draw flash.png beside Ultralytics' own plots."""
         if self._file is None or not trainer.args.plots or (picture := draw_run(self._file)) is None:
             return
-        draft = self._file.with_name(".flash.png")
-        draft.write_bytes(picture)
-        draft.replace(self._file.with_name("flash.png"))
+        write_file(self._file.with_name("flash.png"), picture)
 
     def teardown(self, trainer: Any) -> None:
         """Leave no profiler behind when a run ends in the middle of a step."""
