@@ -30,13 +30,12 @@ CANDIDATES: dict[area.Kernel, list[Tiles]] = {  # rows, block, warps, stages, re
     "area_forward": [
         *[Tiles(64, 64, 4, stages, registers) for stages in (3, 4) for registers in (None, 96, 80, 72, 64)],
         *[Tiles(64, 128, 4, 3, registers) for registers in (None, 128, 112)],
-        *[Tiles(128, 64, 8, 3, registers) for registers in (None, 80)],
-        *[Tiles(64, 32, 4, 3), Tiles(64, 64, 4, 2), Tiles(128, 64, 4, 3, 168)],
+        *[Tiles(64, 32, 4, 3), Tiles(64, 64, 4, 2), Tiles(128, 64, 4, 3), Tiles(128, 64, 4, 3, 168)],
     ],
     "area_backward_q": [
         *[Tiles(64, 32, 4, stages, registers) for stages in (3, 4, 5) for registers in (None, 64)],
         *[Tiles(64, 64, 4, stages, registers) for stages in (2, 3, 4) for registers in (None, 96)],
-        *[Tiles(128, 64, 8, 3), Tiles(128, 32, 4, 3, 128), Tiles(128, 64, 4, 3, 168)],
+        *[Tiles(128, 32, 4, 3, 128), Tiles(128, 64, 4, 3, 168)],
     ],
     "area_backward_kv": [
         *[Tiles(64, 32, 4, stages, registers) for stages in (2, 3, 4) for registers in (None, 96, 80)],

@@ -44,7 +44,7 @@ GOLDEN = {  # machine: the backend for each spec above
     "A100": [F, F, E, F, S, F, F, F, F, E, S, F],
     "RTX 3090": [F, F, E, F, S, F, F, F, F, E, S, F],
     "RTX 4090": [F, F, E, F, S, F, F, F, F, E, S, F],
-    "H100": [T, T, E, T, S, T, T, T, T, E, S, T],
+    "H100": [T, T, E, T, S, T, T, T, T, E, T, T],
     "H100 without Triton": [F, F, E, F, S, C, F, C, C, E, S, F],
     "B200": [F, F, E, F, S, F, F, F, F, E, S, F],
     "RTX 5090": [F, F, E, F, S, F, F, F, F, E, S, F],

@@ -30,6 +30,7 @@ from ultralytics.utils.torch_utils import ModelEMA, init_seeds
 from ._version import __version__
 from .backends import check_name
 from .config import FlashConfig
+from .files import write_file
 from .machine import detect
 from .patch import patch_modules
 from .telemetry import GIB, peak_memory_gib
@@ -87,22 +88,16 @@ def bench_step(job: StepJob) -> dict[str, Any]:
         The job, the machine and, for each arm, the samples of every round.
     """
     samples: dict[str, list[dict[str, Any]]] = {arm: [] for arm in job.arms}
+    results: dict[str, Any] = {"yolo_flash": __version__, "job": dataclasses.asdict(job), "machine": {}}
     total = job.rounds * len(job.arms)
     turns = (turn for _ in range(job.rounds) for turn in _one_round(job))
     for arm, answer in TQDM(turns, f"bench step {job.model} imgsz={job.imgsz} batch={job.batch}", total):
+        results["machine"] = answer.pop("machine", results["machine"])
         samples[arm].append(answer)
-    machine: dict[str, Any] = {}
-    for sample in (sample for arm in job.arms for sample in samples[arm]):
-        machine = sample.pop("machine", machine)
-    results = {
-        "yolo_flash": __version__,
-        "job": dataclasses.asdict(job),
-        "machine": machine,
-        "arms": {arm: {"samples": samples[arm], "median": summary(samples[arm])} for arm in job.arms},
-    }
+        results["arms"] = {arm: {"samples": taken, "median": summary(taken)} for arm, taken in samples.items()}
+        if job.json:  # after each process: a borrowed GPU may be taken away
+            write_file(Path(job.json), (json.dumps(results, indent=2) + "\n").encode())
     LOGGER.info(table(results))
-    if job.json:
-        Path(job.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
 
 
@@ -112,7 +107,7 @@ def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
     if failed:
         return {"error": failed[0]}
     figures: dict[str, Any] = {}
-    for name in samples[0]:
+    for name in samples[0] if samples else ():
         values = [sample[name] for sample in samples if sample[name] is not None]
         if values:
             figures[name] = {"median": statistics.median(values), "low": min(values), "high": max(values)}

@@ -148,7 +148,8 @@ def plot(rows: list[Row]) -> bytes:
             color = COLORS.get(arm, "#009e73")
             bars = panel.bar(list(speeds), list(speeds.values()), width, label=arm, color=color, zorder=2)
             if arm == OURS:
-                panel.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+                for text in panel.bar_label(bars, fmt="%.2f", fontsize=8, padding=2):
+                    text.set(zorder=4, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
         panel.axhline(1, color="black", linewidth=0.8, zorder=3)
         panel.set_title(mode, loc="left", fontsize=11)
         panel.set_ylabel(f"speed (best arm{f' but {OURS}' if OURS in arms else ''} = 1)")

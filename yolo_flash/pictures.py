@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +81,3 @@ def _layers(panel: Any, rows: dict[tuple[str, str], dict[str, Any]]) -> None:
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
     panel.legend(drawn.values(), drawn, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
-
-
-def write_file(file: Path, content: bytes) -> None:
-    """Write beside the file and swap: a reader never sees half of it."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        draft.write_bytes(content)
-        draft.replace(file)
-    finally:
-        draft.unlink(missing_ok=True)

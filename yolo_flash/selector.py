@@ -87,13 +87,13 @@ def _rules(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str]]:
 
 def _gpu_rules(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str]]:
     padded = spec.head_dim != spec.head_dim_v
+    if machine.capability == (9, 0):  # where it was measured
+        yield "triton_area", "fused, reads the convolution's output in place"
     if spec.layout == "nchw" and not spec.training:
-        # Prediction in NCHW, where the fused kernels need a copy of q, k and v: small images do not pay for it.
+        # Prediction in NCHW, where torch's fused kernels need a copy of q, k and v: small images do not pay for it.
         least = (30e6 if padded else 4e6) if spec.dtype is torch.float32 else (8e6 if padded else 0)
         if spec.scores < least:
             yield "stock", _too_small(least)
-    if machine.capability == (9, 0):  # where it was measured
-        yield "triton_area", "fused, reads the convolution's output in place"
     if padded and spec.training and machine.capability == (9, 0):
         # In training only, and on the card where it was measured: cuDNN compiles a plan for every new shape.
         yield "sdpa_cudnn", "takes unequal head dims without padding"

@@ -24,8 +24,9 @@ from ultralytics.utils import LOGGER
 from ._version import __version__
 from .backends import BACKENDS, AttentionSpec, short
 from .config import FlashConfig
+from .files import write_file
 from .machine import Machine
-from .pictures import draw_run, write_file
+from .pictures import draw_run
 from .planning import PlanRow, describe
 from .runtime import Runtime
 

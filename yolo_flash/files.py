@@ -1,0 +1,20 @@
+"""Files that a reader never sees half of."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_file(file: Path, content: bytes) -> None:
+    """Write beside the file and swap; several processes may do so at once.
+
+    Raises:
+        OSError: The folder cannot be written, or the disk is full; the file is as it was.
+    """
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        draft.write_bytes(content)
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
