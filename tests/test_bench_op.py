@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import io
@@ -21,7 +20,6 @@ from yolo_flash import Machine, bench_op, bench_timing, cli
 from yolo_flash.backends import BACKENDS, AttentionSpec, BackendNotSupportedError
 from yolo_flash.bench_op import OpJob
 from yolo_flash.bench_report import ARMS, BOTH, COLUMNS, FORWARD, GPU_SHAPES, MODES, OURS, SHAPES, notes, plot, table
-from yolo_flash.bench_timing import reference
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about what is measured on a CPU")
 
@@ -203,48 +201,16 @@ def test_arms_take_turns_within_every_repeat(another_arm: Install, monkeypatch: 
 
 
 def test_without_a_graph_the_profiler_sums_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(call: object) -> None:
+    def fail(call: object, calls: int) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(bench_timing, "_graph", fail)
+    monkeypatch.setattr(bench_timing, "graph_ms", fail)
     monkeypatch.setattr(bench_timing, "_profiled_us", lambda call: 250.0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     timer = bench_timing._timer({}, tuple, torch.device("cuda"))
     assert timer.method == "profiler"
     assert timer.sample() == 250
     assert timer.note.endswith("could be made: RuntimeError: operation not permitted when stream is capturing")
-
-
-@pytest.mark.parametrize("complete", [True, False])
-def test_a_graph_that_lacks_kernels_is_not_timed(complete: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Tensor] = []
-
-    def call() -> tuple[Tensor, ...]:
-        made.append(torch.ones(3))
-        return (made[-1],)
-
-    def replay() -> None:
-        if complete:
-            made[-1].fill_(1.0)
-
-    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 0.5)
-    fakes = {
-        "CUDAGraph": lambda: SimpleNamespace(replay=replay),
-        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
-        "current_stream": lambda: None,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "graph": lambda graph, stream: contextlib.nullcontext(),
-        "synchronize": lambda: None,
-        "Event": lambda enable_timing: event,
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    if complete:
-        assert bench_timing._graph(call)() == 50  # microseconds: 10 calls took half a millisecond
-        assert len(made) == 13
-    else:
-        with pytest.raises(RuntimeError, match="kernels are missing in it"):
-            bench_timing._graph(call)
 
 
 @pytest.mark.parametrize("as_tuple", [True, False])
@@ -274,19 +240,6 @@ def test_a_broken_flash_attn_4_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------
-def test_the_reference_is_plain_attention_however_it_is_sliced(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = torch.randn(3, 7, 2, 4 + 4 + 6, dtype=torch.float64, requires_grad=True)
-    dout, dimage = torch.randn(2, 3, 7, 2, 6, dtype=torch.float64)
-    q, k, v = packed.transpose(1, 2).split([4, 4, 6], dim=-1)
-    out = ((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2)
-    (grad,) = torch.autograd.grad([out, v.transpose(1, 2)], packed, [dout, dimage])
-    for at_once in (1, 2 * 7 * 3, 2**20):  # one query, three queries, all
-        monkeypatch.setattr(bench_timing, "_SCORES_AT_ONCE", at_once)
-        found, found_grad = reference(packed.detach(), dout, dimage, head_dim=4)
-        torch.testing.assert_close(found, out.detach())
-        torch.testing.assert_close(found_grad, grad)
-
-
 def test_operations_are_those_of_the_matrix_products() -> None:
     shape = SHAPES["26n-640-b64"]
     assert shape.scores == 64 * 2 * 400 * 400

@@ -42,7 +42,7 @@ def layer_table(model: nn.Module) -> Counter[tuple[int, str, int, int, int]]:
         problem = cls.problem(block, 1, 400)
         assert problem is not None
         stage = int(name.removeprefix("model.").split(".")[0])
-        _, _, head_dim, head_dim_v = problem
+        _, _, head_dim, head_dim_v, _ = problem
         heads: Any = block.num_heads
         table[stage, cls._stock.__name__, heads, head_dim, head_dim_v] += 1
     return table

@@ -12,7 +12,7 @@ import torch
 from tests.machines import MACHINES
 from yolo_flash import AttentionSpec, BackendNotSupportedError
 from yolo_flash.backends import BACKENDS
-from yolo_flash.selector import select
+from yolo_flash.selector import Trial, select
 
 _COMMON: dict[str, Any] = {"num_heads": 2, "seq_len_q": 400, "seq_len_k": 400, "head_dim": 32}
 HALF = {**_COMMON, "dtype": torch.float16, "layout": "nhwc"}
@@ -201,3 +201,47 @@ def test_auto_never_raises() -> None:
 def test_equal_inputs_give_equal_decisions() -> None:
     for spec, machine in itertools.product(SPECS.values(), MACHINES.values()):
         assert select(spec, machine) == select(dataclasses.replace(spec), dataclasses.replace(machine))
+
+
+# Measured -------------------------------------------------------------------------------------------------------------
+def measured(spec: str, machine: str = "H100", strict: str = "prefer", frugal: bool = False, **ms: Any) -> Any:
+    trials = {
+        name: Trial(ms=value) if isinstance(value, float) else Trial(ms=value[0], extra_bytes=value[1])
+        for name, value in ms.items()
+    }
+    return select(SPECS[spec], MACHINES[machine], deterministic=strict, trials=trials, frugal=frugal)
+
+
+def test_the_fastest_measured_wins_over_the_rules() -> None:
+    decision = measured("area fp16 train", stock=5.0, sdpa_flash=2.0, sdpa_cudnn=1.0, triton_area=1.5)
+    assert (decision.backend, decision.why) == (C, "the fastest measured")
+    assert decision.ms == {"stock": 5.0, F: 2.0, C: 1.0, T: 1.5}
+    assert measured("area fp16 train", stock=0.5, sdpa_flash=2.0).backend == S
+
+
+def test_a_tie_goes_to_the_reproducible_one_and_then_to_less_memory() -> None:
+    decision = measured("area fp16 train", sdpa_cudnn=1.0, triton_area=1.029)
+    assert (decision.backend, decision.why) == (T, "within 3% of sdpa_cudnn, and gives the same bits every time")
+    assert measured("area fp16 train", sdpa_cudnn=1.0, triton_area=1.031).backend == C
+    decision = measured("area fp16 train", sdpa_cudnn=(1.0, 300), sdpa_flash=(1.02, 200))
+    assert (decision.backend, decision.why) == (F, "within 3% of sdpa_cudnn, and takes less memory")
+
+
+def test_strict_and_failures_hold_for_what_was_measured() -> None:
+    assert measured("area fp16 train", strict="strict", stock=5.0, sdpa_cudnn=1.0, triton_area=2.0).backend == T
+    trials = {"stock": Trial(ms=5.0), F: Trial(ms=1.0), C: Trial(why_not="wrong: output is off by nan")}
+    decision = select(SPECS["area fp16 train"], MACHINES["H100"], trials=trials, failed={F: "raised in this run: boom"})
+    assert decision.backend == S
+    assert decision.refused[C] == ("wrong: output is off by nan",)
+
+
+def test_under_autobatch_nothing_takes_more_memory_than_the_rules_would() -> None:
+    both: dict[str, Any] = {"triton_area": (2.0, 100), "sdpa_cudnn": (1.0, 101)}
+    assert measured("area fp16 train", **both).backend == C
+    assert measured("area fp16 train", frugal=True, **both).backend == T
+
+
+def test_without_a_time_the_rules_decide_and_an_explicit_choice_needs_no_trial() -> None:
+    failed = {name: Trial(why_not="not measured: one image takes about 90 GiB") for name in (S, F)}
+    assert select(SPECS["area fp16 train"], MACHINES["H100"], trials=failed).backend == T
+    assert select(SPECS["area fp16 train"], MACHINES["H100"], F, trials=failed).backend == F

@@ -9,8 +9,8 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .backends import AttentionSpec, BackendNotSupportedError
-    from .blocks import FlashKernelError
     from .config import FlashConfig, FlashConfigError
+    from .guard import FlashKernelError
     from .machine import Machine
     from .planning import PlanRow
     from .report import checks
@@ -40,7 +40,7 @@ _MODULES = {
     "Decision": "selector",
     "FlashConfig": "config",
     "FlashConfigError": "config",
-    "FlashKernelError": "blocks",
+    "FlashKernelError": "guard",
     "Machine": "machine",
     "PlanRow": "planning",
     "checks": "report",

@@ -41,6 +41,7 @@ class AttentionSpec:
         mask: Whether the scores are masked.
         training: Whether a backward pass will follow.
         deterministic: Whether torch asks for deterministic algorithms.
+        area: Strips that an image is cut into, each a problem of `batch`; it matters to the speed of stock alone.
     """
 
     batch: int
@@ -54,6 +55,7 @@ class AttentionSpec:
     mask: bool = False
     training: bool = True
     deterministic: bool = False
+    area: int = 1
 
     @property
     def scores(self) -> int:
@@ -64,16 +66,14 @@ class AttentionSpec:
         """What a compiled graph knows for certain, where groups and tokens may be symbols."""
         return (
             *(self.num_heads, self.head_dim, self.head_dim_v, self.dtype, self.layout),
-            *(self.mask, self.training, self.deterministic),
+            *(self.mask, self.training, self.deterministic, self.area),
         )
 
     @classmethod
     def with_sizes(cls, parts: tuple[Any, ...], batch: int, seq_len: int) -> AttentionSpec:
         """The self-attention of `batch` groups of `seq_len` tokens, from what `without_sizes` left."""
-        num_heads, head_dim, head_dim_v, dtype, layout, mask, training, deterministic = parts
-        return cls(
-            batch, num_heads, seq_len, seq_len, head_dim, head_dim_v, dtype, layout, mask, training, deterministic
-        )
+        num_heads, *rest = parts
+        return cls(batch, num_heads, seq_len, seq_len, *rest)
 
     def __str__(self) -> str:
         """`256 x 2 heads x 400 tokens x 32/64, float16, nhwc, train`."""

@@ -17,9 +17,10 @@ import torch
 from ultralytics.utils import LOGGER, TQDM
 
 from ._version import __version__
+from .autotune import first_line
 from .backends import BACKENDS, BackendNotSupportedError
 from .bench_report import ARMS, COLUMNS, CPU_SHAPES, GPU_SHAPES, MODES, PEER, SHAPES, Row, as_csv, notes, plot, table
-from .bench_timing import first_line, load_peer, measure
+from .bench_timing import load_peer, measure
 from .files import write_file
 from .machine import Machine, cudnn_release, detect
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
+from .autotune import first_line, graph_ms, reference, relative_error
 from .backends import BACKENDS, AttentionSpec
 from .bench_report import BOTH, FORWARD, MODES, PEER, SHAPES, Row
 
@@ -24,7 +25,6 @@ Call = Callable[[], tuple[Tensor, ...]]
 
 _CALLS = 10  # in one sample
 _WALL_CALLS = 50
-_SCORES_AT_ONCE = 2**26  # half a GiB in float64
 _WRONG = 0.05  # relative error; bfloat16 stays below 0.01
 
 
@@ -68,9 +68,9 @@ def _checked(rows: list[Row], packed: Tensor, upstream: list[Tensor]) -> list[tu
         with _noted([row]):
             call = _caller(row, packed, upstream)
             results = call()
-            row["error_out"] = _error(results[0], out)
+            row["error_out"] = relative_error(results[0], out)
             if row["mode"] == BOTH:
-                row["error_grad"] = _error(results[2], grad)
+                row["error_grad"] = relative_error(results[2], grad)
             del results
             for name in ("error_out", "error_grad"):
                 if row[name] is not None and not row[name] <= _WRONG:  # NaN too
@@ -79,46 +79,6 @@ def _checked(rows: list[Row], packed: Tensor, upstream: list[Tensor]) -> list[tu
                 row["peak_mib"] = _peak_mib(call, packed.device)
             right.append((row, call))
     return right
-
-
-@torch.no_grad()
-def reference(packed: Tensor, dout: Tensor, dimage: Tensor, *, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Plain attention in float64, a slice of queries of one group at a time: 0.5 GiB a matrix at most.
-
-    Args:
-        packed: Queries, keys and values `[groups, tokens, heads, 2*head_dim + head_dim_v]`.
-        dout: Upstream gradient of attention `[groups, tokens, heads, head_dim_v]`.
-        dimage: Upstream gradient of the copy of v, of the same shape.
-        head_dim: Channels of a query and of a key.
-
-    Returns:
-        Attention, and the gradient of `packed`, both in float64.
-    """
-    sizes = (head_dim, head_dim, dout.shape[-1])
-    out, dpacked = torch.zeros_like(dout, dtype=torch.float64), torch.zeros_like(packed, dtype=torch.float64)
-    groups, tokens, heads, _ = packed.shape
-    step, scale = max(1, _SCORES_AT_ONCE // (heads * tokens)), head_dim**-0.5
-    for group in range(groups):
-        q, k, v = packed[group].double().transpose(0, 1).split(sizes, dim=-1)  # [heads, tokens, channels]
-        dq, dk, dv = dpacked[group].transpose(0, 1).split(sizes, dim=-1)  # views, written in place
-        dv += dimage[group].double().transpose(0, 1)
-        for start in range(0, tokens, step):
-            part = slice(start, start + step)
-            do = dout[group, part].double().transpose(0, 1)
-            p = torch.softmax(scale * q[:, part] @ k.mT, dim=-1)
-            dv += p.mT @ do
-            ds = do @ v.mT
-            ds = p * (ds - (p * ds).sum(-1, keepdim=True))
-            dq[:, part] = scale * ds @ k
-            dk += scale * ds.mT @ q[:, part]
-            out[group, part] = (p @ v).transpose(0, 1)
-    return out, dpacked
-
-
-def _error(found: Tensor, wanted: Tensor) -> float:
-    """Relative error by the Frobenius norm; NaN if there is one in `found`."""
-    wanted = wanted.double()
-    return ((found.double() - wanted).norm() / wanted.norm()).item()
 
 
 def _peak_mib(call: Call, device: torch.device) -> float:
@@ -158,46 +118,14 @@ def _timer(row: Row, call: Call, device: torch.device) -> _Timer:
     if device.type == "cpu":
         return _Timer(row, call, lambda: _clock_us(call, _CALLS, device), "clock")
     try:
-        return _Timer(row, call, _graph(call), "graph")
+        sample = graph_ms(call, _CALLS)
+        return _Timer(row, call, lambda: sample() * 1e3, "graph")
     except Exception as error:  # an extension may synchronise, allocate, or compile
         note = f"kernels summed by the profiler, as no CUDA graph could be made: {first_line(error)}"
     with contextlib.suppress(RuntimeError):
         torch.cuda.synchronize(device)  # takes what is left of the error
     us = _profiled_us(call)
     return _Timer(row, call, lambda: us, "profiler", note)
-
-
-def _graph(call: Call) -> Callable[[], float]:
-    """Capture 10 calls; the result replays them and gives the microseconds of one.
-
-    Raises:
-        RuntimeError: The capture failed, or the replay does not compute what the call does.
-    """
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # also gives back the stream after a capture that failed, which torch does not
-        for _ in range(3):
-            wanted = call()
-        with torch.cuda.graph(graph, stream=side):
-            for _ in range(_CALLS):
-                found = call()
-    torch.cuda.synchronize()
-    for tensor in found:
-        tensor.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    if not all(_error(*pair) <= _WRONG for pair in zip(found, wanted, strict=True)):
-        raise RuntimeError("kernels are missing in it")  # launched on a stream of the extension's own, say
-
-    def sample() -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3 / _CALLS
-
-    return sample
 
 
 def _profiled_us(call: Call) -> float:
@@ -253,11 +181,6 @@ def _noted(rows: Iterable[Row]) -> Iterator[None]:
         for row in rows:
             if row["us"] is None and not row["note"]:
                 row["note"] = first_line(error)
-
-
-def first_line(error: Exception) -> str:
-    """Type and first line of an exception."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 # Arms -----------------------------------------------------------------------------------------------------------------

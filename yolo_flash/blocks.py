@@ -9,12 +9,9 @@ from torch import Tensor
 from ultralytics.nn.modules.block import AAttn, Attention
 
 from .backends import BACKENDS, AttentionSpec
+from .guard import attend, is_out_of_memory, refuse
 from .runtime import Runtime
 from .stock_pickle import StockPickle
-
-
-class FlashKernelError(Exception):
-    """A backend asked for by name raised. Not a RuntimeError, which the trainer might take for out of memory."""
 
 
 class FlashBlock(StockPickle):
@@ -35,8 +32,8 @@ class FlashBlock(StockPickle):
     num_heads: int
 
     @staticmethod
-    def problem(block: Any, batch: int, tokens: int) -> tuple[int, int, int, int] | None:
-        """`(groups, seq_len, head_dim, head_dim_v)` for an input of that size; None if the block cannot run it."""
+    def problem(block: Any, batch: int, tokens: int) -> tuple[int, int, int, int, int] | None:
+        """`(groups, seq_len, head_dim, head_dim_v, area)` for an input of that size; None if the block cannot run."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,24 +79,25 @@ class FlashBlock(StockPickle):
 
     def _attend(self, packed: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor]:
         """Run a backend; when `auto` chose it and it raises, run the next one instead."""
-        run = BACKENDS[backend].run or BACKENDS["sdpa_math"].run  # qkv is spent: too late for the stock forward
-        assert run is not None
+        run = BACKENDS[backend].run
+        if run is None:  # qkv is spent: too late for the stock forward
+            backend = "sdpa_math"
+            run = BACKENDS[backend].run
+            assert run is not None
         if torch.compiler.is_compiling():
             return run(packed, spec)
+        layer, choice, runtime = self._flash_layer, self._flash_choice, self._flash_runtime
         try:
-            return run(packed, spec)
+            return attend(packed, spec, backend, layer=layer, choice=choice, runtime=runtime)
         except Exception as error:
-            if _is_out_of_memory(error):  # the trainer halves the batch
+            if is_out_of_memory(error):  # the trainer halves the batch
                 raise
-            if self._flash_choice != "auto":
-                raise FlashKernelError(
-                    f"{backend} raised in {self._flash_layer or 'the block'} ({spec}): {error}. "
-                    f"flash.backend=auto, or flash.layers={self._flash_layer}:stock, avoids it."
-                ) from error
-            if backend in ("stock", "sdpa_math"):
+            if choice != "auto":
+                raise refuse(layer, spec, backend, error) from error
+            if backend == "sdpa_math":
                 raise
-            self._flash_runtime.fail(self._flash_layer, spec, backend, error)
-            following = self._flash_runtime.decide(spec, "auto", packed.device).backend
+            runtime.fail(layer, spec, backend, error)
+            following = runtime.decide(spec, "auto", packed.device).backend
             return self._attend(packed, spec, "sdpa_math" if following == backend else following)
 
 
@@ -109,11 +107,11 @@ class FlashAAttn(FlashBlock, AAttn):
     _stock: ClassVar[type] = AAttn
 
     @staticmethod
-    def problem(block: Any, batch: int, tokens: int) -> tuple[int, int, int, int] | None:
+    def problem(block: Any, batch: int, tokens: int) -> tuple[int, int, int, int, int] | None:
         """Each area is a group of its own; the stock block cannot cut tokens that area does not divide."""
         if tokens % block.area:
             return None
-        return batch * block.area, tokens // block.area, block.head_dim, block.head_dim
+        return batch * block.area, tokens // block.area, block.head_dim, block.head_dim, block.area
 
 
 class FlashAttention(FlashBlock, Attention):
@@ -122,9 +120,9 @@ class FlashAttention(FlashBlock, Attention):
     _stock: ClassVar[type] = Attention
 
     @staticmethod
-    def problem(block: Any, batch: int, tokens: int) -> tuple[int, int, int, int]:
+    def problem(block: Any, batch: int, tokens: int) -> tuple[int, int, int, int, int]:
         """The whole image is one group."""
-        return batch, tokens, block.key_dim, block.head_dim
+        return batch, tokens, block.key_dim, block.head_dim, 1
 
 
 BLOCKS: dict[type, type[FlashBlock]] = {cls._stock: cls for cls in (FlashAAttn, FlashAttention)}
@@ -159,7 +157,7 @@ def block_spec(
     problem = cls.problem(block, batch, tokens)
     if problem is None:
         return None
-    groups, seq_len, head_dim, head_dim_v = problem
+    groups, seq_len, head_dim, head_dim_v, area = problem
     return AttentionSpec(
         batch=groups,
         num_heads=block.num_heads,
@@ -171,6 +169,7 @@ def block_spec(
         layout="nhwc" if nhwc else "nchw",
         training=training,
         deterministic=training and deterministic,
+        area=area,
     )
 
 
@@ -183,11 +182,6 @@ def _leave_stock(block: FlashBlock, x: Tensor) -> bool:
         or getattr(block, "format", None) == "coreml"
         or x.is_meta
     )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text.lower() or "ALLOC_FAILED" in text
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

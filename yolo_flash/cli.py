@@ -18,13 +18,13 @@ from ultralytics.cfg import MODES, TASK2MODEL, TASKS, entrypoint, merge_equals_a
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML
 from ultralytics.utils.checks import check_model_file_from_stem, check_yaml
 
-from . import offline
+from . import offline, trial_cache
 from ._version import __version__
 from .backends import BackendNotSupportedError, check_name
 from .bench import StepJob, bench_step
 from .bench_op import OpJob, bench_op
-from .blocks import FlashKernelError
 from .config import FlashConfig, FlashConfigError
+from .guard import FlashKernelError
 from .report import checks, show_plan
 from .trainer import patch_from_sources
 
@@ -33,6 +33,7 @@ yolo-flash {version}: the `yolo` command with exact, fused attention for YOLO10,
 
   yolo-flash MODE ARGS            any `yolo` command: train, val, predict, export, track, benchmark, settings, cfg, ...
   yolo-flash checks [device=0] [--json]      what this device can run, and why not the rest
+  yolo-flash checks --clear-cache            forget what was measured: the next run measures again
   yolo-flash plan model=yolo12n.yaml imgsz=640 batch=16 [train|val] [--json]      what a run would use, and why
   yolo-flash bench step model=yolo12n.yaml imgsz=640 batch=16      a training step, stock against ours
   yolo-flash bench op             every fused attention alone, on the layers of the models
@@ -49,6 +50,7 @@ Settings (flash.KEY=VALUE; also YOLO_FLASH_KEY in the environment, or a `flash:`
   flash.deterministic=prefer      or strict: only bitwise reproducible backends
   flash.config=strict             a shipped or own YAML file of settings
   flash.enabled=false             stock attention; so does YOLO_FLASH=0
+  flash.autotune=false            choose by rules instead of measuring before the first step
   flash.log=false                 no plan in the log
 
 In Python: from yolo_flash import patch_model; patch_model(YOLO("yolo12n.yaml")).train(data="coco8.yaml")
@@ -88,13 +90,24 @@ class _UsageError(ValueError):
 
 
 def _checks(args: list[str]) -> None:
-    values, words = _read(_merge(arg for arg in args if arg != "--json"))
+    values, words = _read(_merge(arg for arg in args if arg not in ("--json", "--clear-cache")))
     if unknown := words + [key for key in values if key != "device"]:
-        raise _UsageError(f"checks takes device=... and --json, found {', '.join(unknown)}.")
+        raise _UsageError(f"checks takes device=..., --json and --clear-cache, found {', '.join(unknown)}.")
+    if "--clear-cache" in args:
+        _clear_cache()
+        return
     try:
         checks(values.get("device"), as_json="--json" in args)
     except ValueError as error:
         raise _UsageError(f"device={values.get('device')}: {error}") from error
+
+
+def _clear_cache() -> None:
+    try:
+        count = trial_cache.clear()
+    except OSError as error:
+        raise _UsageError(f"checks --clear-cache: {error}") from error
+    LOGGER.info(f"yolo-flash: {count} measurements forgotten ({trial_cache.folder()})")
 
 
 def _plan(args: list[str]) -> None:

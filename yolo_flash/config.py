@@ -31,6 +31,7 @@ class FlashConfig:
         backend: `auto`, or the name of the backend that every attention layer shall run.
         layers: fnmatch pattern of layer names -> backend, over `backend`; the last matching pattern wins.
         deterministic: `strict` trains with reproducible backends only, `prefer` with the fastest.
+        autotune: Choose by measuring the backends on this machine, before the first step; False chooses by rules.
         log: Say what runs: plan, kernels, memory and speed, in the log and in the run folder.
 
     Raises:
@@ -41,6 +42,7 @@ class FlashConfig:
     backend: str = "auto"
     layers: dict[str, str] = field(default_factory=dict)
     deterministic: Literal["prefer", "strict"] = "prefer"
+    autotune: bool = True
     log: bool = True
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from ultralytics.utils.checks import collect_system_info
 
 from ._version import __version__
 from .backends import BACKENDS, AttentionSpec
+from .forecast import attention_memory, largest_batch
 from .machine import Machine, cudnn_release, detect, resolve_device
 from .planning import PlanRow, describe
 from .selector import select
@@ -114,38 +115,60 @@ def show_plan(
     sources: dict[str, Any],
     modes: tuple[str, ...] = ("train", "val"),
     as_json: bool = False,
+    fit: bool = False,
     **run: Any,
 ) -> dict[str, Any]:
-    """Log what each attention layer of a model would run, without training it.
+    """Log what each attention layer of a model would run, and how much memory that takes, without training it.
 
     Args:
         model: Checkpoint or YAML, as in Ultralytics.
         sources: Settings, as keyword arguments of `FlashConfig.resolve`.
         modes: Of `train` and `val`.
         as_json: Print JSON on standard output, and nothing else.
+        fit: Measure training steps at two batches, stock and planned, and say which batch would fill the GPU.
         **run: `imgsz`, `batch`, `device` and `amp` of the run, as in `plan`.
 
     Returns:
-        The rows as in flash.jsonl, and the bytes of score matrices that training keeps, in stock form and as planned.
+        The rows as in flash.jsonl; the bytes that attention keeps for the backward of a step (`memory_bytes`) and the
+        score matrices among them (`score_bytes`), in stock form and as planned; the largest batches (`fit`).
 
     Raises:
         BackendNotSupportedError: A backend asked for by name cannot run a layer.
-        ValueError: The plugin is off, the model has nothing to patch, or the device does not exist.
+        ValueError: The plugin is off, the model has nothing to patch, the device does not exist, or is no GPU and `fit`
+            was asked for.
     """
     with _quiet(as_json):
-        machine = detect(resolve_device(run.get("device")))
+        device = resolve_device(run.get("device"))
+        machine = detect(device)
+        if fit and device.type != "cuda":
+            raise ValueError(f"--fit measures on a GPU, the device is {machine}.")
         rows = [row for row in plan(patch_from_sources(YOLO(model), sources), **run) if row.mode in modes]
         stock, planned = _kept_scores(rows)
+        memory = attention_memory(rows)
         LOGGER.info(describe(rows, machine))
         LOGGER.info(_others(rows))
         if "train" in modes:
-            LOGGER.info(f"score matrices that training keeps: stock {readable(stock)}, planned {readable(planned)}")
+            LOGGER.info(
+                f"attention keeps for the backward of a step: stock {readable(memory.stock)}, planned "
+                f"{readable(memory.planned)}: {readable(memory.stock - memory.planned)} less "
+                f"(score matrices: {readable(stock)}, {readable(planned)})"
+            )
+        batches = {}
+        if fit:
+            imgsz, amp = run.get("imgsz", 640), run.get("amp", True)
+            batches = {arm: largest_batch(model, imgsz, arm, device, amp) for arm in ("unpatched", "auto")}
+            LOGGER.info(
+                f"largest training batch at {imgsz} pixels in {machine.memory_gib or 0:.0f} GiB: stock "
+                f"{batches['unpatched']}, with yolo-flash {batches['auto']}"
+            )
     facts = {
         "yolo_flash": __version__,
         "model": model,
         "machine": dataclasses.asdict(machine),
         "plan": [plan_entry(row) for row in rows],
         "score_bytes": {"stock": stock, "planned": planned},
+        "memory_bytes": dataclasses.asdict(memory),
+        **({"fit": batches} if fit else {}),
     }
     if as_json:
         print(json.dumps(facts, indent=2, default=str))
@@ -159,14 +182,17 @@ def _kept_scores(rows: list[PlanRow]) -> tuple[int, int]:
     return score_bytes(decision.spec for decision in training), score_bytes(unfused)
 
 
+def _fate(name: str, row: PlanRow) -> str:
+    """Milliseconds of a backend that lost, or why it was not taken."""
+    if name in row.decision.refused:
+        return "; ".join(row.decision.refused[name])
+    return f"{row.decision.ms[name]:.3g} ms" if name in row.decision.ms else "ready"
+
+
 def _others(rows: list[PlanRow]) -> str:
     """What became of the other backends, layers with the same fate in one block."""
     fates: dict[tuple[str, ...], list[PlanRow]] = {}
     for row in rows:
-        lines = tuple(
-            f"    {name:<16}{'; '.join(row.decision.refused[name]) if name in row.decision.refused else 'ready'}"
-            for name in BACKENDS
-            if name != row.decision.backend
-        )
+        lines = tuple(f"    {name:<16}{_fate(name, row)}" for name in BACKENDS if name != row.decision.backend)
         fates.setdefault((f"{row.decision.spec}: {row.decision.backend}", *lines), []).append(row)
     return "\n".join(line for (head, *lines) in fates for line in (f"  {head}; the others", *lines))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +13,7 @@ from ultralytics.utils import LOGGER
 from .backends import AttentionSpec
 from .config import FlashConfig
 from .machine import Machine, detect
-from .selector import Decision, select
+from .selector import Decision, Trial, select
 
 _MAX_DECISIONS = 1024  # predict on a folder of mixed aspect ratios meets a new spec an image
 _UNPLANNED_SIZE = (16, 400)  # groups and tokens of a graph compiled outside of training: a YOLO at 640
@@ -23,6 +26,9 @@ class Runtime:
         config: The settings of the model.
         failed: Backend -> the error for which it is not used again.
         planned_sizes: (layer, whether training) -> groups and tokens of the run, once they are known.
+        trials: Spec -> backend -> what was measured on this machine; the rules decide where there is nothing.
+        frugal: Whether a measured backend may need no more memory than what the rules would take.
+        unplanned: Specs that were met and not measured: they went by the nearest one, or by the rules.
     """
 
     def __init__(self, config: FlashConfig) -> None:
@@ -31,6 +37,9 @@ class Runtime:
         self.planned_sizes: dict[tuple[str, bool], tuple[int, int]] = {}
         self._decisions: dict[tuple[AttentionSpec, str, torch.device], Decision] = {}
         self.failed: dict[str, str] = {}
+        self.trials: Mapping[AttentionSpec, Mapping[str, Trial]] = {}
+        self.frugal = False
+        self.unplanned = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         """The EMA, the validator and the predictor run copies of the model, by the same decisions."""
@@ -66,8 +75,36 @@ class Runtime:
         return self.decide(AttentionSpec.with_sizes(spec_parts, batch, seq_len), choice, torch.device(device)).backend
 
     def select(self, spec: AttentionSpec, choice: str, machine: Machine) -> Decision:
-        """The decision for a spec on any machine, with this model's settings and without the backends that failed."""
-        return select(spec, machine, choice, self.config.deterministic, self.failed)
+        """The decision for a spec on any machine, with this model's settings and without the backends that failed.
+
+        Never measures: it is called inside steps, compilations and captures.
+        """
+        trials = self.trials.get(spec)
+        near = None if trials or not self.trials else self._nearest(spec)
+        if self.trials and not trials:
+            self.unplanned += 1
+        decision = select(
+            *(spec, machine, choice, self.config.deterministic, self.failed),
+            trials=trials or (None if near is None else self.trials[near]),
+            frugal=self.frugal,
+        )
+        if near is not None and choice == "auto":
+            why = f"as measured for {near.batch} x {near.seq_len_q} tokens"
+            decision = replace(decision, why=why, ms={}, error={}, extra_bytes={})
+        return decision
+
+    def _nearest(self, spec: AttentionSpec) -> AttentionSpec | None:
+        """The measured spec that differs in groups and tokens only, by a factor of 4 each at most."""
+
+        def distance(other: AttentionSpec) -> float:
+            ratios = other.batch / spec.batch, other.seq_len_q / spec.seq_len_q
+            return (
+                math.inf if not all(0.25 <= ratio <= 4 for ratio in ratios) else sum(abs(math.log(r)) for r in ratios)
+            )
+
+        alike = [other for other in self.trials if other.without_sizes() == spec.without_sizes()]
+        best = min(alike, key=distance, default=None)
+        return best if best is not None and distance(best) < math.inf else None
 
     def fail(self, layer: str, spec: AttentionSpec, backend: str, error: Exception) -> None:
         """Take a backend that raised out of this run, with one warning."""

@@ -11,6 +11,34 @@ from .backends import BACKENDS, AttentionSpec, BackendNotSupportedError, check_n
 from .machine import Machine
 
 ASKED_FOR = "asked for"  # why an explicit choice is taken
+TIE = 0.03  # times this near are equal: the spread of repeats
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a backend did with a spec on this machine, see `autotune.judge`.
+
+    Attributes:
+        ms: Milliseconds of one call, median of the samples; forward and backward if the spec trains. None without.
+        ms_low: Lowest sample.
+        ms_high: Highest sample.
+        error: Largest relative error against high precision, of the output and the gradients.
+        extra_bytes: Peak memory above what was there before; None where the device does not tell.
+        why_not: Why it cannot be used: it raised, was wrong, or did not fit. Empty if it can.
+        note: What has to be known to read the numbers.
+        method: `graph`, `events` or `clock`.
+        first_seconds: Of the first call, which compiles what has to be compiled.
+    """
+
+    ms: float | None = None
+    ms_low: float | None = None
+    ms_high: float | None = None
+    error: float | None = None
+    extra_bytes: int | None = None
+    why_not: str = ""
+    note: str = ""
+    method: str = ""
+    first_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -25,6 +53,7 @@ class Decision:
         reproducible: Whether the winner's backward gives the same bits every time.
         ms: Backend -> measured milliseconds; empty where nothing was measured.
         error: Backend -> measured relative error; empty where nothing was measured.
+        extra_bytes: Backend -> measured peak memory of attention, where the device tells.
     """
 
     spec: AttentionSpec
@@ -34,6 +63,7 @@ class Decision:
     reproducible: bool
     ms: Mapping[str, float] = field(default_factory=dict)
     error: Mapping[str, float] = field(default_factory=dict)
+    extra_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 def select(
@@ -42,8 +72,10 @@ def select(
     choice: str = "auto",
     deterministic: str = "prefer",
     failed: Mapping[str, str] | None = None,
+    trials: Mapping[str, Trial] | None = None,
+    frugal: bool = False,
 ) -> Decision:
-    """Choose the backend for a spec.
+    """Choose the backend for a spec: the fastest of those that were measured, or by the rules where none was.
 
     Args:
         spec: The problem.
@@ -51,6 +83,8 @@ def select(
         choice: `auto`, or the name of the backend to use.
         deterministic: `prefer` or `strict`, see FlashConfig.
         failed: Backend -> error of backends that raised in this run, which `auto` does not try again.
+        trials: Backend -> what it did with the spec on this machine.
+        frugal: Take nothing that needs more memory than what the rules would take.
 
     Raises:
         BackendNotSupportedError: The choice is a name and that backend cannot run. `auto` never raises.
@@ -62,10 +96,16 @@ def select(
             reasons.append(failed[name])
         if deterministic == "strict" and spec.training and not backend.reproducible(machine):
             reasons.append("deterministic=strict, and its backward adds in an order that changes from run to run")
+        if trials and choice == "auto" and name in trials and trials[name].why_not:
+            reasons.append(trials[name].why_not)
         if reasons:
             refused[name] = tuple(reasons)
+    trials = trials or {}
     if check_name(choice) == "auto":
         winner, why = next((name, why) for name, why in _rules(spec, machine) if name not in refused)
+        timed = {name: trial for name, trial in trials.items() if trial.ms is not None and name not in refused}
+        if timed:
+            winner, why = _fastest(timed, winner if frugal else None, machine)
     elif choice in refused:
         raise BackendNotSupportedError(
             f"backend={choice} cannot run {spec} on {machine}: {'; '.join(refused[choice])}. "
@@ -73,7 +113,39 @@ def select(
         )
     else:
         winner, why = choice, ASKED_FOR
-    return Decision(spec, winner, why, refused, BACKENDS[winner].reproducible(machine))
+    return Decision(
+        spec,
+        winner,
+        why,
+        refused,
+        BACKENDS[winner].reproducible(machine),
+        ms={name: trial.ms for name, trial in trials.items() if trial.ms is not None},
+        error={name: trial.error for name, trial in trials.items() if trial.error is not None},
+        extra_bytes={name: trial.extra_bytes for name, trial in trials.items() if trial.extra_bytes is not None},
+    )
+
+
+def _fastest(timed: Mapping[str, Trial], frugal_as: str | None, machine: Machine) -> tuple[str, str]:
+    """The fastest backend and why; of those within 3 %, the reproducible one, then the one with less memory.
+
+    Args:
+        timed: Backend -> Trial, each with a time.
+        frugal_as: A backend whose memory must not be exceeded.
+        machine: Where they ran.
+    """
+    if frugal_as is not None and frugal_as in timed:
+        limit = timed[frugal_as].extra_bytes or 0
+        timed = {name: trial for name, trial in timed.items() if (trial.extra_bytes or 0) <= limit}
+    ms = {name: trial.ms or 0.0 for name, trial in timed.items()}
+    best = min(ms, key=lambda name: ms[name])
+    tied = [name for name in ms if ms[name] <= (1 + TIE) * ms[best]]
+    winner = min(
+        tied, key=lambda name: (not BACKENDS[name].reproducible(machine), timed[name].extra_bytes or 0, ms[name])
+    )
+    if winner == best:
+        return winner, "the fastest measured"
+    kept = "gives the same bits every time" if BACKENDS[winner].reproducible(machine) else "takes less memory"
+    return winner, f"within {TIE:.0%} of {best}, and {kept}"
 
 
 def _rules(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str]]:

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from ultralytics.engine.model import Model
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
-from . import offline
-from .backends import BackendNotSupportedError
-from .blocks import FlashBlock, FlashKernelError
+from . import autotune, offline
+from .backends import AttentionSpec, BackendNotSupportedError
+from .blocks import FlashBlock
 from .config import FlashConfig, known_keys
 from .machine import detect, resolve_device
 from .patch import layer_choices, patch_modules, targets, unpatch_modules
 from .planning import PlanRow, Shot, make_plan
 from .runtime import Runtime
-from .selector import ASKED_FOR
+from .selector import Trial
 from .stock_pickle import StockPickle, become, restore
 from .telemetry import Telemetry, known_columns
 
@@ -61,7 +61,6 @@ class FlashTrainerMixin(_TrainerBase):
         if section is not None:
             type(self).flash = FlashConfig.resolve(**{**self.flash_sources, "section": section})
         self.flash_plan = []
-        self._flash_batch = 0
         self._flash_runtime = Runtime(self.flash)
         self._flash_telemetry: Telemetry | None = None
         if self.flash.enabled and self.flash.log and RANK in {-1, 0}:
@@ -77,6 +76,7 @@ class FlashTrainerMixin(_TrainerBase):
 
     def setup_model(self) -> Any:
         """Patch at the one point that precedes device, compile, DDP, AutoBatch and EMA."""
+        self._flash_runtime.frugal = self.args.batch < 1  # AutoBatch will fill the memory with what the rules take
         checkpoint = super().setup_model()
         self._patch(self.model)
         return checkpoint
@@ -89,8 +89,6 @@ class FlashTrainerMixin(_TrainerBase):
 
     def _build_train_pipeline(self) -> None:
         """Plan now that the batch size is known, and again after a halving; patch what joined the model."""
-        self._blame_cudnn(sys.exc_info()[1])
-        self._flash_batch = self.batch_size
         self._patch(self.model)
         super()._build_train_pipeline()
         self._plan()
@@ -152,7 +150,8 @@ class FlashTrainerMixin(_TrainerBase):
             return
         machine = detect(self.device)
         try:
-            self.flash_plan = make_plan(model, self._flash_runtime, machine, self._shots())
+            measure = self._measure if self.flash.autotune else None
+            self.flash_plan = make_plan(model, self._flash_runtime, machine, self._shots(), measure)
         except BackendNotSupportedError:
             raise
         except Exception as error:  # a model that cannot run on the meta device still trains: each layer then decides
@@ -164,24 +163,12 @@ class FlashTrainerMixin(_TrainerBase):
         }
         self._tell("plan", self.flash_plan, machine)
 
-    def _blame_cudnn(self, error: BaseException | None) -> None:
-        """Undo a halving of the batch that an error of cuDNN's attention in the backward has caused.
-
-        Ultralytics takes some of cuDNN's errors for a lack of memory, halves the batch, and builds the pipeline again
-        while it still handles the error.
-        """
-        plan = [row for row in self.flash_plan if row.mode == "train" and row.decision.backend == "sdpa_cudnn"]
-        mistaken = any(words in str(error) for words in ("unable to find an engine", "CUDNN_STATUS_INTERNAL_ERROR"))
-        if not (plan and mistaken and isinstance(error, Exception)):
-            return
-        if all(row.decision.why == ASKED_FOR for row in plan):
-            raise FlashKernelError(
-                f"sdpa_cudnn raised in the backward of {plan[0].layer} ({plan[0].decision.spec}): {error}. "
-                f"flash.backend=auto avoids it."
-            ) from error
-        if "sdpa_cudnn" not in self._flash_runtime.failed:
-            self._flash_runtime.fail(plan[0].layer, plan[0].decision.spec, "sdpa_cudnn", error)
-            self.args.batch = self.batch_size = self._flash_batch
+    def _measure(self, specs: list[AttentionSpec]) -> dict[AttentionSpec, dict[str, Trial]]:
+        """Trials on this device; all ranks get those of rank 0, so that all have one plan."""
+        trials = [autotune.measure(specs, self.device) if RANK in {-1, 0} else {}]
+        if self.world_size > 1:
+            dist.broadcast_object_list(trials, src=0)
+        return trials[0]
 
     def _shots(self) -> list[Shot]:
         args: Any = self.args
@@ -336,7 +323,9 @@ def plan(
         Shot("train", batch, imgsz, imgsz, dtype, nhwc=on_gpu),
         Shot("val", 2 * batch, imgsz, imgsz, dtype, nhwc=on_gpu),
     ]
-    return make_plan(inner, block._flash_runtime, detect(where), shots)
+    runtime = block._flash_runtime
+    measure = functools.partial(autotune.measure, device=where) if runtime.config.autotune else None
+    return make_plan(inner, runtime, detect(where), shots, measure)
 
 
 def warn_no_targets(model: nn.Module) -> None:

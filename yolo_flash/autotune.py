@@ -1,0 +1,499 @@
+"""The one place that runs a backend to judge it: is it exact, how fast is it, how much memory does it take.
+
+A backend is run in the real block (`FlashBlock` or the stock class), whose convolutions are replaced: the first gives a
+tensor that is there, the positional one scales it, the last does nothing. What is timed is therefore attention with all
+the layout work that the block does around it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from ultralytics.nn.modules.block import AAttn, Attention
+from ultralytics.utils import LOGGER, TQDM
+
+from . import trial_cache
+from .backends import BACKENDS, AttentionSpec
+from .blocks import BLOCKS
+from .config import FlashConfig
+from .machine import Machine, detect
+from .runtime import Runtime
+from .selector import Trial
+from .stock_pickle import become
+
+Results = tuple[Tensor, ...]
+
+_SCORES_AT_ONCE = 2**26  # half a GiB in float64
+_SCORES_TO_CHECK = 2**22  # exactness does not depend on the number of groups: as many as make this, one at least
+_GIB = 2**30
+_SECONDS = 1.0  # spent on the samples of one backend at most, once it has three
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """Frobenius norm of the difference over that of `wanted`; NaN if there is one in `found`.
+
+    Where `wanted` is zero, the norm of `found`.
+    """
+    wanted = wanted.double()
+    norm = wanted.norm()
+    return float((found.double() - wanted).norm() / (norm if norm > 0 else 1))
+
+
+def allowed_error(stock_error: float, dtype: torch.dtype) -> float:
+    """How far a backend may be off: twice what the stock block is off in the same dtype, plus rounding.
+
+    Args:
+        stock_error: Relative error of the stock block.
+        dtype: What it computes in.
+    """
+    return 2 * stock_error + torch.finfo(dtype).eps
+
+
+@torch.no_grad()
+def reference(
+    packed: Tensor, dout: Tensor, dimage: Tensor, *, head_dim: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Plain attention in high precision, a slice of queries of one group at a time: 0.5 GiB a matrix at most.
+
+    Args:
+        packed: Queries, keys and values `[groups, tokens, heads, 2*head_dim + head_dim_v]`.
+        dout: Upstream gradient of attention `[groups, tokens, heads, head_dim_v]`.
+        dimage: Upstream gradient of the copy of v, of the same shape.
+        head_dim: Channels of a query and of a key.
+        dtype: To compute in.
+
+    Returns:
+        Attention, and the gradient of `packed`, both in `dtype`.
+    """
+    sizes = (head_dim, head_dim, dout.shape[-1])
+    out, dpacked = torch.zeros_like(dout, dtype=dtype), torch.zeros_like(packed, dtype=dtype)
+    groups, tokens, heads, _ = packed.shape
+    step, scale = max(1, _SCORES_AT_ONCE // (heads * tokens)), head_dim**-0.5
+    for group in range(groups):
+        q, k, v = packed[group].to(dtype).transpose(0, 1).split(sizes, dim=-1)  # [heads, tokens, channels]
+        dq, dk, dv = dpacked[group].transpose(0, 1).split(sizes, dim=-1)  # views, written in place
+        dv += dimage[group].to(dtype).transpose(0, 1)
+        for start in range(0, tokens, step):
+            part = slice(start, start + step)
+            do = dout[group, part].to(dtype).transpose(0, 1)
+            p = torch.softmax(scale * q[:, part] @ k.mT, dim=-1)
+            dv += p.mT @ do
+            ds = do @ v.mT
+            ds = p * (ds - (p * ds).sum(-1, keepdim=True))
+            dq[:, part] = scale * ds @ k
+            dk += scale * ds.mT @ q[:, part]
+            out[group, part] = (p @ v).transpose(0, 1)
+    return out, dpacked
+
+
+# The block ------------------------------------------------------------------------------------------------------------
+class _Given(nn.Module):
+    """In the place of the first convolution: a tensor that is there."""
+
+    tensor: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tensor
+
+
+class _Faint(nn.Module):
+    """In the place of the positional convolution: v, as small as the average that attention makes of it.
+
+    Else the values would hide the errors of attention, in the output and in the gradients.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.factor = tokens**-0.5
+
+    def forward(self, v: Tensor) -> Tensor:
+        return v * self.factor
+
+
+class _Arm:
+    """One backend in a block of its own, for inputs of a certain number of groups."""
+
+    def __init__(self, spec: AttentionSpec, backend: str, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        with torch.device("meta"):  # takes no memory and no random number
+            block: Any = (
+                AAttn(spec.num_heads * spec.head_dim, spec.num_heads, spec.area)
+                if spec.head_dim == spec.head_dim_v
+                else Attention(
+                    spec.num_heads * spec.head_dim_v, spec.num_heads, (spec.head_dim + 0.5) / spec.head_dim_v
+                )
+            )
+        block.qkv, block.pe, block.proj = _Given(), _Faint(spec.seq_len_k), nn.Identity()
+        if BACKENDS[backend].run is not None:
+            runtime = Runtime(FlashConfig(backend=backend))
+            become(block, BLOCKS[type(block)], layer="", choice=backend, runtime=runtime)
+        self.block = block.train(spec.training)
+
+    def call(self, image: Tensor, upstream: Tensor) -> Results:
+        """`(output,)`, or `(output, gradient of the image)` when the spec trains.
+
+        Args:
+            image: What the first convolution gives, `[images, channels, height, width]`.
+            upstream: Gradient of the output.
+        """
+        spec = self.spec
+        channels = spec.num_heads * spec.head_dim_v
+        leaf = image.detach().requires_grad_(spec.training)
+        # Of the block's input, which only its shape and its layout are asked: memory of one channel more than needed.
+        x = image[:, :channels] if image.shape[1] >= channels else image
+        half = spec.dtype in (torch.float16, torch.bfloat16)
+        self.block.qkv.tensor = leaf
+        try:
+            amp = torch.autocast(self.device.type, dtype=spec.dtype if half else None, enabled=half)
+            with amp, torch.set_grad_enabled(spec.training):
+                out = self.block(x.detach())
+        finally:
+            del self.block.qkv.tensor
+        if not spec.training:
+            return (out,)
+        return (out.detach(), *torch.autograd.grad(out, leaf, upstream.to(out.dtype)))
+
+
+def _image(spec: AttentionSpec, groups: int, device: torch.device, channels: int, seed: int) -> Tensor:
+    """Random `[images, channels, height, width]` in the layout of a spec."""
+    tokens = spec.area * spec.seq_len_k
+    height = next(side for side in range(math.isqrt(tokens), 0, -1) if tokens % side == 0)
+    source = torch.Generator(device).manual_seed(seed)  # its own: the global one stays as it is
+    size = (groups // spec.area, channels, height, tokens // height)
+    image = torch.randn(size, device=device, dtype=spec.dtype, generator=source)
+    return image.contiguous(memory_format=torch.channels_last if spec.layout == "nhwc" else torch.contiguous_format)
+
+
+def _channels(spec: AttentionSpec) -> tuple[int, int]:
+    """Of the block's packed tensor, and of its output."""
+    return spec.num_heads * (2 * spec.head_dim + spec.head_dim_v), spec.num_heads * spec.head_dim_v
+
+
+def _inputs(spec: AttentionSpec, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    packed, out = _channels(spec)
+    return _image(spec, groups, device, packed, 0), _image(spec, groups, device, out, 1)
+
+
+def _exact(spec: AttentionSpec, image: Tensor, upstream: Tensor) -> list[Tensor]:
+    """Output of the block, and the gradients of q, k and v, in high precision."""
+
+    def grouped(t: Tensor) -> Tensor:
+        return t.permute(0, 2, 3, 1).reshape(-1, spec.seq_len_k, spec.num_heads, t.shape[1] // spec.num_heads)
+
+    large = image.device.type == "cpu" and spec.scores // spec.batch > 2**27  # float64 would take half a minute
+    dtype = torch.float32 if large else torch.float64
+    packed, dout = grouped(image), grouped(upstream)
+    faint = spec.seq_len_k**-0.5
+    out, grad = reference(packed, dout, dout.to(dtype) * faint, head_dim=spec.head_dim, dtype=dtype)
+    out = out + packed[..., 2 * spec.head_dim :].to(dtype) * faint
+    return [out, *grad.split([spec.head_dim, spec.head_dim, spec.head_dim_v], dim=-1)]
+
+
+def _errors(spec: AttentionSpec, results: Results, truth: list[Tensor]) -> list[float]:
+    """Relative errors of the output and, in training, of the gradients of q, k and v.
+
+    Raises:
+        ArithmeticError: A result has another shape than it should have.
+    """
+    dims = [[spec.head_dim_v], [spec.head_dim, spec.head_dim, spec.head_dim_v]]
+    packed, out = _channels(spec)
+    found: list[Tensor] = []
+    for t, sizes, channels in zip(results, dims, (out, packed), strict=False):
+        if t.ndim != 4 or t.shape[1] != channels:
+            raise ArithmeticError(f"a result has shape {list(t.shape)} where {channels} channels were expected")
+        found += t.permute(0, 2, 3, 1).reshape(-1, spec.seq_len_k, spec.num_heads, sum(sizes)).split(sizes, dim=-1)
+    if any(a.shape != b.shape for a, b in zip(found, truth, strict=False)):
+        raise ArithmeticError("a result has another shape than the reference")
+    errors = [relative_error(*pair) for pair in zip(found, truth, strict=False)]
+    if spec.seq_len_k == 1:  # the gradients of q and k are zero but for rounding
+        errors[1:3] = [error if math.isnan(error) else 0.0 for error in errors[1:3]]
+    return errors
+
+
+def measure(specs: Iterable[AttentionSpec], device: torch.device) -> dict[AttentionSpec, dict[str, Trial]]:
+    """Trials of all backends that can run, from earlier runs where there are any; says how long it took. Never raises.
+
+    Args:
+        specs: The problems; equal ones are measured once.
+        device: A CUDA device or a CPU; on others there is nothing to choose from, and nothing is measured.
+
+    Returns:
+        Spec -> backend -> Trial; specs that could not be measured are left out.
+    """
+    if device.type not in ("cuda", "cpu"):
+        return {}
+    start = time.perf_counter()
+    machine = detect(device)
+    wanted = list(dict.fromkeys(specs))
+    trials: dict[AttentionSpec, dict[str, Trial]] = dict(trial_cache.load(wanted, machine))
+    new = [spec for spec in wanted if spec not in trials]
+    try:
+        for spec in TQDM(new, desc="yolo-flash: measuring attention", disable=not new, leave=False):
+            trials[spec] = judge(spec, device, candidates(spec, machine))
+            trial_cache.store({spec: trials[spec]}, machine)
+    except Exception as error:
+        LOGGER.warning(f"yolo-flash: choosing by the rules, for a measurement failed: {first_line(error)}")
+    if device.type == "cuda" and new:
+        torch.cuda.empty_cache()
+    seconds = time.perf_counter() - start
+    first = sum(trial.first_seconds for spec in new for trial in trials.get(spec, {}).values())
+    if new:
+        LOGGER.info(
+            f"yolo-flash: measured {len(new)} attention problems in {seconds:.1f} s, {first:.1f} s of it first calls, "
+            f"which compile; {len(wanted) - len(new)} were known"
+        )
+    elif wanted:
+        LOGGER.info(f"yolo-flash: {len(wanted)} attention problems known from earlier, read in {seconds * 1e3:.0f} ms")
+    return trials
+
+
+def candidates(spec: AttentionSpec, machine: Machine) -> list[str]:
+    """The backends worth a trial: all that can run, but torch's unfused one only where nothing fused can."""
+    able = [name for name, backend in BACKENDS.items() if not backend.not_supported_reasons(spec, machine)]
+    fused = any(BACKENDS[name].fused for name in able)
+    return [name for name in able if name != "sdpa_math" or not fused]
+
+
+# Judging --------------------------------------------------------------------------------------------------------------
+def judge(spec: AttentionSpec, device: torch.device, names: Iterable[str], repeats: int = 5) -> dict[str, Trial]:
+    """Run backends on a spec: exact first, then how fast and with how much memory.
+
+    The random generator, flags of torch and the switches of its attention are left as found; of CUDA's allocator only
+    the high-water mark changes. A backend may use a quarter of the memory that is free: stock attention, whose score
+    matrices may need more, is measured on fewer groups then, and its time scaled.
+
+    Args:
+        spec: The problem.
+        device: Where to run it.
+        names: Backends that can run it by their own account.
+        repeats: Samples of each.
+
+    Returns:
+        Backend -> Trial. One that raised, ran out of memory or is wrong has the reason, and no time.
+    """
+    trials: dict[str, Trial] = {}
+    with _as_found(spec):
+        exact = _check(spec, device, list(names), trials)
+        _time(spec, device, exact, trials, repeats)
+    return trials
+
+
+def _check(spec: AttentionSpec, device: torch.device, names: list[str], trials: dict[str, Trial]) -> list[str]:
+    """Hold every backend against float64 on a few groups; those that are exact."""
+    wanted = max(1, _SCORES_TO_CHECK * spec.batch // max(1, spec.scores))
+    groups = min(spec.batch, -(-wanted // spec.area) * spec.area)
+    try:
+        image, upstream = _inputs(spec, groups, device)
+        truth = _exact(spec, image, upstream)
+        stock = _errors(spec, _Arm(spec, "stock", device).call(image, upstream), truth)
+    except Exception as error:  # without a yardstick no backend is better than another
+        reason = f"could not be checked: {first_line(error)}"
+        trials.update({name: Trial(why_not=reason) for name in names})
+        return []
+    allowed = [allowed_error(error, spec.dtype) for error in stock]
+    exact = []
+    for name in names:
+        start = time.perf_counter()
+        try:
+            results = _Arm(spec, name, device).call(image, upstream)
+            _wait(device)
+            errors = _errors(spec, results, truth)
+        except Exception as error:  # a kernel raises whatever it likes
+            trials[name] = Trial(why_not=f"failed in its trial: {first_line(error)}")
+            continue
+        seconds = time.perf_counter() - start
+        parts = ("output", "gradient of q", "gradient of k", "gradient of v")
+        wrong = [
+            f"{part} is off by {found:.2g}, {limit:.2g} is allowed"
+            for part, found, limit in zip(parts, errors, allowed, strict=False)
+            if not found <= limit  # NaN too
+        ]
+        if wrong:
+            trials[name] = Trial(error=max(errors), why_not="wrong: " + "; ".join(wrong))
+        else:
+            trials[name] = Trial(error=max(errors), first_seconds=seconds)
+            exact.append(name)
+    return exact
+
+
+def _time(spec: AttentionSpec, device: torch.device, names: list[str], trials: dict[str, Trial], repeats: int) -> None:
+    """Time the exact backends in turns, each on as many groups as its memory allows."""
+    cap = free_bytes(device) // 4
+    samplers: dict[str, Callable[[], float]] = {}
+    for name in names:
+        groups = min(spec.batch, cap // _bytes_a_group(spec, name))
+        if device.type == "cpu":  # which has no use for many groups, but minutes of work with them
+            groups = min(groups, max(spec.area, _SCORES_TO_CHECK * spec.batch // spec.scores))
+        groups = groups // spec.area * spec.area
+        if not groups:
+            need = _bytes_a_group(spec, name) * spec.area / _GIB
+            reason = f"not measured: one image takes about {need:.1f} GiB, a trial may take {cap / _GIB:.1f} GiB"
+            trials[name] = replace(trials[name], why_not=reason)
+            continue
+        try:
+            arm, (image, upstream) = _Arm(spec, name, device), _inputs(spec, groups, device)
+            call = _bound(arm, image, upstream)
+            call()
+            extra = _extra_bytes(call, device)
+            sampler, method = _sampler(call, device)
+        except Exception as error:
+            trials[name] = replace(trials[name], why_not=f"failed in its trial: {first_line(error)}")
+            continue
+        scale = spec.batch / groups
+        note = f"measured on {groups} of {spec.batch} groups" if groups < spec.batch else ""
+        extra = None if extra is None else round(extra * scale)
+        trials[name] = replace(trials[name], extra_bytes=extra, note=note, method=method)
+        samplers[name] = _scaled(sampler, scale)
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    for _ in range(repeats):
+        for name, sample in samplers.items():
+            if len(samples[name]) < 3 or sum(samples[name]) < _SECONDS * 1e3:
+                samples[name].append(sample())
+    for name, ms in samples.items():
+        trials[name] = replace(trials[name], ms=statistics.median(ms), ms_low=min(ms), ms_high=max(ms))
+
+
+def _bound(arm: _Arm, image: Tensor, upstream: Tensor) -> Callable[[], Results]:
+    return lambda: arm.call(image, upstream)
+
+
+def _scaled(sample: Callable[[], float], factor: float) -> Callable[[], float]:
+    return lambda: sample() * factor
+
+
+def _bytes_a_group(spec: AttentionSpec, name: str) -> int:
+    """An upper estimate of what a backend allocates for one group."""
+    packed, out = _channels(spec)
+    linear = spec.seq_len_k * (packed + out) * spec.dtype.itemsize * (5 if spec.training else 3)
+    if BACKENDS[name].fused:
+        return linear
+    return linear + spec.scores // spec.batch * (20 if spec.training else 12)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated, what torch has cached included."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return psutil.virtual_memory().available
+
+
+def _extra_bytes(call: Callable[[], Results], device: torch.device) -> int | None:
+    """Peak memory of a call above what is there before; None where the device does not tell."""
+    if device.type != "cuda":
+        return None
+    _wait(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def _as_found(spec: AttentionSpec) -> Iterator[None]:
+    """Torch's deterministic mode as the spec has it, for the time of a trial; warnings of it are nobody's concern."""
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(spec.deterministic, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+# Timing ---------------------------------------------------------------------------------------------------------------
+def _sampler(call: Callable[[], Results], device: torch.device) -> tuple[Callable[[], float], str]:
+    """What gives the milliseconds of one call, and how it measures: `graph`, `events` or `clock`."""
+    if device.type == "cpu":
+        return lambda: _clock_ms(call), "clock"
+    if device.type != "cuda":
+        return lambda: _clock_ms(call, device), "clock"
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    calls = max(1, min(10, int(2e-3 / (time.perf_counter() - start))))
+    with torch.cuda.device(device):
+        try:
+            return graph_ms(call, calls), "graph"
+        except Exception:  # an extension may synchronise, allocate, or compile
+            with contextlib.suppress(RuntimeError):
+                _wait(device)  # takes what is left of the error
+            return lambda: _event_ms(call, calls), "events"
+
+
+def graph_ms(call: Callable[[], Results], calls: int = 10) -> Callable[[], float]:
+    """Capture calls in a CUDA graph; the result replays them and gives the milliseconds of one.
+
+    Raises:
+        RuntimeError: The capture failed, or the replay does not compute what the call does.
+    """
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # also gives back the stream after a capture that failed, which torch does not
+        for _ in range(2):
+            wanted = call()
+        with torch.cuda.graph(graph, stream=side):
+            for _ in range(calls):
+                found = call()
+    torch.cuda.synchronize()
+    for tensor in found:
+        tensor.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    if not all(relative_error(*pair) <= 0.05 for pair in zip(found, wanted, strict=True)):
+        raise RuntimeError("kernels are missing in it")  # launched on a stream of the extension's own, say
+
+    def sample() -> float:
+        return _between_events(graph.replay) / calls
+
+    return sample
+
+
+def _event_ms(call: Callable[[], Results], calls: int) -> float:
+    def run() -> None:
+        for _ in range(calls):
+            call()
+
+    return _between_events(run) / calls
+
+
+def _between_events(run: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _clock_ms(call: Callable[[], Results], device: torch.device | None = None) -> float:
+    start = time.perf_counter()
+    results = call()
+    if device is not None:
+        results[0].flatten()[:1].cpu()  # waits for the device, whatever it is
+    return (time.perf_counter() - start) * 1e3
+
+
+def first_line(error: Exception) -> str:
+    """Type and first line of an exception."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
