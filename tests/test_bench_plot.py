@@ -79,12 +79,26 @@ def test_time_and_memory_against_the_size_with_what_was_lost(figures: list[Any])
     assert list(lines["unpatched"].get_ydata()) == [8.0, 34.0, 140.0]
     assert list(lines["triton_area"].get_xdata()) == [640, 1280, 2048, 4096]
     for axis in figure.axes:
-        assert texts(axis) == [f"nchw: {LOST}", f"unpatched: {LOST}"]
+        assert texts(axis) == ["nchw: out of memory", "unpatched: out of memory"]
         crosses = [line for line in axis.lines if line.get_marker() == "x"]
         assert [line.get_xdata()[0] for line in crosses] == [4096, 4096]
         to_panel = axis.transData - axis.transAxes
         points = [y for line in axis.lines if line not in crosses for _, y in to_panel.transform(line.get_xydata())]
         assert max(points) < min(line.get_ydata()[0] for line in crosses) - 0.03
+    assert covered(figure) == []
+
+
+def test_many_sizes_and_losses_do_not_cover_each_other(figures: list[Any]) -> None:
+    rows = []
+    for i, imgsz in enumerate((320, 640, 960, 1280, 2048, 2560, 4096)):
+        for arm, fits in (("nchw", 2), ("unpatched", 3), ("sdpa_efficient", 5), ("auto", 7)):
+            row = made_up()[0] | {"imgsz": imgsz, "arm": arm, "kernel_ms": 2.0**i, "peak_gib": 0.1 * 2**i}
+            rows.append(
+                row if i < fits else row | {"kernel_ms": None, "wall_ms": None, "peak_gib": None, "error": LOST}
+            )
+    draw_sizes(rows)
+    (figure,) = figures
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines if line.get_marker() == "x"] == [5, 4, 2]
     assert covered(figure) == []
 
 

@@ -113,6 +113,7 @@ def test_settings_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch) ->
         ("arms=nchw", "there is no backend 'nchw'"),
         ("folder=here", r"bench predict takes model=\.\.\., .*; found folder"),
         ("model=yolov8n.yaml", r"yolov8n\.yaml has no attention layer that the plugin knows"),
+        ("model=yolo12n.pt", r"model=yolo12n\.pt is not on this machine and cannot be downloaded"),
         ("model=missing.yaml", "bench predict: .*missing"),
     ],
 )

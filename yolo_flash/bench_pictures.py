@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,14 +60,14 @@ def draw_sizes(rows: list[Row]) -> bytes | None:
     }
     if not panels:
         return None
-    figure = new_figure(11, 0.9 + 4 * len(panels))
+    figure = new_figure(12, 0.9 + 4 * len(panels))
     grid = figure.subplots(len(panels), 2, squeeze=False)
     for (panel, mine), axes in zip(panels.items(), grid, strict=True):
         time, unit = _time(mine)
         _sizes(axes[0], mine, time, f"{_subject(panel)}, {unit}")
         _sizes(axes[1], mine, "peak_gib", "peak memory, GiB")
         axes[0].set_title(panel.title, loc="left", fontsize=11)
-        axes[0].legend(frameon=False, fontsize=9, loc="lower right")
+        axes[1].legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     _heading(figure, [row for mine in panels.values() for row in mine])
     return as_png(figure)
 
@@ -190,7 +192,8 @@ def _sizes(axis: Any, rows: list[Row], figure: str, label: str) -> None:
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
     sizes = sorted({row["imgsz"] for row in rows})
-    lost: dict[int, int] = {}  # size -> arms that ran out of memory there
+    places = [math.log(size / sizes[0]) / math.log(sizes[-1] / sizes[0]) for size in sizes]  # 0 is left, 1 is right
+    top = 0.95  # of the panel: what ran out of memory stands above all points, one arm below the other
     for i, arm in enumerate(_arms(rows)):
         at_size = {size: [row for row in rows if row["imgsz"] == size] for size in sizes}
         spans = {size: span for size, mine in at_size.items() if (span := _span(mine, arm, figure))}
@@ -206,34 +209,28 @@ def _sizes(axis: Any, rows: list[Row], figure: str, label: str) -> None:
         )
         for size, span in spans.items():
             axis.plot([size, size], [span.low, span.high], color=color, linewidth=1, zorder=2)
-        for size, mine in at_size.items():
-            if size not in spans and _error(mine, arm).startswith(_OUT_OF_MEMORY):
-                height = 0.95 - 0.075 * lost.get(size, 0)  # of the panel: above all points, one below the other
-                lost[size] = lost.get(size, 0) + 1
-                right = sizes.index(size) >= len(sizes) / 2
-                axis.annotate(
-                    f"{arm}: {_error(mine, arm)}",
-                    (size, height),
-                    xycoords=axis.get_xaxis_transform(),
-                    xytext=(-9 if right else 9, 0),
-                    textcoords="offset points",
-                    ha="right" if right else "left",
-                    va="center",
-                    fontsize=9,
-                )
-                style = {"color": color, "markersize": 9, "markeredgewidth": 2.2}
-                axis.plot(size, height, "x", transform=axis.get_xaxis_transform(), **style)
+        lost = [size for size, mine in at_size.items() if _error(mine, arm).startswith(_OUT_OF_MEMORY)]
+        if lost := [size for size in lost if size not in spans]:
+            frame = axis.get_xaxis_transform()
+            axis.plot(lost, [top] * len(lost), "x", color=color, markersize=9, markeredgewidth=2.2, transform=frame)
+            beside = places[sizes.index(lost[0])] > 0.5  # else there is no room to its left
+            text = f"{arm}: {_OUT_OF_MEMORY}"
+            place: dict[str, Any] = {"xytext": (-9, 0) if beside else (-4, -14), "textcoords": "offset points"}
+            place |= {"xycoords": frame, "ha": "right" if beside else "left", "va": "center"}
+            axis.annotate(text, (lost[0], top), fontsize=9, **place)
+            top -= 0.075 if beside else 0.135
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(sizes, [str(size) for size in sizes])
+    if min(b - a for a, b in pairwise(places)) < 0.13:  # else the numbers would touch
+        axis.tick_params(axis="x", rotation=60)
     axis.xaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axis.yaxis.set_minor_locator(NullLocator())
     figures = [row[figure] for row in rows if row[figure] is not None]
-    low, high = min(figures), max(figures)
-    room = 0.1 + 0.1 * max(lost.values(), default=0)  # above the points, of the height they take
-    axis.set_ylim(low / 1.4, 1.4 * high * (high / low) ** room)
+    bottom, highest = min(figures) / 1.4, max(figures)
+    axis.set_ylim(bottom, bottom * (highest / bottom) ** (1 / max(top - 0.02, 0.3)))
     axis.set_xlim(sizes[0] / 1.12, sizes[-1] * 1.12)
     axis.set_xlabel("image size, pixels")
     axis.set_ylabel(label)

@@ -145,6 +145,8 @@ def _bench(args: list[str]) -> None:
             values[key] = tuple(value) if isinstance(value, (tuple, list)) else (value,)
         elif key in ("model", "device", "csv", "json", "amp", "dtype", "folder"):
             values[key] = str(value)
+    if "model" in values:
+        _refuse_missing(values["model"], f"model={values['model']}", None)
     try:
         job = make_job(**values)
     except ValueError as error:
