@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import io
 import json
@@ -11,21 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import ultralytics
 
-from yolo_flash import cli
-from yolo_flash.bench import Step, StepJob, bench_step, summary, table
+from yolo_flash import bench_rounds, cli
+from yolo_flash.bench_rounds import COLUMNS, bench, summary, table
+from yolo_flash.bench_step import Step, StepJob
+from yolo_flash.patch import targets
 
-TINY: dict[str, Any] = {"imgsz": 64, "batch": 2, "rounds": 1, "steps": 1, "device": "cpu"}
+TINY: dict[str, Any] = {"imgsz": (64,), "batch": 2, "rounds": 1, "steps": 1, "device": "cpu"}
 
 
 def test_a_step_is_measured_from_the_command_line(tmp_path: Path, log: list[str]) -> None:
-    file = tmp_path / "step.json"
+    file, sheet = tmp_path / "step.json", tmp_path / "step.csv"
     typed = "bench step model=yolo12n.yaml imgsz=64 batch=2 rounds=1 steps=1 device=cpu arms=unpatched,sdpa_flash"
-    cli.main([*typed.split(), f"json={file}"])
+    cli.main([*typed.split(), f"json={file}", f"csv={sheet}"])
     results = json.loads(file.read_text())
     assert list(results["arms"]) == ["unpatched", "sdpa_flash"]
     assert results["job"] == json.loads(json.dumps(dataclasses.asdict(StepJob(**TINY)))) | {
+        "imgsz": 64,
         "arms": ["unpatched", "sdpa_flash"],
+        "csv": str(sheet),
         "json": str(file),
     }
     assert results["machine"]["kind"] == "cpu"
@@ -35,43 +42,80 @@ def test_a_step_is_measured_from_the_command_line(tmp_path: Path, log: list[str]
         assert 0.1 < sample["peak_gib"] < 32
         assert sample["kernel_ms"] is None
         assert arm["median"]["wall_ms"]["median"] == sample["wall_ms"]
+    rows = read(sheet)
+    assert tuple(rows[0]) == COLUMNS
+    assert [row["arm"] for row in rows] == ["unpatched", "sdpa_flash"]
+    for row, arm in zip(rows, results["arms"].values(), strict=True):
+        assert (row["command"], row["model"], row["imgsz"], row["batch"]) == ("step", "yolo12n.yaml", "64", "2")
+        assert (row["precision"], row["round"], row["kernel_ms"], row["error"]) == ("fp32", "1", "", "")
+        assert float(row["wall_ms"]) == pytest.approx(arm["samples"][0]["wall_ms"], rel=1e-5)
+        assert float(row["images_per_second"]) == pytest.approx(2e3 / float(row["wall_ms"]), rel=1e-5)
+        assert row["device"] == results["machine"]["name"]
+        assert (row["torch"], row["ultralytics"]) == (torch.__version__, ultralytics.__version__)
     text = next(line for line in log if "| arm |" in line)
     assert "fp32" in text
     assert "| unpatched | - | - |" in text
     assert "| 1.00x |" in text
 
 
-def test_arms_take_turns_in_fresh_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def read(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_arms_take_turns_in_fresh_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     began: list[str] = []
+    sheet = tmp_path / "step.csv"
 
     class Process:
         returncode = 0
 
         def __init__(self, command: list[str], **pipes: Any) -> None:
-            self.arm = command[-1]
+            assert command[1:3] == ["-m", "yolo_flash.bench_step"]
+            self.imgsz, self.arm = command[-2:]
             self.stdout = io.StringIO("a line of another library\nready\n")
             began.append(self.arm)
 
         def communicate(self, word: str) -> tuple[str, str]:
+            assert [row["arm"] for row in read(sheet)] == told  # all that was measured is on the disk
             told.append(self.arm)
             assert word == "go\n"
-            answer = {"kernel_ms": 10.0 + len(told), "wall_ms": 20.0, "peak_gib": 1.0, "machine": {"text": "a card"}}
+            answer: dict[str, Any] = {"kernel_ms": 10.0 + len(told), "wall_ms": 20.0, "peak_gib": 1.0}
+            if self.imgsz == "4096" and self.arm == "unpatched":
+                answer = {"error": "out of memory (79 GiB)"}
+            answer["machine"] = {"name": "a card", "precision": "fp16", "cudnn": 91900}
             return f"another line\n{json.dumps(answer)}\n", ""
 
         def kill(self) -> None: ...
 
         def wait(self) -> None: ...
 
-    monkeypatch.setattr("yolo_flash.bench.subprocess.Popen", Process)
-    results = bench_step(StepJob(arms=("unpatched", "auto", "stock"), rounds=2))
-    assert told == began == ["unpatched", "auto", "stock"] * 2
-    assert results["machine"] == {"text": "a card"}
-    assert results["arms"]["auto"]["median"]["kernel_ms"] == {"median": 13.5, "low": 12.0, "high": 15.0}
+    monkeypatch.setattr("yolo_flash.bench_process.subprocess.Popen", Process)
+    monkeypatch.setattr(bench_rounds, "_commit", lambda: "c0ffee")
+    job = StepJob(imgsz=(640, 4096), arms=("unpatched", "auto", "stock"), rounds=2, csv=str(sheet))
+    small, large = bench(job)
+    assert told == began == ["unpatched", "auto", "stock"] * 4
+    assert small["machine"]["name"] == "a card"
+    assert small["arms"]["auto"]["median"]["kernel_ms"] == {"median": 13.5, "low": 12.0, "high": 15.0}
+    assert large["job"]["imgsz"] == 4096
+    assert large["arms"]["unpatched"]["median"] == {"error": "out of memory (79 GiB)"}
+    rows = read(sheet)
+    assert [(row["imgsz"], row["round"]) for row in rows[::3]] == [
+        ("640", "1"),
+        ("640", "2"),
+        ("4096", "1"),
+        ("4096", "2"),
+    ]
+    lost = [row for row in rows if row["error"]]
+    assert [(row["imgsz"], row["arm"], row["wall_ms"]) for row in lost] == [("4096", "unpatched", "")] * 2
+    assert {(row["device"], row["precision"], row["cudnn"], row["commit"]) for row in rows} == {
+        ("a card", "fp16", "9.19.0", "c0ffee")
+    }
 
 
 def test_an_arm_that_fails_is_told_and_the_others_stand(log: list[str]) -> None:
-    bench_step(StepJob(**TINY, arms=("unpatched", "sdpa_cudnn")))
+    bench(StepJob(**TINY, arms=("unpatched", "sdpa_cudnn")))
     text = next(line for line in log if "| arm |" in line)
     failed = next(line for line in text.splitlines() if line.startswith("| sdpa_cudnn"))
     assert "runs on NVIDIA cards" in failed
@@ -84,7 +128,8 @@ def test_speed_up_is_by_gpu_time_where_there_is_one() -> None:
         return {"samples": [sample], "median": summary([sample])}
 
     job = dataclasses.asdict(StepJob(arms=("unpatched", "auto")))
-    text = table({"yolo_flash": "1", "job": job, "machine": {}, "arms": {"unpatched": arm(60.0), "auto": arm(40.0)}})
+    arms = {"unpatched": arm(60.0), "auto": arm(40.0)}
+    text = table({"yolo_flash": "1", "job": job, "machine": {}, "arms": arms}, StepJob.columns)
     assert "| auto | 39.00 (39.00..39.00) | 40.00 (40.00..40.00) | 100.00 (100.00..100.00) |" in text
     assert text.splitlines()[-1].endswith("| 1.50x |")
 
@@ -92,10 +137,14 @@ def test_speed_up_is_by_gpu_time_where_there_is_one() -> None:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("bench", "bench measures: step, op. Found nothing"),
-        ("bench epoch", "bench measures: step, op. Found epoch"),
+        ("bench", "bench takes one of step, predict, op, plot. Found nothing"),
+        ("bench epoch", "bench takes one of step, predict, op, plot. Found epoch"),
         ("bench step imgz=64", r"bench step takes model=\.\.\., imgsz=\.\.\., .*; found imgz"),
         ("bench step batch=0", "batch must be a whole number of at least 1, found 0"),
+        ("bench step imgsz=640,0", "imgsz must be a whole number of at least 1, found 0"),
+        ("bench step imgsz=640,1280 json=step.json", "json= holds one size, imgsz= names 2: csv= holds them all"),
+        ("bench step arms=,,", "arms must name at least one of unpatched, nchw, auto or a backend"),
+        ("bench step csv=missing/step.csv", "bench step: .*missing"),
         ("bench step rounds=two", "rounds must be a whole number of at least 1, found 'two'"),
         ("bench step amp=fp8", "amp must be fp16, bf16 or fp32, found 'fp8'"),
         ("bench step arms=unpatched,sdpa_flsh", "Did you mean 'sdpa_flash'"),
@@ -112,6 +161,18 @@ def test_other_tasks_are_refused() -> None:
 
 
 def test_a_process_whose_parent_is_gone_measures_nothing() -> None:
-    command = [sys.executable, "-m", "yolo_flash.bench", json.dumps(dataclasses.asdict(StepJob(**TINY))), "auto"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "yolo_flash.bench_step", json.dumps(dataclasses.asdict(StepJob(**TINY))), "64"]
+    done = subprocess.run([*command, "auto"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
     assert "{" not in done.stdout
+
+
+def test_an_arm_without_the_plugin_is_stock() -> None:
+    step = Step(StepJob(**TINY), "nchw")
+    assert {type(block).__name__ for block in targets(step.model).values()} == {"AAttn"}
+
+
+def test_the_commit_is_that_of_the_checkout_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_rounds, "__file__", str(tmp_path / "yolo_flash" / "bench_rounds.py"))
+    assert bench_rounds._commit() == ""
+    (tmp_path / ".git").touch()  # no repository
+    assert bench_rounds._commit() == ""

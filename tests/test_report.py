@@ -149,7 +149,7 @@ def test_a_device_that_is_not_there_is_told(
 def test_arguments_that_checks_does_not_take_are_told(typed: list[str], told: str) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["checks", *typed])
-    assert end.value.code == f"yolo-flash: checks takes device=... and --json, found {told}."
+    assert end.value.code == f"yolo-flash: checks takes device=..., --json and --clear-cache, found {told}."
 
 
 def test_json_holds_the_same_facts_and_nothing_is_logged(

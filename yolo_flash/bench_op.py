@@ -19,8 +19,9 @@ from ultralytics.utils import LOGGER, TQDM
 from ._version import __version__
 from .autotune import first_line
 from .backends import BACKENDS, BackendNotSupportedError
-from .bench_report import ARMS, COLUMNS, CPU_SHAPES, GPU_SHAPES, MODES, PEER, SHAPES, Row, as_csv, notes, plot, table
+from .bench_report import ARMS, COLUMNS, CPU_SHAPES, GPU_SHAPES, MODES, NUMBERS, PEER, SHAPES, notes, plot, table
 from .bench_timing import load_peer, measure
+from .csv_rows import Row, as_csv, from_csv
 from .files import write_file
 from .machine import Machine, cudnn_release, detect
 
@@ -88,12 +89,13 @@ def bench_op(job: OpJob) -> list[Row]:
         with contextlib.suppress(RuntimeError):  # after a fault of a kernel every call of CUDA raises; the notes say it
             torch.cuda.empty_cache()
         done += mine
-        write_file(folder / "op.csv", as_csv(done))  # after each shape: a borrowed GPU may be taken away
+        write_file(folder / "op.csv", as_csv(COLUMNS, done))  # after each shape: a borrowed GPU may be taken away
     for mode in MODES:
         LOGGER.info(table(rows, mode))
     LOGGER.info(notes(rows))
     if any(row["us"] is not None for row in rows):
-        write_file(folder / "op.png", plot(rows))
+        drawn = from_csv(as_csv(COLUMNS, rows).decode(), NUMBERS)  # what `bench plot` reads: the same picture
+        write_file(folder / "op.png", plot(drawn))
     LOGGER.info(f"Results saved to {folder.resolve()}")
     return rows
 
@@ -129,7 +131,7 @@ def _without_hopeless(rows: list[Row], asked: tuple[str, ...]) -> list[Row]:
     if hopeless := [arm for arm in asked or ARMS if arm in why_not and (asked or not able)]:
         reasons = "; ".join(f"{arm}: {why_not[arm]}" for arm in hopeless)
         others = ", ".join(arm for arm in ARMS if arm in able) or "none"
-        raise BackendNotSupportedError(f"bench op: cannot run on any shape: {reasons}. Arms that can: {others}.")
+        raise BackendNotSupportedError(f"cannot run on any shape: {reasons}. Arms that can: {others}.")
     return [row for row in rows if row["arm"] in (asked or ARMS)]
 
 

@@ -1,17 +1,14 @@
-"""The rows of `bench op` and what is made of them: CSV, tables, notes and a plot."""
+"""The rows of `bench op` and what is made of them: tables, notes and a plot."""
 
 from __future__ import annotations
 
-import csv
-import io
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from .backends import BACKENDS, AttentionSpec
-from .pictures import COLORS
-
-Row = dict[str, Any]
+from .csv_rows import Row
+from .pictures import COLORS, as_png, new_figure
 
 FORWARD, BOTH = MODES = ("forward", "forward+backward")
 OURS, PEER = "triton_area", "flash_attn_4"
@@ -20,6 +17,10 @@ COLUMNS = (  # times in microseconds of one call: us of the GPU, wall_us from Py
     *("shape", "groups", "tokens", "heads", "head_dim", "head_dim_v", "dtype", "mode", "arm", "method", "repeats"),
     *("us", "us_low", "us_high", "wall_us", "tflops", "exp_percent", "peak_mib", "error_out", "error_grad", "note"),
     *("device", "torch", "triton", "cudnn", PEER, "yolo_flash"),
+)
+NUMBERS = (
+    *("groups", "tokens", "heads", "head_dim", "head_dim_v", "repeats", "us", "us_low", "us_high", "wall_us"),
+    *("tflops", "exp_percent", "peak_mib", "error_out", "error_grad"),
 )
 
 
@@ -127,13 +128,9 @@ def _conditions(rows: list[Row]) -> str:
 
 def plot(rows: list[Row]) -> bytes:
     """A PNG with a panel for each mode: speed of the arms on each shape, where 1 is the best arm that is not ours."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not pyplot, which is state of the whole process
-    from matplotlib.figure import Figure
-
     rows = [row for row in rows if row["us"] is not None]
     shapes, arms, modes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("shape", "arm", "mode"))
-    figure = Figure(figsize=(max(8.0, 2 + 0.95 * len(shapes)), 1.8 + 3 * len(modes)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(8.0, 2 + 0.95 * len(shapes)), 1.8 + 3 * len(modes))
     panels = figure.subplots(len(modes), 1, sharex=True, squeeze=False)[:, 0]
     width = 0.84 / len(arms)
     for panel, mode in zip(panels, modes, strict=True):
@@ -161,16 +158,4 @@ def plot(rows: list[Row]) -> bytes:
     figure.suptitle(f"Attention alone, {_conditions(rows)}".replace("; ", "\n"), fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(arms), frameon=False)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
-
-
-def as_csv(rows: list[Row]) -> bytes:
-    """All rows, with the names of the columns."""
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-    return file.getvalue().encode()
+    return as_png(figure)

@@ -21,8 +21,11 @@ from ultralytics.utils.checks import check_model_file_from_stem, check_yaml
 from . import offline, trial_cache
 from ._version import __version__
 from .backends import BackendNotSupportedError, check_name
-from .bench import StepJob, bench_step
 from .bench_op import OpJob, bench_op
+from .bench_plot import PlotJob, bench_plot
+from .bench_predict import PredictJob, bench_predict
+from .bench_rounds import bench
+from .bench_step import StepJob
 from .config import FlashConfig, FlashConfigError
 from .guard import FlashKernelError
 from .report import checks, show_plan
@@ -36,7 +39,9 @@ yolo-flash {version}: the `yolo` command with exact, fused attention for YOLO10,
   yolo-flash checks --clear-cache            forget what was measured: the next run measures again
   yolo-flash plan model=yolo12n.yaml imgsz=640 batch=16 [train|val] [--json]      what a run would use, and why
   yolo-flash bench step model=yolo12n.yaml imgsz=640 batch=16      a training step, stock against ours
+  yolo-flash bench predict model=yolo12n.yaml imgsz=640,1280       a prediction, stock against every backend
   yolo-flash bench op             every fused attention alone, on the layers of the models
+  yolo-flash bench plot FILE.csv ...         pictures of what these measured with csv=FILE.csv
   yolo-flash help                 this screen; `yolo help` explains Ultralytics' own arguments
 
 Examples
@@ -130,31 +135,38 @@ def _plan(args: list[str]) -> None:
 
 def _bench(args: list[str]) -> None:
     benches: dict[str, tuple[Any, Callable[[Any], object]]] = {
-        "step": (StepJob, bench_step),
+        "step": (StepJob, bench),
+        "predict": (PredictJob, bench_predict),
         "op": (OpJob, bench_op),
+        "plot": (PlotJob, bench_plot),
     }
     if not args or args[0] not in benches:
-        raise _UsageError(f"bench measures: {', '.join(benches)}. Found {args[0] if args else 'nothing'}.")
+        raise _UsageError(f"bench takes one of {', '.join(benches)}. Found {args[0] if args else 'nothing'}.")
     what = args[0]
-    make_job, measure = benches[what]
+    make_job, run = benches[what]
     values, words = _read(_merge(args[1:]))
+    if make_job is PlotJob:
+        values["files"], words = tuple(words), []
     fields = [field.name for field in dataclasses.fields(make_job)]
     if unknown := words + [key for key in values if key not in fields]:
-        raise _UsageError(
-            f"bench {what} takes {', '.join(f'{name}=...' for name in fields)}; found {', '.join(unknown)}."
-        )
+        takes = ", ".join("FILE.csv ..." if name == "files" else f"{name}=..." for name in fields)
+        raise _UsageError(f"bench {what} takes {takes}; found {', '.join(unknown)}.")
     for key, value in values.items():
         if key in ("arms", "shapes"):
             values[key] = tuple(name.strip() for name in str(value).split(",") if name.strip())
-        elif key in ("model", "device", "json", "amp", "dtype", "folder"):
+        elif key == "imgsz":
+            values[key] = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        elif key in ("model", "device", "csv", "json", "amp", "dtype", "folder"):
             values[key] = str(value)
+    if "model" in values:
+        _refuse_missing(values["model"], f"model={values['model']}", None)
     try:
         job = make_job(**values)
     except ValueError as error:
         raise _UsageError(f"bench {what}: {error}") from error
     try:
-        measure(job)
-    except OSError as error:  # a file or folder that cannot be written
+        run(job)
+    except (OSError, ValueError) as error:  # a file that cannot be read or written, or that holds something else
         raise _UsageError(f"bench {what}: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""How much memory a run will take, before it runs: of attention by counting, of the whole step by two measured batches."""
+"""How much memory a run will take, before it runs: attention by counting, the whole step by two measured batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`flash.png` of a training run: memory and speed of every epoch, and the backend of every layer."""
+"""`flash.png` of a training run: memory, speed and the backends of its layers; what all pictures share."""
 
 from __future__ import annotations
 
@@ -9,12 +9,30 @@ from typing import Any
 
 from .backends import BACKENDS
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart: one for each backend, unfused ones in greys.
+# Okabe and Ito's palette, which colour-blind readers can tell apart: one for each backend, unfused ones in greys. The
+# arms of `bench` that are no backends have three that differ from all of these in lightness.
 COLORS = dict(
     zip(
         BACKENDS, ("#a0a0a0", "#606060", "#56b4e9", "#cc79a7", "#0072b2", "#d55e00", "#009e73", "#f0c040"), strict=False
     )
-)
+) | {"nchw": "#999933", "unpatched": "#000000", "auto": "#882255"}
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of that many inches, of 120 pixels each."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not pyplot, which is state of the whole process
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def as_png(figure: Any) -> bytes:
+    """The figure as the content of a PNG file."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
 
 
 def draw_run(file: Path) -> bytes | None:
@@ -26,8 +44,6 @@ def draw_run(file: Path) -> bytes | None:
     Returns:
         A PNG; None before the first epoch has ended.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not pyplot, which is state of the whole process
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -35,8 +51,7 @@ def draw_run(file: Path) -> bytes | None:
     if not epochs:
         return None
     rows = {(line["mode"], line["layer"]): line for line in lines if line["event"] == "plan"}
-    figure = Figure(figsize=(11, 3.6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 3.6)
     memory, speed, layers = figure.subplots(1, 3, width_ratios=(1, 1, 1.3))
     numbers = sorted(epochs)
     style: dict[str, Any] = {"marker": "o", "markersize": 3.5} if len(numbers) < 50 else {}
@@ -59,9 +74,7 @@ def draw_run(file: Path) -> bytes | None:
     run: dict[str, Any] = next((line for line in reversed(lines) if line["event"] == "run"), {})
     name = run.get("machine", {}).get("name", "")
     figure.suptitle(f"yolo-flash {run.get('yolo_flash', '')}, {name}", fontsize=10, x=0.01, ha="left")
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    return image.getvalue()
+    return as_png(figure)
 
 
 def _layers(panel: Any, rows: dict[tuple[str, str], dict[str, Any]]) -> None:

@@ -1,0 +1,274 @@
+"""The pictures of `bench step` and `bench predict`, from the rows of their CSV files alone."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .bench_rounds import VERSIONS
+from .csv_rows import Row
+from .pictures import COLORS, as_png, new_figure
+
+TECHNIQUES = {  # of a training step, in the order in which each builds on the one before
+    "nchw": "stock, NCHW",
+    "unpatched": "+ channels_last\n(stock on CUDA)",
+    "sdpa_flash": "+ fused attention\n(torch's flash)",
+    "triton_area": "+ our kernel\n(triton_area)",
+}
+_MARKERS = "os^DvPhX*d"
+_GREY = "#dddddd"
+_OUT_OF_MEMORY = "out of memory"
+
+
+class Span(NamedTuple):
+    """Median, lowest and highest of a figure over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Panel(NamedTuple):
+    """What was measured under the same conditions: arms may be compared within, and only there."""
+
+    command: str
+    model: str
+    batch: int
+    precision: str
+    device: str | None
+    imgsz: int = 0  # 0 if the panel has all sizes
+
+    @property
+    def title(self) -> str:
+        """`yolo12n, 640 pixels, batch 16, fp16`."""
+        size = [f"{self.imgsz} pixels"] if self.imgsz else []
+        return ", ".join([Path(self.model).stem, *size, f"batch {self.batch}", self.precision])
+
+
+def draw_sizes(rows: list[Row]) -> bytes | None:
+    """A PNG with time and peak memory against the image size, two panels for each model, batch and precision.
+
+    Points that ran out of memory are crosses at their size, above all others. None if nothing has several sizes.
+    """
+    panels = {
+        panel: mine for panel, mine in _panels(rows, by_size=False).items() if len({row["imgsz"] for row in mine}) > 1
+    }
+    if not panels:
+        return None
+    figure = new_figure(12, 0.9 + 4 * len(panels))
+    grid = figure.subplots(len(panels), 2, squeeze=False)
+    for (panel, mine), axes in zip(panels.items(), grid, strict=True):
+        time, unit = _time(mine)
+        _sizes(axes[0], mine, time, f"{_subject(panel)}, {unit}")
+        _sizes(axes[1], mine, "peak_gib", "peak memory, GiB")
+        axes[0].set_title(panel.title, loc="left", fontsize=11)
+        axes[1].legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    _heading(figure, [row for mine in panels.values() for row in mine])
+    return as_png(figure)
+
+
+def draw_waterfall(rows: list[Row]) -> bytes | None:
+    """A PNG with one technique after the other for each training step, and what each saves on the one before.
+
+    None if no step has two arms.
+    """
+    steps = _panels([row for row in rows if row["command"] == "step"])
+    panels = {panel: mine for panel, mine in steps.items() if len(_arms(mine)) > 1}
+    if not panels:
+        return None
+    figure, axes = _stacked(panels)
+    for axis, (panel, mine) in zip(axes, panels.items(), strict=True):
+        time, unit = _time(mine)
+        arms = _arms(mine)
+        spans = {arm: _span(mine, arm, time) for arm in arms}
+        longest = max(span.high for span in spans.values() if span)
+        before: float | None = None
+        for place, (arm, span) in enumerate(spans.items()):
+            if span is None:
+                _write(axis, 0.01 * longest, place, _error(mine, arm), color="#b00000")
+                continue
+            axis.barh(place, span.median, height=0.62, color=COLORS.get(arm, "#009e73"), zorder=2)
+            text = f"{span.median:.1f} ms"
+            if before is not None:
+                saved = before - span.median
+                if saved > 0:  # what this technique took away
+                    rest = {"left": span.median, "facecolor": "none", "edgecolor": "#909090", "linestyle": ":"}
+                    axis.barh(place, saved, height=0.62, zorder=2, **rest)
+                text += f"  ({_signed(-saved, '.1f')} ms, {_signed(-100 * saved / before, '.0f')} %)"
+            _write(axis, max(span.median, before or 0) + 0.012 * longest, place, text)
+            before = span.median
+        _horizontal(axis, panel, [TECHNIQUES.get(arm, arm) for arm in arms], 1.42 * longest)
+        axis.set_xlabel(f"training step, {unit}; in brackets, against the bar above")
+    _heading(figure, [row for mine in panels.values() for row in mine])
+    return as_png(figure)
+
+
+def draw_predict(rows: list[Row]) -> bytes | None:
+    """A PNG with the latency of every arm of a prediction: wall time, and within it that of GPU kernels.
+
+    None if no prediction was measured.
+    """
+    panels = _panels([row for row in rows if row["command"] == "predict"])
+    if not panels:
+        return None
+    figure, axes = _stacked(panels)
+    for axis, (panel, mine) in zip(axes, panels.items(), strict=True):
+        arms = _arms(mine)
+        walls = {arm: _span(mine, arm, "wall_ms") for arm in arms}
+        longest = max(span.high for span in walls.values() if span)
+        for place, (arm, wall) in enumerate(walls.items()):
+            if wall is None:
+                _write(axis, 0.01 * longest, place, _error(mine, arm), color="#b00000")
+                continue
+            color, kernels = COLORS.get(arm, "#009e73"), _span(mine, arm, "kernel_ms")
+            axis.barh(place, wall.median, height=0.62, color=color, alpha=0.35 if kernels else 1, zorder=2)
+            axis.plot([wall.low, wall.high], [place, place], color="black", linewidth=1, zorder=3)
+            text = f"{wall.median:.2f} ms"
+            if kernels:
+                axis.barh(place, kernels.median, height=0.62, color=color, zorder=2)
+                text += f", GPU {kernels.median:.2f} ms"
+            if speed := _span(mine, arm, "images_per_second"):
+                text += f", {speed.median:,.0f} images/s" if speed.median >= 10 else f", {speed.median:.1f} images/s"
+            _write(axis, wall.high + 0.012 * longest, place, text)
+        _horizontal(axis, panel, arms, 1.62 * longest)
+        on_gpu = any(row["kernel_ms"] is not None for row in mine)
+        axis.set_xlabel("prediction, ms: wall (light), kernels on the GPU (full)" if on_gpu else "prediction, wall ms")
+    _heading(figure, [row for mine in panels.values() for row in mine])
+    return as_png(figure)
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+def _panels(rows: list[Row], by_size: bool = True) -> dict[Panel, list[Row]]:
+    """The rows of each panel, of those with something measured."""
+    panels: dict[Panel, list[Row]] = {}
+    for row in rows:
+        key = Panel(row["command"], row["model"], row["batch"], row["precision"], row["device"])
+        panels.setdefault(key._replace(imgsz=row["imgsz"]) if by_size else key, []).append(row)
+    return {panel: mine for panel, mine in panels.items() if any(row["wall_ms"] is not None for row in mine)}
+
+
+def _arms(rows: Iterable[Row]) -> list[str]:
+    """The techniques in their order, then all others in that of the file."""
+    found = dict.fromkeys(row["arm"] for row in rows)
+    return [*(arm for arm in TECHNIQUES if arm in found), *(arm for arm in found if arm not in TECHNIQUES)]
+
+
+def _span(rows: list[Row], arm: str, figure: str) -> Span | None:
+    values = [row[figure] for row in rows if row["arm"] == arm and row[figure] is not None]
+    return Span(statistics.median(values), min(values), max(values)) if values else None
+
+
+def _time(rows: list[Row]) -> tuple[str, str]:
+    """The figure for time that all measured rows have, and its unit: the GPU's if there is one."""
+    on_gpu = all(row["kernel_ms"] is not None for row in rows if row["wall_ms"] is not None)
+    return ("kernel_ms", "GPU ms") if on_gpu else ("wall_ms", "wall ms")
+
+
+def _error(rows: list[Row], arm: str) -> str:
+    """Why an arm was not measured, in one short line."""
+    error = next((row["error"] for row in rows if row["arm"] == arm and row["error"]), "not measured")
+    error = re.sub(r"^[\w.]+Error: ", "", error)
+    return error if len(error) <= 90 else error[:87] + "..."
+
+
+def _signed(change: float, digits: str) -> str:
+    """`-1.5` with a true minus sign, and a zero without any."""
+    text = f"{change:+{digits}}"
+    return text.replace("-", "\N{MINUS SIGN}") if float(text) else text[1:]
+
+
+def _subject(panel: Panel) -> str:
+    return {"step": "training step", "predict": "prediction"}.get(panel.command, panel.command)
+
+
+# Drawing --------------------------------------------------------------------------------------------------------------
+def _sizes(axis: Any, rows: list[Row], figure: str, label: str) -> None:
+    """One figure against the image size, a line for each arm."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+
+    sizes = sorted({row["imgsz"] for row in rows})
+    places = [math.log(size / sizes[0]) / math.log(sizes[-1] / sizes[0]) for size in sizes]  # 0 is left, 1 is right
+    top = 0.95  # of the panel: what ran out of memory stands above all points, one arm below the other
+    for i, arm in enumerate(_arms(rows)):
+        at_size = {size: [row for row in rows if row["imgsz"] == size] for size in sizes}
+        spans = {size: span for size, mine in at_size.items() if (span := _span(mine, arm, figure))}
+        color = COLORS.get(arm, "#009e73")
+        axis.plot(
+            list(spans),
+            [span.median for span in spans.values()],
+            color=color,
+            marker=_MARKERS[i % len(_MARKERS)],
+            markersize=max(4, 9 - i),  # equal points stay visible, one within the other
+            label=arm,
+            zorder=3,
+        )
+        for size, span in spans.items():
+            axis.plot([size, size], [span.low, span.high], color=color, linewidth=1, zorder=2)
+        lost = [size for size, mine in at_size.items() if _error(mine, arm).startswith(_OUT_OF_MEMORY)]
+        if lost := [size for size in lost if size not in spans]:
+            frame = axis.get_xaxis_transform()
+            axis.plot(lost, [top] * len(lost), "x", color=color, markersize=9, markeredgewidth=2.2, transform=frame)
+            beside = places[sizes.index(lost[0])] > 0.5  # else there is no room to its left
+            text = f"{arm}: {_OUT_OF_MEMORY}"
+            place: dict[str, Any] = {"xytext": (-9, 0) if beside else (-4, -14), "textcoords": "offset points"}
+            place |= {"xycoords": frame, "ha": "right" if beside else "left", "va": "center"}
+            axis.annotate(text, (lost[0], top), fontsize=9, **place)
+            top -= 0.075 if beside else 0.135
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    if min(b - a for a, b in pairwise(places)) < 0.13:  # else the numbers would touch
+        axis.tick_params(axis="x", rotation=60)
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.yaxis.set_minor_locator(NullLocator())
+    figures = [row[figure] for row in rows if row[figure] is not None]
+    bottom, highest = min(figures) / 1.4, max(figures)
+    axis.set_ylim(bottom, bottom * (highest / bottom) ** (1 / max(top - 0.02, 0.3)))
+    axis.set_xlim(sizes[0] / 1.12, sizes[-1] * 1.12)
+    axis.set_xlabel("image size, pixels")
+    axis.set_ylabel(label)
+    axis.grid(color=_GREY, zorder=0)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _stacked(panels: dict[Panel, list[Row]]) -> tuple[Any, Any]:
+    """A figure with panels below each other, each as high as its arms need."""
+    arms = [len(_arms(mine)) for mine in panels.values()]
+    figure = new_figure(9, 0.7 + sum(0.95 + 0.46 * number for number in arms))
+    axes = figure.subplots(len(arms), 1, squeeze=False, height_ratios=[0.8 + 0.46 * number for number in arms])
+    return figure, axes[:, 0]
+
+
+def _write(axis: Any, x: float, y: float, text: str, color: str = "black") -> None:
+    """Text that begins at a point, readable on top of grid lines."""
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    axis.text(x, y, text, va="center", fontsize=9, color=color, bbox=box, zorder=4)
+
+
+def _horizontal(axis: Any, panel: Panel, names: list[str], longest: float) -> None:
+    """What panels of horizontal bars share."""
+    axis.set_title(panel.title, loc="left", fontsize=11)
+    axis.set_yticks(range(len(names)), names, fontsize=9)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_xlim(0, longest)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", color=_GREY, zorder=0)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _heading(figure: Any, rows: list[Row]) -> None:
+    """Devices and versions, each of them once."""
+
+    def found(column: str) -> str:
+        return " / ".join(dict.fromkeys(str(row[column]) for row in rows if row[column] is not None))
+
+    versions = ", ".join(f"{name} {found(name)}" for name in VERSIONS if found(name))
+    figure.get_layout_engine().set(w_pad=0.1)
+    figure.suptitle(f"{found('device')}\n{versions}", fontsize=9, x=0.01, ha="left")

@@ -1,0 +1,94 @@
+"""`yolo-flash bench plot`: pictures from the CSV files of `bench step`, `bench predict` and `bench op` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ultralytics.utils import LOGGER, TQDM
+
+from . import bench_report, bench_rounds
+from .bench_pictures import draw_predict, draw_sizes, draw_waterfall
+from .csv_rows import Row, columns_of, from_csv
+from .files import write_file
+
+
+@dataclass(frozen=True)
+class PlotJob:
+    """What `bench plot` draws.
+
+    Attributes:
+        files: CSV files; those of the same command are drawn together.
+        folder: Where the pictures go, made if it is not there; if empty, the folder of the first file.
+    """
+
+    files: tuple[str, ...]
+    folder: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse to draw nothing.
+
+        Raises:
+            ValueError: There is no file.
+        """
+        if not self.files:
+            raise ValueError(
+                "name the CSV files to draw, of bench step, bench predict or bench op: bench plot step.csv"
+            )
+
+
+def bench_plot(job: PlotJob) -> list[Path]:
+    """Draw all that the files hold.
+
+    `imgsz.png` has time and memory against the image size, where there are several; `waterfall.png` the techniques of a
+    training step, one after the other; `predict.png` latencies; `op.png` the speed of attention alone.
+
+    Returns:
+        The pictures.
+
+    Raises:
+        OSError: A file cannot be read, or the folder cannot be written.
+        ValueError: A file is none of `bench`, or there is nothing to draw in all of them.
+    """
+    samples: list[Row] = []
+    op: list[Row] = []
+    for name in job.files:
+        _read(Path(name), samples, op)
+    drawers: dict[str, Callable[[], bytes | None]] = {
+        "imgsz.png": lambda: draw_sizes(samples),
+        "waterfall.png": lambda: draw_waterfall(samples),
+        "predict.png": lambda: draw_predict(samples),
+        "op.png": lambda: bench_report.plot(op) if any(row["us"] is not None for row in op) else None,
+    }
+    folder = Path(job.folder or Path(job.files[0]).parent)
+    written = []
+    for name, draw in TQDM(drawers.items(), "bench plot"):
+        if picture := draw():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_file(folder / name, picture)
+            written.append(folder / name)
+    if not written:
+        raise ValueError(f"nothing was measured in {', '.join(job.files)}: there is nothing to draw.")
+    LOGGER.info(f"{', '.join(file.name for file in written)} saved to {folder.resolve()}")
+    return written
+
+
+def _read(file: Path, samples: list[Row], op: list[Row]) -> None:
+    """Add the rows of a file to those of its kind."""
+    kinds: tuple[tuple[Sequence[str], Sequence[str], list[Row]], ...] = (
+        (bench_rounds.COLUMNS, bench_rounds.NUMBERS, samples),
+        (bench_report.COLUMNS, bench_report.NUMBERS, op),
+    )
+    try:
+        text, found = columns_of(file)
+        for columns, numbers, rows in kinds:
+            if set(columns) <= set(found):
+                rows += from_csv(text, numbers)
+                return
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}.") from error
+    missing = [name for name in bench_rounds.COLUMNS if name not in found]
+    raise ValueError(
+        f"{file} is no CSV file of bench step, bench predict or bench op: it lacks the columns {', '.join(missing)}."
+    )

@@ -1,0 +1,217 @@
+"""How `bench step` and `bench predict` measure: a fresh process for every sample, one measuring at a time.
+
+The parent starts the processes of a round side by side. Each builds its arm, warms up on small images, which loads the
+libraries, says that it is ready, and measures when its turn comes. Its last line of output is the answer, as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch.profiler import DeviceType, ProfilerActivity, profile
+
+from .backends import check_name
+from .machine import detect
+from .telemetry import GIB, peak_memory_gib
+
+UNPATCHED = "unpatched"  # an arm without the plugin
+_READY, _GO = "ready", "go\n"  # what a process says that has warmed up, and what the parent says when its turn comes
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `bench step` and `bench predict` share.
+
+    Attributes:
+        model: A model, YAML or checkpoint.
+        imgsz: Sides of the images in pixels, measured one after the other.
+        batch: Images a call.
+        arms: Names of backends, `auto`, or arms without the plugin; the first is what the others are compared with.
+        rounds: Fresh processes of each arm and size.
+        steps: Calls timed in each process.
+        device: `cpu`, or the index of a GPU.
+        amp: The precision on a GPU; a CPU always runs in float32, as Ultralytics does.
+        csv: File for every sample, a row each; none if empty.
+        json: File for the samples and medians of one size; none if empty.
+    """
+
+    model: str = "yolo12n.yaml"
+    imgsz: tuple[int, ...] = (640,)
+    batch: int = 1
+    arms: tuple[str, ...] = ()
+    rounds: int = 3
+    steps: int = 10
+    device: str = ""
+    amp: str = "fp32"
+    csv: str = ""
+    json: str = ""
+
+    command: ClassVar[str]  # as typed after `bench`
+    precisions: ClassVar[tuple[str, ...]]
+    stock_arms: ClassVar[tuple[str, ...]]  # those that run without the plugin
+    columns: ClassVar[dict[str, str]]  # figure -> its head in the table
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured before a process is started.
+
+        Raises:
+            ValueError: An arm or a precision that does not exist, a count below 1, or several sizes for one JSON file.
+        """
+        for arm in self.arms:
+            if arm not in self.stock_arms:
+                check_name(arm)
+        if self.amp not in self.precisions:
+            raise ValueError(
+                f"amp must be {', '.join(self.precisions[:-1])} or {self.precisions[-1]}, found {self.amp!r}."
+            )
+        counts = [("imgsz", side) for side in self.imgsz]
+        for name, value in [*counts, *((name, getattr(self, name)) for name in ("batch", "rounds", "steps"))]:
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, found {value!r}.")
+        if not self.imgsz:
+            raise ValueError("imgsz must name at least one size.")
+        if self.json and len(self.imgsz) > 1:
+            raise ValueError(f"json= holds one size, imgsz= names {len(self.imgsz)}: csv= holds them all.")
+
+    def torch_device(self) -> torch.device:
+        """The device that the job names; the first GPU if it names none and there is one."""
+        on_gpu = self.device != "cpu" and torch.cuda.is_available()
+        return torch.device(f"cuda:{self.device or 0}" if on_gpu else "cpu")
+
+
+class Subject(Protocol):
+    """One arm in its process, ready to be measured."""
+
+    def parts(self, imgsz: int, batch: int) -> dict[str, Callable[[], None]]:
+        """What is measured, on random images: name of its GPU time -> call. The last is the whole."""
+
+
+# In the parent --------------------------------------------------------------------------------------------------------
+def one_round(job: Job, imgsz: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every arm once, each in a process of its own: they get ready side by side, and then measure one at a time.
+
+    Yields:
+        The arm and its figures, or its `error`; where the process came so far, also its `machine`.
+    """
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-m", type(job).__module__, json.dumps(dataclasses.asdict(job)), str(imgsz)]
+    started = [
+        (arm, subprocess.Popen([*command, arm], stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True))
+        for arm in job.arms
+    ]
+    try:
+        said = [_until_ready(process) for _, process in started]
+        for (arm, process), before in zip(started, said, strict=True):
+            lines = before + process.communicate(_GO)[0].splitlines()
+            answers = [line for line in lines if line.startswith("{")]
+            if process.returncode or not answers:
+                last = ([line for line in lines if line.strip()] or ["the process ended without an answer"])[-1]
+                yield arm, {"error": last.strip()[:200]}
+            else:
+                yield arm, json.loads(answers[-1])
+    finally:
+        for _, process in started:
+            process.kill()
+            process.wait()
+
+
+def _until_ready(process: subprocess.Popen[str]) -> list[str]:
+    """What a process says before it is ready, or before it ends."""
+    lines: list[str] = []
+    while line := process.stdout.readline() if process.stdout else "":
+        if line.strip() == _READY:
+            break
+        lines.append(line.rstrip())
+    return lines
+
+
+# In the fresh process -------------------------------------------------------------------------------------------------
+AnyJob = TypeVar("AnyJob", bound=Job)
+
+
+def serve(make_job: Callable[..., AnyJob], make_subject: Callable[[AnyJob, str], Subject]) -> None:
+    """One arm in this process: job, size and arm are the arguments, one line of JSON the answer."""
+    values = json.loads(sys.argv[1])
+    job = make_job(**{**values, "arms": tuple(values["arms"]), "imgsz": tuple(values["imgsz"])})
+    device = job.torch_device()
+    try:
+        subject = make_subject(job, sys.argv[3])
+        list(subject.parts(64, 2).values())[-1]()
+        print(f"\n{_READY}", flush=True)  # on a line of its own, whatever a library left unfinished
+        if sys.stdin.readline() != _GO:
+            return  # the parent is gone
+        answer = _measure(subject, job, int(sys.argv[2]), device)
+    except torch.OutOfMemoryError:
+        total = torch.cuda.get_device_properties(device).total_memory / GIB
+        answer = {"error": f"out of memory ({total:.0f} GiB)"}
+    machine = detect(device)
+    precision = job.amp if device.type == "cuda" else "fp32"
+    answer["machine"] = dataclasses.asdict(machine) | {"text": machine.with_versions, "precision": precision}
+    print(json.dumps(answer))
+
+
+def _measure(subject: Subject, job: Job, imgsz: int, device: torch.device) -> dict[str, Any]:
+    """Measure one arm in this process.
+
+    Returns:
+        Milliseconds of GPU kernels of each part, None on a CPU; of the whole, milliseconds on the clock (`wall_ms`,
+        median), what that is in images (`images_per_second`) and peak memory (`peak_gib`).
+    """
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    parts = subject.parts(imgsz, job.batch)
+    whole = list(parts.values())[-1]
+    for _ in range(3 if on_gpu else 1):
+        whole()
+    times = []
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    for _ in range(job.steps):
+        start = time.perf_counter()
+        whole()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        times.append((time.perf_counter() - start) * 1e3)
+    wall, peak = statistics.median(times), peak_memory_gib(device)[0]
+    kernels = _kernel_ms(list(parts.values())) if on_gpu else [None] * len(parts)
+    return {
+        **dict(zip(parts, kernels, strict=True)),
+        "wall_ms": wall,
+        "images_per_second": job.batch / wall * 1e3,
+        "peak_gib": peak,
+    }
+
+
+def _kernel_ms(parts: list[Callable[[], None]], calls: int = 4) -> list[float]:
+    """Mean time of all GPU kernels of each part; it varies by 1 %, and not with the speed of Python.
+
+    One profile for all, since a profiler takes seconds to start and stop: a pause tells the parts apart.
+    """
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for part in parts:
+            for _ in range(calls):
+                part()
+            torch.cuda.synchronize()
+            time.sleep(0.5)
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events() or []
+        if event.device_type == DeviceType.CUDA
+    )
+    pauses = [after[0] - before[1] for before, after in pairwise(kernels)]
+    cuts = sorted(sorted(range(len(pauses)), key=pauses.__getitem__)[len(pauses) - (len(parts) - 1) :])
+    bounds = [0, *(cut + 1 for cut in cuts), len(kernels)]
+    return [sum(end - start for start, end in kernels[a:b]) / 1e3 / calls for a, b in pairwise(bounds)]

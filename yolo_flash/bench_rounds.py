@@ -1,0 +1,150 @@
+"""The rounds of `bench step` and `bench predict`: sizes, rounds and arms in turn, and what is kept of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import ultralytics
+from ultralytics.utils import LOGGER, TQDM
+
+from ._version import __version__
+from .bench_process import Job, one_round
+from .csv_rows import Row, as_csv
+from .files import write_file
+from .machine import cudnn_release
+
+FIGURES = ("network_kernel_ms", "kernel_ms", "wall_ms", "images_per_second", "peak_gib")
+NUMBERS = ("imgsz", "batch", "round", *FIGURES)
+VERSIONS = ("torch", "cudnn", "triton", "ultralytics", "yolo_flash")
+COLUMNS = (  # of the CSV file: one row for each sample, with figures or an error
+    *("command", "model", "imgsz", "batch", "arm", "precision", "round", *FIGURES, "error"),
+    *("device", *VERSIONS, "commit"),
+)
+
+
+def bench(job: Job) -> list[dict[str, Any]]:
+    """Measure all arms in turns, one size after the other; log a table a size; write the CSV and JSON files.
+
+    Returns:
+        For each size the job, the machine and, for each arm, the samples of every round.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+    rows: list[Row] = []
+    machine: dict[str, Any] = {}
+    commit = _commit()
+    if job.csv:
+        write_file(Path(job.csv), as_csv(COLUMNS, rows))  # a folder that is not there is told before an hour has passed
+    results: dict[int, dict[str, Any]] = {}
+    total = len(job.imgsz) * job.rounds * len(job.arms)
+    turns = (
+        (imgsz, number, *turn)
+        for imgsz in job.imgsz
+        for number in range(1, job.rounds + 1)
+        for turn in one_round(job, imgsz)
+    )
+    sizes = ",".join(map(str, job.imgsz))
+    for imgsz, number, arm, answer in TQDM(
+        turns, f"bench {job.command} {job.model} imgsz={sizes} batch={job.batch}", total
+    ):
+        machine = answer.pop("machine", machine)
+        if imgsz not in results:
+            arms: dict[str, Any] = {arm: {"samples": [], "median": {}} for arm in job.arms}
+            described = dataclasses.asdict(job) | {"imgsz": imgsz}
+            results[imgsz] = {"yolo_flash": __version__, "job": described, "machine": {}, "arms": arms}
+        size = results[imgsz]
+        size["machine"] = machine
+        samples = size["arms"][arm]["samples"]
+        samples.append(answer)
+        size["arms"][arm]["median"] = summary(samples)
+        sample = {"imgsz": imgsz, "batch": job.batch, "arm": arm, "round": number}
+        rows.append({"command": job.command, "model": job.model} | sample | answer)
+        # After each process: a borrowed GPU may be taken away.
+        if job.csv:
+            conditions = _conditions(machine, job) | {"commit": commit}
+            write_file(Path(job.csv), as_csv(COLUMNS, (row | conditions for row in rows)))
+        if job.json:
+            write_file(Path(job.json), (json.dumps(size, indent=2) + "\n").encode())
+    for size in results.values():
+        LOGGER.info(table(size, job.columns))
+    return list(results.values())
+
+
+def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Figure -> median, lowest and highest over the rounds; or the error of an arm that failed."""
+    failed = [sample["error"] for sample in samples if "error" in sample]
+    if failed:
+        return {"error": failed[0]}
+    figures: dict[str, Any] = {}
+    for name in samples[0] if samples else ():
+        values = [sample[name] for sample in samples if sample[name] is not None]
+        if values:
+            figures[name] = {"median": statistics.median(values), "low": min(values), "high": max(values)}
+    return figures
+
+
+def table(results: dict[str, Any], columns: dict[str, str]) -> str:
+    """The results of one size as a Markdown table, ready for docs/results.
+
+    Args:
+        results: Of `bench`.
+        columns: Figure -> its head in the table.
+    """
+    job = results["job"]
+    first = results["arms"][job["arms"][0]]["median"]
+    lines = [
+        f"{job['model']} imgsz={job['imgsz']} batch={job['batch']}, {results['machine'].get('precision', job['amp'])}, "
+        f"{job['rounds']} processes an arm, {job['steps']} steps each; {results['machine'].get('text', '')}; "
+        f"yolo-flash {results['yolo_flash']}",
+        "",
+        f"| arm | {' | '.join(columns.values())} | speed-up |",
+        f"| --- |{' --- |' * len(columns)} --- |",
+    ]
+    for arm in job["arms"]:
+        median = results["arms"][arm]["median"]
+        if "error" in median:
+            lines.append(f"| {arm} | {median['error']} |{' |' * len(columns)}")
+            continue
+        key = "kernel_ms" if "kernel_ms" in median else "wall_ms"
+        saved = "" if "error" in first else f"{first[key]['median'] / median[key]['median']:.2f}x"
+        lines.append(f"| {arm} | {' | '.join(_cell(median, name) for name in columns)} | {saved} |")
+    return "\n".join(lines)
+
+
+def _cell(median: dict[str, Any], name: str) -> str:
+    if name not in median:
+        return "-"
+    figure = median[name]
+    return f"{figure['median']:.2f} ({figure['low']:.2f}..{figure['high']:.2f})"
+
+
+def _conditions(machine: dict[str, Any], job: Job) -> Row:
+    """What the numbers depend on, as far as a process has told it."""
+    cudnn = machine.get("cudnn")
+    return {
+        "precision": machine.get("precision", job.amp),
+        "device": machine.get("name"),
+        "torch": machine.get("torch"),
+        "cudnn": cudnn_release(cudnn) if cudnn else None,
+        "triton": machine.get("packages", {}).get("triton"),
+        "ultralytics": ultralytics.__version__,
+        "yolo_flash": __version__,
+    }
+
+
+def _commit() -> str:
+    """The commit of the checkout that this package lies in, with `-dirty` if files differ from it; else empty."""
+    folder = Path(__file__).resolve().parents[1]
+    if not (folder / ".git").exists():  # git would find the repository around an environment
+        return ""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git on this machine, or a repository that it does not trust
+        return ""
