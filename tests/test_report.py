@@ -213,7 +213,7 @@ def test_plan_says_what_a_run_would_use_and_what_became_of_the_others(log: list[
     assert re.search(r"\n    stock +ready\n", text)
     assert re.search(r"\n    sdpa_cudnn +runs on NVIDIA cards, the device is", text)
     scores = 4 * (16 * 2 + 4 * 4) * 400**2  # four layers of 16 groups with 2 heads, and four of 4 groups with 4 heads
-    assert f"score matrices that training keeps: stock {scores * 4 / 2**20:.0f} MiB, planned 0 MiB" in text
+    assert f"(score matrices: {scores * 4 / 2**20:.0f} MiB, 0 MiB)" in text
 
 
 def test_plan_as_json_is_json_alone(capsys: pytest.CaptureFixture[str]) -> None:

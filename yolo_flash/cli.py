@@ -37,7 +37,7 @@ yolo-flash {version}: the `yolo` command with exact, fused attention for YOLO10,
   yolo-flash MODE ARGS            any `yolo` command: train, val, predict, export, track, benchmark, settings, cfg, ...
   yolo-flash checks [device=0] [--json]      what this device can run, and why not the rest
   yolo-flash checks --clear-cache            forget what was measured: the next run measures again
-  yolo-flash plan model=yolo12n.yaml imgsz=640 batch=16 [train|val] [--json]      what a run would use, and why
+  yolo-flash plan model=yolo12n.yaml imgsz=640 batch=16 [train|val] [--fit] [--json]      what a run would use
   yolo-flash bench step model=yolo12n.yaml imgsz=640 batch=16      a training step, stock against ours
   yolo-flash bench predict model=yolo12n.yaml imgsz=640,1280       a prediction, stock against every backend
   yolo-flash bench op             every fused attention alone, on the layers of the models
@@ -116,19 +116,20 @@ def _clear_cache() -> None:
 
 
 def _plan(args: list[str]) -> None:
-    settings, rest = split_settings(_merge(arg for arg in args if arg != "--json"))
+    settings, rest = split_settings(_merge(arg for arg in args if arg not in ("--json", "--fit")))
     values, words = _read(rest)
     keys = ("model", "imgsz", "batch", "device", "amp")
     if unknown := [word for word in words if word not in ("train", "val")] + [key for key in values if key not in keys]:
         takes = ", ".join(f"{key}=..." for key in keys)
-        raise _UsageError(f"plan takes {takes}, flash.*, train or val, and --json; found {', '.join(unknown)}.")
+        raise _UsageError(f"plan takes {takes}, flash.*, train or val, --fit and --json; found {', '.join(unknown)}.")
     for key in ("imgsz", "batch"):
         if not isinstance(values.get(key, 1), int) or values.get(key, 1) < 1:
             raise _UsageError(f"plan: {key} must be a whole number of at least 1, found {values[key]!r}.")
     model = str(values.pop("model", "yolo12n.yaml"))
     _refuse_missing(model, f"model={model}", "train")
+    flags = {"as_json": "--json" in args, "fit": "--fit" in args}
     try:
-        show_plan(model, {"cli": settings}, tuple(words) or ("train", "val"), as_json="--json" in args, **values)
+        show_plan(model, {"cli": settings}, tuple(words) or ("train", "val"), **flags, **values)
     except (ValueError, FileNotFoundError) as error:
         raise _UsageError(f"plan: {error}") from error
 
