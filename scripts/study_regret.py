@@ -1,6 +1,6 @@
 """Is the planned backend the fastest? The plan of every distinct layer, and the same layers measured again afterwards.
 
-    python scripts/study_regret.py [cpu]
+    python scripts/study_regret.py [cpu|cuda] [imgsz ...]
 
 Layers of YOLO12, YOLO26 and YOLO11, n to x, at several image sizes, in training (deterministic and not) and
 in prediction. The plan is made as a run makes it, with an empty cache; then a fresh process measures every backend
@@ -31,11 +31,11 @@ LAYERS += [("PSA", heads) for heads in (2, 4, 6)]
 BATCHES = {224: 16, 320: 16, 640: 16, 1280: 4, 2048: 2}
 
 
-def specs(device: str) -> list[AttentionSpec]:
+def specs(device: str, sizes: list[int]) -> list[AttentionSpec]:
     on_gpu = device == "cuda"
     half, single = torch.float16, torch.float32
     found = []
-    for imgsz in (320, 640, 1280, 2048) if on_gpu else (224, 320, 640):
+    for imgsz in sizes or ([320, 640, 1280, 2048] if on_gpu else [224, 320, 640]):
         pixels = (imgsz // 32) ** 2  # of P5; YOLO12 has area 4 at P4, where there are four times as many
         for kind, heads in LAYERS:
             tokens, cut, dim_v = pixels, 4 if kind == "area 4" else 1, 64 if kind == "PSA" else 32
@@ -60,22 +60,23 @@ def compile_one(job: tuple[int, int]) -> None:
     area.area_attention(packed, 32)
 
 
-def again(device: str) -> None:
+def again(device: str, sizes: list[int]) -> None:
     """In the fresh process: milliseconds of every backend, a line for each spec."""
     where = torch.device(device)
-    for spec in specs(device):
+    for spec in specs(device, sizes):
         trials = autotune.judge(spec, where, autotune.candidates(spec, detect(where)), repeats=15)
         print(json.dumps({name: trial.ms for name, trial in trials.items() if trial.ms is not None}), flush=True)
 
 
 def main() -> None:
     device = sys.argv[1] if len(sys.argv) > 1 else "cuda" if torch.cuda.is_available() else "cpu"
-    if len(sys.argv) > 2:
-        again(device)
+    sizes = [int(word) for word in sys.argv[2:] if word.isdigit()]
+    if sys.argv[-1] == "again":
+        again(device, sizes)
         return
     where = torch.device(device)
     machine = detect(where)
-    wanted = specs(device)
+    wanted = specs(device, sizes)
     if device == "cuda":  # Triton's compiler, once, side by side: what is timed below is the measuring
         jobs = sorted({(spec.seq_len_k, spec.head_dim_v) for spec in wanted})
         with ProcessPoolExecutor(8, get_context("spawn")) as pool:
@@ -85,11 +86,11 @@ def main() -> None:
         start = time.perf_counter()
         trials = autotune.measure(wanted, where)
         seconds = time.perf_counter() - start
+    print(f"{machine.with_versions}; {len(wanted)} layers planned in {seconds:.1f} s\n", flush=True)
     lines = subprocess.run(
-        [sys.executable, __file__, device, "again"], capture_output=True, text=True, check=True
+        [sys.executable, __file__, device, *map(str, sizes), "again"], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     afterwards = [json.loads(line) for line in lines if line.startswith("{")]
-    print(f"{machine.with_versions}; {len(wanted)} layers planned in {seconds:.1f} s\n")
     print("| layer | deterministic | planned | ms | best | ms | regret | stock ms | speed-up |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     regrets = []

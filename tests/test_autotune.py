@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import multiprocessing
 import re
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -159,6 +161,16 @@ def test_little_memory_means_fewer_groups_and_a_note(monkeypatch: pytest.MonkeyP
     assert trials["stock"].ms is None
 
 
+def test_where_stock_does_not_fit_the_usual_rounding_is_the_yardstick(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(self: Any, x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("ultralytics.nn.modules.block.AAttn.forward", no_memory)
+    trials = autotune.judge(AREA, CPU, ["stock", "sdpa_flash"])
+    assert "OutOfMemoryError" in trials["stock"].why_not
+    assert trials["sdpa_flash"].ms is not None
+
+
 def test_torchs_unfused_backend_is_tried_only_where_nothing_fused_can_run() -> None:
     assert autotune.candidates(AREA, detect(CPU)) == ["stock", "sdpa_flash"]
 
@@ -189,8 +201,13 @@ def test_a_graph_that_lacks_kernels_is_not_timed(complete: bool, monkeypatch: py
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     if complete:
-        assert autotune.graph_ms(call)() == 0.05  # 10 calls took half a millisecond
+        sample = autotune.graph_ms(call)
+        assert sample() == 0.05  # 10 calls took half a millisecond
         assert len(made) == 12
+        alive = weakref.ref(call)
+        del call
+        gc.collect()
+        assert alive() is not None  # a replay reads what the call holds
     else:
         with pytest.raises(RuntimeError, match="kernels are missing in it"):
             autotune.graph_ms(call)
@@ -327,7 +344,7 @@ def test_a_measurement_that_fails_leaves_the_rules(
     monkeypatch.setattr(autotune, "judge", judge)
     model = patch_model(YOLO("yolo12n.yaml"))
     model.train(**tiny_args)
-    assert any("choosing by the rules, for a measurement failed: RuntimeError: boom" in line for line in log)
+    assert any("by the rules, for measuring failed: RuntimeError: boom" in line for line in log)
     assert {row.decision.backend for row in model.trainer.flash_plan} == {"stock"}  # the rule for tiny images
 
 
