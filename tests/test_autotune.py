@@ -294,8 +294,7 @@ def test_a_lack_of_memory_is_not_remembered() -> None:
     assert not trial_cache.load([AREA], detect(CPU))
 
 
-def _store_many(folder: str, number: int, threads: int) -> None:
-    torch.set_num_threads(threads)
+def _store_many(folder: str, number: int) -> None:
     trial_cache.USER_CONFIG_DIR = Path(folder)
     for i in range(50):
         trial_cache.store({AREA: {"stock": Trial(ms=float(number), note="x" * 100 * i)}}, detect(CPU))
@@ -304,9 +303,7 @@ def _store_many(folder: str, number: int, threads: int) -> None:
 def test_two_processes_may_write_at_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     folder = tmp_path / "config"
-    processes = [
-        context.Process(target=_store_many, args=(str(folder), number, torch.get_num_threads())) for number in (1, 2)
-    ]
+    processes = [context.Process(target=_store_many, args=(str(folder), number)) for number in (1, 2)]
     for process in processes:
         process.start()
     reads = 0

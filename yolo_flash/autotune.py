@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 from ultralytics.nn.modules.block import AAttn, Attention
-from ultralytics.utils import LOGGER, TQDM
+from ultralytics.utils import LOGGER, NUM_THREADS, TQDM
 
 from . import trial_cache
 from .backends import BACKENDS, AttentionSpec
@@ -288,7 +288,7 @@ def judge(spec: AttentionSpec, device: torch.device, names: Iterable[str], repea
         torch.OutOfMemoryError: There is no memory for a reference to hold the backends against.
     """
     trials: dict[str, Trial] = {}
-    with _as_found(spec):
+    with _as_found(spec, device):
         exact = _check(spec, device, list(names), trials)
         _time(spec, device, exact, trials, repeats)
     return trials
@@ -413,18 +413,22 @@ def _wait(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _as_found(spec: AttentionSpec) -> Iterator[None]:
-    """Torch's deterministic mode as the spec has it, for the time of a trial; warnings of it are nobody's concern."""
+def _as_found(spec: AttentionSpec, device: torch.device) -> Iterator[None]:
+    """Torch's deterministic mode as the spec has it, and threads as Ultralytics sets them, for the time of a trial."""
+    threads = torch.get_num_threads()
     enabled, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of what is not deterministic, which is the run's concern
         torch.use_deterministic_algorithms(spec.deterministic, warn_only=True)
+        if device.type == "cpu":
+            torch.set_num_threads(NUM_THREADS)
         try:
             yield
         finally:
+            torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 

@@ -135,6 +135,7 @@ class Telemetry:
             peak_reserved_gib=round(reserved, 4),
             backends=dict(backends),
             fallbacks=dict(failed),
+            unplanned=self._runtime.unplanned,
         )
         avoided = score_bytes(
             row.decision.spec for row in self._training_rows() if BACKENDS[row.decision.backend].fused

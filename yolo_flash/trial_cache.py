@@ -14,8 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from ultralytics.utils import LOGGER, USER_CONFIG_DIR
+from ultralytics.utils import LOGGER, NUM_THREADS, USER_CONFIG_DIR
 
 from .backends import AttentionSpec, short
 from .files import write_file
@@ -84,7 +83,7 @@ def _key(spec: AttentionSpec, machine: Machine) -> dict[str, Any]:
     key = {
         "spec": dataclasses.asdict(spec) | {"dtype": short(spec.dtype)},
         "machine": facts,
-        "threads": torch.get_num_threads() if machine.kind == "cpu" else None,
+        "threads": NUM_THREADS if machine.kind == "cpu" else None,
         "code": _code(),
     }
     return dict(json.loads(json.dumps(key)))
