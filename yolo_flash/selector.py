@@ -141,11 +141,8 @@ def _fastest(timed: Mapping[str, Trial], by_rules: str, frugal: bool, machine: M
         timed = {name: trial for name, trial in timed.items() if (trial.extra_bytes or 0) <= limit}
     ms = {name: trial.ms or 0.0 for name, trial in timed.items()}
     best = min(ms, key=lambda name: ms[name])
-    if (
-        machine.kind == "cpu"
-        and best != by_rules in timed
-        and (timed[by_rules].ms_low or ms[by_rules]) <= (1 + TIE) * ms[best]
-    ):
+    low = {name: trial.ms_low or ms[name] for name, trial in timed.items()}
+    if machine.kind == "cpu" and best != by_rules and by_rules in timed and low[by_rules] <= (1 + TIE) * low[best]:
         return by_rules, f"by the rules, as {best} was not faster beyond the noise"
     tied = [name for name in ms if ms[name] <= (1 + TIE) * ms[best]]
     winner = min(
