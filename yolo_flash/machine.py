@@ -41,6 +41,7 @@ class Machine:
         memory_gib: Memory of the device in GiB, None where torch does not tell.
         torch: Version of torch.
         toolkit: Version of CUDA or ROCm that torch was built with, None for a CPU build.
+        driver: Newest CUDA that NVIDIA's driver can serve, as its integer (13.0 is 13000), None without.
         cudnn: Version of cuDNN as torch's integer (9.15.1 is 91501), None without.
         flash_built: Whether this build of torch contains the CUDA flash kernels.
         packages: Package -> version, or why it cannot be imported.
@@ -54,6 +55,7 @@ class Machine:
     memory_gib: float | None = None
     torch: str = torch.__version__
     toolkit: str | None = None
+    driver: int | None = None
     cudnn: int | None = None
     flash_built: bool = True
     packages: Mapping[str, str] = field(default_factory=dict)
@@ -122,6 +124,7 @@ def detect(device: torch.device) -> Machine:
             gcn=properties.gcnArchName.split(":")[0] if rocm else None,
             memory_gib=properties.total_memory / 2**30,
             toolkit=torch.version.hip if rocm else torch.version.cuda,
+            driver=None if rocm else getattr(torch._C, "_cuda_getDriverVersion", lambda: None)(),
             cudnn=None if rocm else torch.backends.cudnn.version(),
             flash_built=torch.backends.cuda.is_flash_attention_available(),
             **common,
