@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.machines import MACHINES
+from yolo_flash import machine as machine_module
 from yolo_flash.machine import Machine, cudnn_release, detect
 
 
@@ -70,3 +71,17 @@ assert not torch.cuda.is_initialized()
 assert before == (F.scaled_dot_product_attention, torch.nn.Module.__call__, AAttn.forward)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024", "550.54.15"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07  Release Build", "580.82.07"),
+        ("something else", None),
+    ],
+)
+def test_the_driver_is_read_from_its_file(text: str, version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_module.Path, "read_text", lambda self, encoding: text)
+    monkeypatch.delattr(torch._C, "_cuda_getDriverVersion", raising=False)
+    assert machine_module._driver() == version

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -41,7 +43,7 @@ class Machine:
         memory_gib: Memory of the device in GiB, None where torch does not tell.
         torch: Version of torch.
         toolkit: Version of CUDA or ROCm that torch was built with, None for a CPU build.
-        driver: Newest CUDA that NVIDIA's driver can serve, as its integer (13.0 is 13000), None without.
+        driver: Version of NVIDIA's driver, None without or where the system does not tell.
         cudnn: Version of cuDNN as torch's integer (9.15.1 is 91501), None without.
         flash_built: Whether this build of torch contains the CUDA flash kernels.
         packages: Package -> version, or why it cannot be imported.
@@ -55,7 +57,7 @@ class Machine:
     memory_gib: float | None = None
     torch: str = torch.__version__
     toolkit: str | None = None
-    driver: int | None = None
+    driver: str | None = None
     cudnn: int | None = None
     flash_built: bool = True
     packages: Mapping[str, str] = field(default_factory=dict)
@@ -124,7 +126,7 @@ def detect(device: torch.device) -> Machine:
             gcn=properties.gcnArchName.split(":")[0] if rocm else None,
             memory_gib=properties.total_memory / 2**30,
             toolkit=torch.version.hip if rocm else torch.version.cuda,
-            driver=None if rocm else getattr(torch._C, "_cuda_getDriverVersion", lambda: None)(),
+            driver=None if rocm else _driver(),
             cudnn=None if rocm else torch.backends.cudnn.version(),
             flash_built=torch.backends.cuda.is_flash_attention_available(),
             **common,
@@ -151,6 +153,15 @@ def resolve_device(device: str | int | None) -> torch.device:
         return torch.device(select_device("" if device is None else device, verbose=False))
     finally:
         torch.set_num_threads(threads)  # select_device changes it for the CPU
+
+
+def _driver() -> str | None:
+    """From the file in which Linux has it; elsewhere as the newest CUDA that it serves, where torch tells that."""
+    with contextlib.suppress(OSError, TypeError):
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        return re.search(r"Module .*?(\d+\.[\d.]+)", text)[1]  # type: ignore[index]
+    newest = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return str(newest()) if newest else None
 
 
 def _import_result(name: str) -> str:
