@@ -19,7 +19,7 @@ from torch import Tensor
 from ultralytics import YOLO
 
 from tests.test_telemetry import events
-from yolo_flash import FlashConfig, autotune, patch_model, plan, trial_cache
+from yolo_flash import FlashConfig, autotune, measuring, patch_model, plan, trial_cache
 from yolo_flash.backends import BACKENDS, AttentionSpec, Backend
 from yolo_flash.machine import detect
 from yolo_flash.runtime import Runtime
@@ -201,7 +201,7 @@ def test_a_graph_that_lacks_kernels_is_not_timed(complete: bool, monkeypatch: py
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     if complete:
-        sample = autotune.graph_ms(call)
+        sample = measuring.graph_ms(call)
         assert sample() == 0.05  # 10 calls took half a millisecond
         assert len(made) == 12
         alive = weakref.ref(call)
@@ -210,7 +210,7 @@ def test_a_graph_that_lacks_kernels_is_not_timed(complete: bool, monkeypatch: py
         assert alive() is not None  # a replay reads what the call holds
     else:
         with pytest.raises(RuntimeError, match="kernels are missing in it"):
-            autotune.graph_ms(call)
+            measuring.graph_ms(call)
 
 
 # Reference -----------------------------------------------------------------------------------------------------------
@@ -221,8 +221,8 @@ def test_the_reference_is_plain_attention_however_it_is_sliced(monkeypatch: pyte
     out = ((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2)
     (grad,) = torch.autograd.grad([out, v.transpose(1, 2)], packed, [dout, dimage])
     for at_once in (1, 2 * 7 * 3, 2**20):  # one query, three queries, all
-        monkeypatch.setattr(autotune, "_SCORES_AT_ONCE", at_once)
-        found, found_grad = autotune.reference(packed.detach(), dout, dimage, head_dim=4)
+        monkeypatch.setattr(measuring, "_SCORES_AT_ONCE", at_once)
+        found, found_grad = measuring.reference(packed.detach(), dout, dimage, head_dim=4)
         torch.testing.assert_close(found, out.detach())
         torch.testing.assert_close(found_grad, grad)
 

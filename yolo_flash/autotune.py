@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from ultralytics.nn.modules.block import AAttn, Attention
@@ -27,75 +26,25 @@ from .backends import BACKENDS, AttentionSpec
 from .blocks import BLOCKS
 from .config import FlashConfig
 from .machine import Machine, detect
+from .measuring import (
+    Results,
+    allowed_error,
+    extra_bytes,
+    first_line,
+    free_bytes,
+    reference,
+    relative_error,
+    sampler_of,
+    wait,
+)
 from .runtime import Runtime
 from .selector import Trial
 from .stock_pickle import become
 
-Results = tuple[Tensor, ...]
-
-_SCORES_AT_ONCE = 2**26  # half a GiB in float64
 _SCORES_TO_CHECK = 2**22  # exactness does not depend on the number of groups: as many as make this, one at least
 _GIB = 2**30
 _SECONDS = 1.0  # spent on the samples of one backend at most, once it has three
 _CPU_SECONDS, _CPU_REPEATS = 0.3, 60  # a clock among other processes needs more samples than a GPU's
-
-
-# Errors ---------------------------------------------------------------------------------------------------------------
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Frobenius norm of the difference over that of `wanted`; NaN if there is one in `found`.
-
-    Where `wanted` is zero, the norm of `found`.
-    """
-    wanted = wanted.double()
-    norm = wanted.norm()
-    return float((found.double() - wanted).norm() / (norm if norm > 0 else 1))
-
-
-def allowed_error(stock_error: float, dtype: torch.dtype) -> float:
-    """How far a backend may be off: twice what the stock block is off in the same dtype, plus rounding.
-
-    Args:
-        stock_error: Relative error of the stock block.
-        dtype: What it computes in.
-    """
-    return 2 * stock_error + torch.finfo(dtype).eps
-
-
-@torch.no_grad()
-def reference(
-    packed: Tensor, dout: Tensor, dimage: Tensor, *, head_dim: int, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor]:
-    """Plain attention in high precision, a slice of queries of one group at a time: 0.5 GiB a matrix at most.
-
-    Args:
-        packed: Queries, keys and values `[groups, tokens, heads, 2*head_dim + head_dim_v]`.
-        dout: Upstream gradient of attention `[groups, tokens, heads, head_dim_v]`.
-        dimage: Upstream gradient of the copy of v, of the same shape.
-        head_dim: Channels of a query and of a key.
-        dtype: To compute in.
-
-    Returns:
-        Attention, and the gradient of `packed`, both in `dtype`.
-    """
-    sizes = (head_dim, head_dim, dout.shape[-1])
-    out, dpacked = torch.zeros_like(dout, dtype=dtype), torch.zeros_like(packed, dtype=dtype)
-    groups, tokens, heads, _ = packed.shape
-    step, scale = max(1, _SCORES_AT_ONCE // (heads * tokens)), head_dim**-0.5
-    for group in range(groups):
-        q, k, v = packed[group].to(dtype).transpose(0, 1).split(sizes, dim=-1)  # [heads, tokens, channels]
-        dq, dk, dv = dpacked[group].transpose(0, 1).split(sizes, dim=-1)  # views, written in place
-        dv += dimage[group].to(dtype).transpose(0, 1)
-        for start in range(0, tokens, step):
-            part = slice(start, start + step)
-            do = dout[group, part].to(dtype).transpose(0, 1)
-            p = torch.softmax(scale * q[:, part] @ k.mT, dim=-1)
-            dv += p.mT @ do
-            ds = do @ v.mT
-            ds = p * (ds - (p * ds).sum(-1, keepdim=True))
-            dq[:, part] = scale * ds @ k
-            dk += scale * ds.mT @ q[:, part]
-            out[group, part] = (p @ v).transpose(0, 1)
-    return out, dpacked
 
 
 # The block ------------------------------------------------------------------------------------------------------------
@@ -312,7 +261,7 @@ def _check(spec: AttentionSpec, device: torch.device, names: list[str], trials: 
         start = time.perf_counter()
         try:
             results = _Arm(spec, name, device).call(image, upstream)
-            _wait(device)
+            wait(device)
             errors = _errors(spec, results, truth)
         except Exception as error:  # a kernel raises whatever it likes
             trials[name] = Trial(why_not=f"failed in its trial: {first_line(error)}")
@@ -350,8 +299,8 @@ def _time(spec: AttentionSpec, device: torch.device, names: list[str], trials: d
             arm, (image, upstream) = _Arm(spec, name, device), _inputs(spec, groups, device)
             call = _bound(arm, image, upstream)
             call()
-            extra = _extra_bytes(call, device)
-            sampler, method = _sampler(call, device)
+            extra = extra_bytes(call, device)
+            sampler, method = sampler_of(call, device)
         except Exception as error:
             trials[name] = replace(trials[name], why_not=f"failed in its trial: {first_line(error)}")
             continue
@@ -388,30 +337,6 @@ def _bytes_a_group(spec: AttentionSpec, name: str) -> int:
     return linear + spec.scores // spec.batch * (20 if spec.training else 12)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated, what torch has cached included."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    return psutil.virtual_memory().available
-
-
-def _extra_bytes(call: Callable[[], Results], device: torch.device) -> int | None:
-    """Peak memory of a call above what is there before; None where the device does not tell."""
-    if device.type != "cuda":
-        return None
-    _wait(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 @contextlib.contextmanager
 def _as_found(spec: AttentionSpec, device: torch.device) -> Iterator[None]:
     """Torch's deterministic mode as the spec has it, and threads as Ultralytics sets them, for the time of a trial."""
@@ -430,81 +355,3 @@ def _as_found(spec: AttentionSpec, device: torch.device) -> Iterator[None]:
         finally:
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-
-
-# Timing ---------------------------------------------------------------------------------------------------------------
-def _sampler(call: Callable[[], Results], device: torch.device) -> tuple[Callable[[], float], str]:
-    """What gives the milliseconds of one call, and how it measures: `graph`, `events` or `clock`."""
-    if device.type == "cpu":
-        return lambda: _clock_ms(call), "clock"
-    if device.type != "cuda":
-        return lambda: _clock_ms(call, device), "clock"
-    start = time.perf_counter()
-    call()
-    _wait(device)
-    calls = max(1, min(10, int(2e-3 / (time.perf_counter() - start))))
-    with torch.cuda.device(device):
-        try:
-            return graph_ms(call, calls), "graph"
-        except Exception:  # an extension may synchronise, allocate, or compile
-            with contextlib.suppress(RuntimeError):
-                _wait(device)  # takes what is left of the error
-            return lambda: _event_ms(call, calls), "events"
-
-
-def graph_ms(call: Callable[[], Results], calls: int = 10) -> Callable[[], float]:
-    """Capture calls in a CUDA graph; the result replays them and gives the milliseconds of one.
-
-    Raises:
-        RuntimeError: The capture failed, or the replay does not compute what the call does.
-    """
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # also gives back the stream after a capture that failed, which torch does not
-        for _ in range(2):
-            wanted = call()
-        with torch.cuda.graph(graph, stream=side):
-            for _ in range(calls):
-                found = call()
-    torch.cuda.synchronize()
-    for tensor in found:
-        tensor.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    if not all(relative_error(*pair) <= 0.05 for pair in zip(found, wanted, strict=True)):
-        raise RuntimeError("kernels are missing in it")  # launched on a stream of the extension's own, say
-
-    def sample(read: object = call) -> float:  # the graph reads the tensors that the call holds
-        return _between_events(graph.replay) / calls
-
-    return sample
-
-
-def _event_ms(call: Callable[[], Results], calls: int) -> float:
-    def run() -> None:
-        for _ in range(calls):
-            call()
-
-    return _between_events(run) / calls
-
-
-def _between_events(run: Callable[[], object]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def _clock_ms(call: Callable[[], Results], device: torch.device | None = None) -> float:
-    start = time.perf_counter()
-    results = call()
-    if device is not None:
-        results[0].flatten()[:1].cpu()  # waits for the device, whatever it is
-    return (time.perf_counter() - start) * 1e3
-
-
-def first_line(error: Exception) -> str:
-    """Type and first line of an exception."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"

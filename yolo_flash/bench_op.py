@@ -17,13 +17,13 @@ import torch
 from ultralytics.utils import LOGGER, TQDM
 
 from ._version import __version__
-from .autotune import first_line
 from .backends import BACKENDS, BackendNotSupportedError
 from .bench_report import ARMS, COLUMNS, CPU_SHAPES, GPU_SHAPES, MODES, NUMBERS, PEER, SHAPES, notes, plot, table
 from .bench_timing import load_peer, measure
 from .csv_rows import Row, as_csv, from_csv
 from .files import write_file
 from .machine import Machine, cudnn_release, detect
+from .measuring import first_line
 
 
 @dataclass(frozen=True)

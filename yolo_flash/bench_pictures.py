@@ -189,7 +189,7 @@ def _subject(panel: Panel) -> str:
 # Drawing --------------------------------------------------------------------------------------------------------------
 def _sizes(axis: Any, rows: list[Row], figure: str, label: str) -> None:
     """One figure against the image size, a line for each arm."""
-    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
     sizes = sorted({row["imgsz"] for row in rows})
     places = [math.log(size / sizes[0]) / math.log(sizes[-1] / sizes[0]) for size in sizes]  # 0 is left, 1 is right
@@ -225,11 +225,12 @@ def _sizes(axis: Any, rows: list[Row], figure: str, label: str) -> None:
     if min(b - a for a, b in pairwise(places)) < 0.13:  # else the numbers would touch
         axis.tick_params(axis="x", rotation=60)
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axis.yaxis.set_minor_locator(NullLocator())
     figures = [row[figure] for row in rows if row[figure] is not None]
     bottom, highest = min(figures) / 1.4, max(figures)
+    few = highest < 4 * min(figures)  # powers of ten and their parts would leave a tick or none
+    axis.yaxis.set_major_locator(MaxNLocator(5) if few else LogLocator(subs=(1, 2, 5)))
     axis.set_ylim(bottom, bottom * (highest / bottom) ** (1 / max(top - 0.02, 0.3)))
     axis.set_xlim(sizes[0] / 1.12, sizes[-1] * 1.12)
     axis.set_xlabel("image size, pixels")

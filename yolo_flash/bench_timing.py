@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
-from .autotune import first_line, graph_ms, reference, relative_error
 from .backends import BACKENDS, AttentionSpec
 from .bench_report import BOTH, FORWARD, MODES, PEER, SHAPES, Row
+from .measuring import first_line, graph_ms, reference, relative_error
 
 Call = Callable[[], tuple[Tensor, ...]]
 

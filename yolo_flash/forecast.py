@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .autotune import free_bytes
 from .backends import BACKENDS, AttentionSpec
 from .bench_step import Step, StepJob
+from .measuring import free_bytes
 from .planning import PlanRow
 
 _BATCHES = (2, 6)  # small enough for any card, far enough apart for a slope

@@ -94,6 +94,14 @@ def _code() -> str:
     """Fingerprint of the code that is measured and that measures: a changed kernel is another kernel."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for name in ("autotune.py", "backends.py", "blocks.py", "kernels/area.py", "kernels/area_triton.py"):
+    for name in (
+        "autotune.py",
+        "measuring.py",
+        "backends.py",
+        "blocks.py",
+        "guard.py",
+        "kernels/area.py",
+        "kernels/area_triton.py",
+    ):
         digest.update((here / name).read_bytes())
     return digest.hexdigest()[:16]

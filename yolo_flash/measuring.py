@@ -1,0 +1,177 @@
+"""How trials and benchmarks measure: errors against high precision, milliseconds, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+from torch import Tensor
+
+Results = tuple[Tensor, ...]
+
+_SCORES_AT_ONCE = 2**26  # half a GiB in float64
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """Frobenius norm of the difference over that of `wanted`; NaN if there is one in `found`.
+
+    Where `wanted` is zero, the norm of `found`.
+    """
+    wanted = wanted.double()
+    norm = wanted.norm()
+    return float((found.double() - wanted).norm() / (norm if norm > 0 else 1))
+
+
+def allowed_error(stock_error: float, dtype: torch.dtype) -> float:
+    """How far a backend may be off: twice what the stock block is off in the same dtype, plus rounding.
+
+    Args:
+        stock_error: Relative error of the stock block.
+        dtype: What it computes in.
+    """
+    return 2 * stock_error + torch.finfo(dtype).eps
+
+
+@torch.no_grad()
+def reference(
+    packed: Tensor, dout: Tensor, dimage: Tensor, *, head_dim: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Plain attention in high precision, a slice of queries of one group at a time: 0.5 GiB a matrix at most.
+
+    Args:
+        packed: Queries, keys and values `[groups, tokens, heads, 2*head_dim + head_dim_v]`.
+        dout: Upstream gradient of attention `[groups, tokens, heads, head_dim_v]`.
+        dimage: Upstream gradient of the copy of v, of the same shape.
+        head_dim: Channels of a query and of a key.
+        dtype: To compute in.
+
+    Returns:
+        Attention, and the gradient of `packed`, both in `dtype`.
+    """
+    sizes = (head_dim, head_dim, dout.shape[-1])
+    out, dpacked = torch.zeros_like(dout, dtype=dtype), torch.zeros_like(packed, dtype=dtype)
+    groups, tokens, heads, _ = packed.shape
+    step, scale = max(1, _SCORES_AT_ONCE // (heads * tokens)), head_dim**-0.5
+    for group in range(groups):
+        q, k, v = packed[group].to(dtype).transpose(0, 1).split(sizes, dim=-1)  # [heads, tokens, channels]
+        dq, dk, dv = dpacked[group].transpose(0, 1).split(sizes, dim=-1)  # views, written in place
+        dv += dimage[group].to(dtype).transpose(0, 1)
+        for start in range(0, tokens, step):
+            part = slice(start, start + step)
+            do = dout[group, part].to(dtype).transpose(0, 1)
+            p = torch.softmax(scale * q[:, part] @ k.mT, dim=-1)
+            dv += p.mT @ do
+            ds = do @ v.mT
+            ds = p * (ds - (p * ds).sum(-1, keepdim=True))
+            dq[:, part] = scale * ds @ k
+            dk += scale * ds.mT @ q[:, part]
+            out[group, part] = (p @ v).transpose(0, 1)
+    return out, dpacked
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated, what torch has cached included."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return psutil.virtual_memory().available
+
+
+def extra_bytes(call: Callable[[], Results], device: torch.device) -> int | None:
+    """Peak memory of a call above what is there before; None where the device does not tell."""
+    if device.type != "cuda":
+        return None
+    wait(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# Timing ---------------------------------------------------------------------------------------------------------------
+def sampler_of(call: Callable[[], Results], device: torch.device) -> tuple[Callable[[], float], str]:
+    """What gives the milliseconds of one call, and how it measures: `graph`, `events` or `clock`."""
+    if device.type == "cpu":
+        return lambda: _clock_ms(call), "clock"
+    if device.type != "cuda":
+        return lambda: _clock_ms(call, device), "clock"
+    start = time.perf_counter()
+    call()
+    wait(device)
+    calls = max(1, min(10, int(2e-3 / (time.perf_counter() - start))))
+    with torch.cuda.device(device):
+        try:
+            return graph_ms(call, calls), "graph"
+        except Exception:  # an extension may synchronise, allocate, or compile
+            with contextlib.suppress(RuntimeError):
+                wait(device)  # takes what is left of the error
+            return lambda: _event_ms(call, calls), "events"
+
+
+def graph_ms(call: Callable[[], Results], calls: int = 10) -> Callable[[], float]:
+    """Capture calls in a CUDA graph; the result replays them and gives the milliseconds of one.
+
+    Raises:
+        RuntimeError: The capture failed, or the replay does not compute what the call does.
+    """
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # also gives back the stream after a capture that failed, which torch does not
+        for _ in range(2):
+            wanted = call()
+        with torch.cuda.graph(graph, stream=side):
+            for _ in range(calls):
+                found = call()
+    torch.cuda.synchronize()
+    for tensor in found:
+        tensor.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    if not all(relative_error(*pair) <= 0.05 for pair in zip(found, wanted, strict=True)):
+        raise RuntimeError("kernels are missing in it")  # launched on a stream of the extension's own, say
+
+    def sample(read: object = call) -> float:  # the graph reads the tensors that the call holds
+        return _between_events(graph.replay) / calls
+
+    return sample
+
+
+def _event_ms(call: Callable[[], Results], calls: int) -> float:
+    def run() -> None:
+        for _ in range(calls):
+            call()
+
+    return _between_events(run) / calls
+
+
+def _between_events(run: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _clock_ms(call: Callable[[], Results], device: torch.device | None = None) -> float:
+    start = time.perf_counter()
+    results = call()
+    if device is not None:
+        results[0].flatten()[:1].cpu()  # waits for the device, whatever it is
+    return (time.perf_counter() - start) * 1e3
+
+
+def first_line(error: Exception) -> str:
+    """Type and first line of an exception."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
