@@ -279,7 +279,7 @@ class _Verification:
 def _config_of(model: nn.Module, sources: Mapping[str, Any]) -> FlashConfig:
     """The settings: those given, else those of a patched model, else the defaults."""
     block = next((b for b in model.modules() if isinstance(b, FlashBlock)), None)
-    if block is not None and not any(sources.values()):
+    if block is not None and all(value is None or value == {} for value in sources.values()):
         return block._flash_runtime.config
     return FlashConfig.resolve(**sources)
 
