@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .report import checks
     from .selector import Decision
     from .trainer import patch_model, plan, unpatch_model
+    from .verification import verify
 
 __all__ = [
     "AttentionSpec",
@@ -31,6 +32,7 @@ __all__ = [
     "patch_model",
     "plan",
     "unpatch_model",
+    "verify",
 ]
 
 # Imported when first used: Ultralytics changes the environment and may greet on standard output when it is imported.
@@ -47,6 +49,7 @@ _MODULES = {
     "patch_model": "trainer",
     "plan": "trainer",
     "unpatch_model": "trainer",
+    "verify": "verification",
 }
 
 

@@ -30,6 +30,7 @@ from .config import FlashConfig, FlashConfigError
 from .guard import FlashKernelError
 from .report import checks, show_plan
 from .trainer import patch_from_sources
+from .verification import verify_from_sources
 
 HELP = """
 yolo-flash {version}: the `yolo` command with exact, fused attention for YOLO10, 11, 12 and 26.
@@ -38,6 +39,7 @@ yolo-flash {version}: the `yolo` command with exact, fused attention for YOLO10,
   yolo-flash checks [device=0] [--json]      what this device can run, and why not the rest
   yolo-flash checks --clear-cache            forget what was measured: the next run measures again
   yolo-flash plan model=yolo12n.yaml imgsz=640 batch=16 [train|val] [--fit] [--json]      what a run would use
+  yolo-flash verify model=best.pt [source=images] [imgsz=640] [batch=2] [--json]      ours against stock and float64
   yolo-flash bench step model=yolo12n.yaml imgsz=640 batch=16      a training step, stock against ours
   yolo-flash bench predict model=yolo12n.yaml imgsz=640,1280       a prediction, stock against every backend
   yolo-flash bench op             every fused attention alone, on the layers of the models
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments without the program's name; those of the process by default.
 
     Raises:
-        SystemExit: A mistake in what the user typed, with the message.
+        SystemExit: A mistake in what the user typed, with the message; 1 where `verify` finds something off.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     command = args[0].lstrip("-").lower() if args else "help"
@@ -82,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             _bench(args[1:])
         elif command == "plan":
             _plan(args[1:])
+        elif command == "verify":
+            _verify(args[1:])
         else:
             if command in ("version", "v"):
                 LOGGER.info(f"yolo-flash {__version__}, ultralytics:")
@@ -132,6 +136,30 @@ def _plan(args: list[str]) -> None:
         show_plan(model, {"cli": settings}, tuple(words) or ("train", "val"), **flags, **values)
     except (ValueError, FileNotFoundError) as error:
         raise _UsageError(f"plan: {error}") from error
+
+
+def _verify(args: list[str]) -> None:
+    settings, rest = split_settings(_merge(arg for arg in args if arg != "--json"))
+    values, words = _read(rest)
+    keys = ("model", "source", "imgsz", "batch", "device", "amp")
+    if unknown := words + [key for key in values if key not in keys]:
+        takes = ", ".join(f"{key}=..." for key in keys)
+        raise _UsageError(f"verify takes {takes}, flash.* and --json; found {', '.join(unknown)}.")
+    for key in ("imgsz", "batch"):
+        if not isinstance(values.get(key, 2), int) or values.get(key, 2) < 1:
+            raise _UsageError(f"verify: {key} must be a whole number of at least 1, found {values[key]!r}.")
+    if "model" not in values:
+        raise _UsageError("verify needs a model: model=path/to/best.pt, or model=yolo12n.yaml for fresh weights.")
+    model = str(values.pop("model"))
+    _refuse_missing(model, f"model={model}", "train")
+    try:
+        facts = verify_from_sources(model, {"cli": settings}, as_json="--json" in args, **values)
+    except (BackendNotSupportedError, FlashConfigError):
+        raise
+    except (ValueError, FileNotFoundError) as error:
+        raise _UsageError(f"verify: {error}") from error
+    if not facts["ok"]:
+        raise SystemExit(1)
 
 
 def _bench(args: list[str]) -> None:

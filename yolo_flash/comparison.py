@@ -1,0 +1,341 @@
+"""Stock against ours against float64: runs of one attention block and of a whole model, and the rule that judges them.
+
+No tolerance is absolute. Float64 is the truth; how far the stock model lies from it says what rounding does in this
+layer, with these weights and images; and ours may lie at most twice as far.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from ultralytics.nn.modules.head import Detect, v10Detect
+from ultralytics.utils.nms import non_max_suppression
+
+from .blocks import BLOCKS
+from .measuring import allowed_error, relative_error
+from .patch import targets
+
+CONF, IOU = 0.25, 0.7  # Ultralytics' defaults for prediction
+_NOTHING = 1e-9  # a gradient that much smaller than the largest is zero but for rounding, in float64 too
+
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a model runs: in training as its trainer does, in prediction as its predictor does.
+
+    Attributes:
+        name: `train` or `predict`.
+        dtype: That convolutions compute in: by autocast in training, by weights of that dtype in prediction.
+        nhwc: Whether images and weights are channels_last.
+    """
+
+    name: str
+    dtype: torch.dtype
+    nhwc: bool
+
+    @property
+    def training(self) -> bool:
+        """Whether BatchNorm takes the statistics of the batch, and a backward follows."""
+        return self.name == "train"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One quantity of ours, and of stock, against float64.
+
+    Attributes:
+        what: `output`, `gradient of the input`, `gradient of qkv.conv.weight (q)`, ...
+        ours: Relative error by the Frobenius norm.
+        stock: The same of stock, the larger one of two memory formats.
+        allowed: What `ours` may be.
+    """
+
+    what: str
+    ours: float
+    stock: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether ours is as exact as stock; where one of them is not finite, it is not."""
+        return self.used <= 1
+
+    @property
+    def used(self) -> float:
+        """The share of the allowed error that is used; infinite where a number is not finite."""
+        return self.ours / self.allowed if math.isfinite(self.ours) and math.isfinite(self.allowed) else math.inf
+
+
+def compare(truth: Results, stocks: list[Results], ours: Results, dtype: torch.dtype) -> list[Comparison]:
+    """Judge every quantity of `truth`.
+
+    A gradient that is zero in exact arithmetic (of a bias in front of BatchNorm) has no relative error: it is measured
+    against the largest gradient.
+
+    Args:
+        truth: Results in float64.
+        stocks: Of the stock module, in different memory formats.
+        ours: Of the patched module.
+        dtype: That convolutions computed in.
+    """
+    largest = max((float(t.norm()) for name, t in truth.items() if name.startswith("gradient")), default=0.0)
+    rows = []
+    for what, wanted in truth.items():
+        unit = 1.0
+        if what.startswith("gradient") and float(wanted.norm()) < _NOTHING * largest:
+            wanted, unit = torch.zeros_like(wanted), largest
+        stock = max(relative_error(one[what] / unit, wanted) for one in stocks)
+        rows.append(Comparison(what, relative_error(ours[what] / unit, wanted), stock, allowed_error(stock, dtype)))
+    return rows
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+def run_block(
+    block: nn.Module, x: Tensor, upstream: Tensor, mode: Mode, *, exact: bool = False, flip: bool = False
+) -> Results:
+    """Run a copy of an attention block.
+
+    Args:
+        block: Stock or patched, with float32 weights.
+        x: Its input `[batch, channels, height, width]`, as the model gave it.
+        upstream: Gradient of its output, of the same shape.
+        mode: How the model runs.
+        exact: In float64.
+        flip: In the memory format that the mode does not have.
+
+    Returns:
+        The output; in training also the gradients of the input and of every parameter. Those of the rows of
+        `qkv.conv.weight` that make q, k and v stand apart: the first two are small beside the third.
+    """
+    twin: Any = _dressed(block, mode, exact, flip)
+    x = x.detach().clone()
+    if exact:
+        x = x.double()
+    elif flip:
+        x = x.contiguous(memory_format=_format(not mode.nhwc))
+    x.requires_grad_(mode.training)
+    with _as_run(mode, x.device, exact):
+        out = twin(x)
+        if not mode.training:
+            return {"output": out}
+        out.backward(upstream.to(out.dtype))
+    assert x.grad is not None
+    results = {"output": out.detach(), "gradient of the input": x.grad}
+    for name, parameter in twin.named_parameters():
+        if name == "qkv.conv.weight":
+            _, _, dim, dim_v = BLOCKS[twin.__class__].problem(twin, 1, 0) or (0, 0, 0, 0)
+            parts = parameter.grad.unflatten(0, (twin.num_heads, -1)).split((dim, dim, dim_v), dim=1)
+            results |= {f"gradient of {name} ({part})": grad for part, grad in zip("qkv", parts, strict=True)}
+        elif parameter.grad is not None:
+            results[f"gradient of {name}"] = parameter.grad
+    return results
+
+
+def run_model(model: nn.Module, images: Tensor, mode: Mode, *, exact: bool = False, flip: bool = False) -> Results:
+    """Run a copy of a whole model.
+
+    A training step here has a loss without labels, so that every image and task will do, and a smooth one: the loss of
+    a detector assigns boxes to anchors, and rounding alone can change an assignment and with it the gradients. It is
+    half the squared distance of the outputs to fixed random numbers.
+
+    Args:
+        model: Stock or patched, with float32 weights; fused for prediction, as Ultralytics' predictor has it.
+        images: `[batch, channels, height, width]` in float32.
+        mode: How the model runs.
+        exact: In float64.
+        flip: In the memory format that the mode does not have.
+
+    Returns:
+        Every tensor of the output. In training also `loss` and `gradients`, those of all parameters in one vector. In
+        prediction an end-to-end head gives all its candidates, in the order of its anchors and not of their scores.
+    """
+    twin = _dressed(model, mode, exact, flip)
+    head = _head(twin)
+    if head is not None and not mode.training:
+        head.postprocess = lambda candidates: candidates
+    dtype = torch.float64 if exact else torch.float32 if mode.training else mode.dtype
+    images = images.to(dtype).contiguous(memory_format=_format(not exact and mode.nhwc != flip))
+    with _as_run(mode, images.device, exact):
+        results = dict(_tensors(twin(images), "outputs"))
+        if not mode.training:
+            return results
+        loss = torch.stack([_distance(out) for out in results.values()]).sum()
+        loss.backward()
+    gradients = torch.cat([p.grad.flatten() for p in twin.parameters() if p.grad is not None])
+    return {name: out.detach() for name, out in results.items()} | {"loss": loss.detach(), "gradients": gradients}
+
+
+def layer_inputs(model: nn.Module, images: Tensor, mode: Mode) -> Results:
+    """Layer name -> what reaches its attention block in a forward of a copy of the stock model."""
+    seen: Results = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[name] = args[0].detach().clone()
+
+        return hook
+
+    twin = _dressed(model, mode)
+    for name, block in targets(twin).items():
+        block.register_forward_pre_hook(note(name))
+    with _as_run(mode, images.device), torch.no_grad():
+        twin(images.to(next(twin.parameters()).dtype).contiguous(memory_format=_format(mode.nhwc)))
+    return seen
+
+
+def without_attention(model: nn.Module, layer: str, images: Tensor, mode: Mode) -> Results:
+    """`run_model` where the attention of one layer gives zero, and its positional convolution what it gave."""
+    twin = copy.deepcopy(model)
+    block: Any = targets(twin)[layer]
+    kept: list[Tensor] = []
+    block.pe.register_forward_hook(lambda module, args, out: kept.append(out))
+    block.proj.register_forward_pre_hook(lambda module, args: (kept.pop(),))
+    return run_model(twin, images, mode)
+
+
+def _format(nhwc: bool) -> torch.memory_format:
+    return torch.channels_last if nhwc else torch.contiguous_format
+
+
+def _dressed(module: nn.Module, mode: Mode, exact: bool = False, flip: bool = False) -> nn.Module:
+    """A copy of a module as it runs in a mode."""
+    twin = copy.deepcopy(module).train(mode.training).requires_grad_(mode.training)
+    twin = twin.to(torch.float64 if exact else torch.float32 if mode.training else mode.dtype)
+    return twin.to(memory_format=_format(not exact and mode.nhwc != flip))
+
+
+@contextlib.contextmanager
+def _as_run(mode: Mode, device: torch.device, exact: bool = False) -> Iterator[None]:
+    """Gradients and autocast as a mode has them."""
+    half = mode.training and not exact and mode.dtype is not torch.float32
+    autocast = torch.autocast(device.type, dtype=mode.dtype if half else None, enabled=half)
+    with torch.set_grad_enabled(mode.training), autocast:
+        yield
+
+
+def _distance(out: Tensor) -> Tensor:
+    """Half the squared distance to fixed random numbers; gradients small enough for float16."""
+    target = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.device)
+    wide = out.to(torch.promote_types(out.dtype, torch.float32))
+    return (wide - target).square().sum() / (2 * out.numel() ** 0.5)
+
+
+def _tensors(out: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a nest of tuples, lists and dicts, each with its way through the nest as its name."""
+    if isinstance(out, Tensor) and out.is_floating_point():
+        yield name, out
+    elif isinstance(out, (list, tuple, dict)):
+        for key, part in out.items() if isinstance(out, dict) else enumerate(out):
+            yield from _tensors(part, f"{name}.{key}")
+
+
+# Detections -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Detections:
+    """What a detector finds with a score above 0.25, after non-maximum suppression or its end-to-end head's choice.
+
+    Attributes:
+        stock: Detections of the stock model.
+        ours: Detections of the patched model.
+        matched: Those that both have: the same class at the same anchor.
+        score: Largest difference of a score of any detection, wherever the other model puts it.
+        box: Largest difference of a coordinate of one, in pixels.
+        allowed_score: What `score` may be.
+        allowed_box: What `box` may be.
+    """
+
+    stock: int
+    ours: int
+    matched: int
+    score: float
+    box: float
+    allowed_score: float
+    allowed_box: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether all differences are those of rounding; a NaN is not."""
+        return self.score <= self.allowed_score and self.box <= self.allowed_box
+
+
+def compare_detections(
+    model: nn.Module, truth: Results, stocks: list[Results], ours: Results, imgsz: int, dtype: torch.dtype
+) -> Detections | None:
+    """Compare the detections of two models, by anchor: results of `run_model` in prediction.
+
+    Rounding can carry a score over the threshold, or an overlap, so that one model keeps a detection that the other has
+    as a candidate only. The count may therefore differ. The candidates may by three times what stock differs from
+    float64 at the most, plus rounding: so far apart are two models of which one lies twice as far from the truth.
+
+    Args:
+        model: Either model, for its head.
+        truth: Results in float64.
+        stocks: Of the stock model; the first is compared.
+        ours: Of the patched model.
+        imgsz: Side of the images in pixels.
+        dtype: That convolutions computed in.
+
+    Returns:
+        None where the model is no detector of upright boxes, whose raw outputs have to do.
+    """
+    head = _head(model)
+    if type(head) not in (Detect, v10Detect):
+        return None
+    wanted, (first, *others), found = (
+        _candidates(head, truth),
+        [_candidates(head, one) for one in stocks],
+        _candidates(head, ours),
+    )
+    theirs, mine = _kept(head, first), _kept(head, found)
+    score = box = 0.0
+    for image, anchor, label in theirs | mine:
+        difference = (found[image, :, anchor] - first[image, :, anchor]).abs()
+        score, box = _larger(score, difference[4 + label]), _larger(box, difference[:4].max())
+    off = [(one - wanted).abs() for one in (first, *others)]
+    rounding = torch.finfo(dtype).eps
+    return Detections(
+        *(len(theirs), len(mine), len(theirs & mine), score, box),
+        allowed_score=3 * max(float(one[:, 4:].max()) for one in off) + rounding,
+        allowed_box=3 * max(float(one[:, :4].max()) for one in off) + rounding * imgsz,
+    )
+
+
+def _head(model: Any) -> Any:
+    """The head of a detector and of its relatives for masks, key points and rotated boxes; else None."""
+    head = getattr(model, "model", [None])[-1]
+    return head if isinstance(head, Detect) else None
+
+
+def _candidates(head: Any, results: Results) -> Tensor:
+    """Boxes and scores of all anchors `[batch, 4 + classes, anchors]` in float64."""
+    decoded = results["outputs.0"].double()
+    return decoded.mT if head.end2end else decoded
+
+
+def _kept(head: Any, candidates: Tensor) -> set[tuple[int, int, int]]:
+    """(image, anchor, class) of the detections."""
+    if head.end2end:
+        scores, labels, anchors = head.get_topk_index(candidates[:, 4:].mT, head.max_det)
+        rows = [(labels[i, scores[i, :, 0] > CONF, 0], anchors[i, scores[i, :, 0] > CONF]) for i in range(len(scores))]
+    else:
+        found, kept = non_max_suppression(candidates.float(), CONF, IOU, return_idxs=True)
+        rows = [(boxes[:, 5], anchors.flatten()) for boxes, anchors in zip(found, kept, strict=True)]
+    return {
+        (image, int(anchor), int(label))
+        for image, (labels, anchors) in enumerate(rows)
+        for label, anchor in zip(labels, anchors, strict=True)
+    }
+
+
+def _larger(value: float, other: Tensor) -> float:
+    """The larger of two; a NaN stays."""
+    return value if value >= float(other) else math.nan if math.isnan(value) else float(other)
