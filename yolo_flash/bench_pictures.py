@@ -102,12 +102,9 @@ def draw_waterfall(rows: list[Row]) -> bytes | None:
                 text += f"  ({_signed(-saved, '.1f')} ms, {_signed(-100 * saved / before, '.0f')} %)"
             _write(axis, max(span.median, before or 0) + 0.012 * longest, place, text)
             before = span.median
-        _horizontal(
-            axis,
-            panel,
-            [TECHNIQUES.get(arm, arm).removeprefix("+ " if arm == arms[0] else "") for arm in arms],
-            1.42 * longest,
-        )
+        names = [TECHNIQUES.get(arm, arm) for arm in arms]
+        names[0] = names[0].removeprefix("+ ")
+        _horizontal(axis, panel, names, 1.42 * longest)
         axis.set_xlabel(f"training step, {unit}; in brackets, against the bar above")
     _heading(figure, [row for mine in panels.values() for row in mine])
     return as_png(figure)

@@ -132,7 +132,7 @@ def run_block(
     results = {"output": out.detach(), "gradient of the input": x.grad}
     for name, parameter in twin.named_parameters():
         if name == "qkv.conv.weight":
-            _, _, dim, dim_v = BLOCKS[twin.__class__].problem(twin, 1, 0) or (0, 0, 0, 0)
+            _, _, dim, dim_v, _ = BLOCKS[twin.__class__].problem(twin, 1, 0) or (0, 0, 0, 0, 0)
             parts = parameter.grad.unflatten(0, (twin.num_heads, -1)).split((dim, dim, dim_v), dim=1)
             results |= {f"gradient of {name} ({part})": grad for part, grad in zip("qkv", parts, strict=True)}
         elif parameter.grad is not None:
