@@ -160,15 +160,15 @@ def test_half_precision_as_on_a_gpu(mode: str) -> None:
     x = x.contiguous(memory_format=torch.channels_last) if how.nhwc else x
     upstream = torch.randn(2, 64, 8, 8)
     truth = comparison.run_block(block, x, upstream, how, exact=True)
-    stocks = [comparison.run_block(block, x, upstream, how, flip=flip) for flip in (False, True)]
+    stock = comparison.run_block(block, x, upstream, how)
     found = comparison.run_block(ours, x, upstream, how)
     assert {truth["output"].dtype, found["output"].dtype} == {torch.float64, torch.bfloat16}
-    rows = comparison.compare(truth, stocks, found, torch.bfloat16)
+    rows = comparison.compare(truth, stock, found, torch.bfloat16)
     assert len(rows) == (13 if mode == "train" else 1)
     assert all(row.ok for row in rows)
     assert 1e-3 < rows[0].stock < 2e-2  # autocast was on
     broken = found | {"output": 1.05 * found["output"]}
-    assert not comparison.compare(truth, stocks, broken, torch.bfloat16)[0].ok
+    assert not comparison.compare(truth, stock, broken, torch.bfloat16)[0].ok
 
 
 # Faults ---------------------------------------------------------------------------------------------------------------
@@ -262,12 +262,19 @@ def test_the_rule() -> None:
         assert not comparison.Comparison("x", ours, 0.5, allowed).ok
 
 
+def test_long_sums_may_round_a_little_more() -> None:
+    ones = {"output": torch.ones(4)}
+    ours = {"output": torch.full((4,), 1 + 1e-6)}
+    allowed = [comparison.compare(ones, ones, ours, torch.float32, pixels)[0] for pixels in (0, 32, 800)]
+    assert [row.ok for row in allowed] == [False, False, True]
+
+
 def test_a_gradient_that_is_zero_is_measured_against_the_largest() -> None:
     truth = {"gradient of a": torch.full((4,), 1e-17), "gradient of b": torch.ones(4)}
     stock = {"gradient of a": torch.full((4,), 1e-8), "gradient of b": torch.ones(4)}
     for size, ok in ((3e-8, True), (1e-3, False)):
         ours = stock | {"gradient of a": torch.full((4,), size)}
-        assert [row.ok for row in comparison.compare(truth, [stock], ours, torch.float32)] == [ok, True]
+        assert [row.ok for row in comparison.compare(truth, stock, ours, torch.float32)] == [ok, True]
 
 
 def test_detections_on_the_threshold_may_differ_in_number_and_not_in_place() -> None:
@@ -282,7 +289,7 @@ def test_detections_on_the_threshold_may_differ_in_number_and_not_in_place() -> 
 
     def found(ours: Tensor) -> Any:
         return comparison.compare_detections(
-            model, {"outputs.0": truth}, [{"outputs.0": above}], {"outputs.0": ours}, 640, torch.float32
+            model, {"outputs.0": truth}, {"outputs.0": above}, {"outputs.0": ours}, 640, torch.float32
         )
 
     borderline = found(below)
