@@ -43,8 +43,8 @@ from .stock_pickle import become
 
 _SCORES_TO_CHECK = 2**22  # exactness does not depend on the number of groups: as many as make this, one at least
 _GIB = 2**30
-_SECONDS = 1.0  # spent on the samples of one backend at most, once it has three
-_CPU_SECONDS, _CPU_REPEATS = 0.3, 60  # a clock among other processes needs more samples than a GPU's
+_SECONDS = 1.0  # spent on the samples of one backend at most, once it has two
+_CPU_SECONDS, _CPU_REPEATS = 0.3, 60  # a clock among other processes needs more samples than a GPU: as many as fit
 
 
 # The block ------------------------------------------------------------------------------------------------------------
@@ -310,12 +310,12 @@ def _time(spec: AttentionSpec, device: torch.device, names: list[str], trials: d
         trials[name] = replace(trials[name], extra_bytes=extra, note=note, method=method)
         samplers[name] = _scaled(sampler, scale)
     samples: dict[str, list[float]] = {name: [] for name in samplers}
-    on_cpu = device.type == "cpu"
-    at_least, seconds = (repeats, _CPU_SECONDS) if on_cpu else (3, _SECONDS)
-    for _ in range(_CPU_REPEATS if on_cpu else repeats):
+    for _ in range(_CPU_REPEATS if device.type == "cpu" else repeats):
         for name, sample in samplers.items():
-            if len(samples[name]) < at_least or sum(samples[name]) < seconds * 1e3:
-                samples[name].append(sample())
+            mine = samples[name]
+            budget = _SECONDS if len(mine) < repeats else _CPU_SECONDS
+            if len(mine) < 2 or sum(mine) < budget * 1e3:
+                mine.append(sample())
     for name, ms in samples.items():
         trials[name] = replace(trials[name], ms=statistics.median(ms), ms_low=min(ms), ms_high=max(ms))
 
