@@ -19,9 +19,9 @@ from torch.profiler import DeviceType, ProfilerActivity, profile
 
 from .backends import BACKENDS, AttentionSpec
 from .bench_report import BOTH, FORWARD, MODES, PEER, SHAPES, Row
-from .measuring import first_line, graph_ms, reference, relative_error
+from .measuring import Results, extra_bytes, first_line, graph_ms, reference, relative_error, wait
 
-Call = Callable[[], tuple[Tensor, ...]]
+Call = Callable[[], Results]
 
 _CALLS = 10  # in one sample
 _WALL_CALLS = 50
@@ -76,17 +76,9 @@ def _checked(rows: list[Row], packed: Tensor, upstream: list[Tensor]) -> list[tu
                 if row[name] is not None and not row[name] <= _WRONG:  # NaN too
                     raise ArithmeticError(f"{name} is {row[name]:.2g}, more than {_WRONG}: wrong, so it is not timed")
             if row["mode"] == BOTH and packed.is_cuda:
-                row["peak_mib"] = _peak_mib(call, packed.device)
+                row["peak_mib"] = (extra_bytes(call, packed.device) or 0) / 2**20
             right.append((row, call))
     return right
-
-
-def _peak_mib(call: Call, device: torch.device) -> float:
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def _time(calls: list[tuple[Row, Call]], repeats: int, device: torch.device) -> None:
@@ -147,16 +139,11 @@ def _profiled_us(call: Call) -> float:
 
 def _clock_us(call: Call, count: int, device: torch.device) -> float:
     """Microseconds of one call from Python, over `count` calls and one wait for the GPU."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    wait()
+    wait(device)
     start = time.perf_counter()
     for _ in range(count):
         call()
-    wait()
+    wait(device)
     return (time.perf_counter() - start) / count * 1e6
 
 

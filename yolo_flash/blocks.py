@@ -9,7 +9,7 @@ from torch import Tensor
 from ultralytics.nn.modules.block import AAttn, Attention
 
 from .backends import BACKENDS, AttentionSpec
-from .guard import attend, is_out_of_memory, refuse
+from .guard import attend, is_out_of_memory, refuse, run
 from .runtime import Runtime
 from .stock_pickle import StockPickle
 
@@ -79,13 +79,8 @@ class FlashBlock(StockPickle):
 
     def _attend(self, packed: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor]:
         """Run a backend; when `auto` chose it and it raises, run the next one instead."""
-        run = BACKENDS[backend].run
-        if run is None:  # qkv is spent: too late for the stock forward
-            backend = "sdpa_math"
-            run = BACKENDS[backend].run
-            assert run is not None
         if torch.compiler.is_compiling():
-            return run(packed, spec)
+            return run(packed, spec, backend)
         layer, choice, runtime = self._flash_layer, self._flash_choice, self._flash_runtime
         try:
             return attend(packed, spec, backend, layer=layer, choice=choice, runtime=runtime)
@@ -94,7 +89,7 @@ class FlashBlock(StockPickle):
                 raise
             if choice != "auto":
                 raise refuse(layer, spec, backend, error) from error
-            if backend == "sdpa_math":
+            if backend in ("stock", "sdpa_math"):
                 raise
             runtime.fail(layer, spec, backend, error)
             following = runtime.decide(spec, "auto", packed.device).backend

@@ -11,6 +11,7 @@ from .backends import BACKENDS, AttentionSpec
 from .bench_step import Step, StepJob
 from .measuring import free_bytes
 from .planning import PlanRow
+from .telemetry import score_bytes
 
 _BATCHES = (2, 6)  # small enough for any card, far enough apart for a slope
 _FILLED = 0.95  # of the memory: the rest is lost between blocks of the allocator
@@ -47,18 +48,19 @@ def attention_memory(rows: Iterable[PlanRow]) -> Forecast:
 def kept_bytes(spec: AttentionSpec, backend: str) -> int:
     """Bytes that one layer keeps for its backward, its queries, keys and values included.
 
-    Unfused attention keeps its weights: under autocast in float32 and as a half copy, 6 bytes a score; in float32, 4. A
-    fused kernel keeps its output, and a float32 number for each query and head.
+    Unfused attention keeps its score matrices; a fused kernel its output, and a float32 number for each query and head.
     """
     tokens = spec.batch * spec.num_heads * spec.seq_len_q
     packed = tokens * (2 * spec.head_dim + spec.head_dim_v) * spec.dtype.itemsize
     if not BACKENDS[backend].fused:
-        return packed + spec.scores * (4 if spec.dtype is torch.float32 else 6)
+        return packed + score_bytes([spec])
     return packed + tokens * (spec.head_dim_v * spec.dtype.itemsize + 4)
 
 
 def largest_batch(model: str, imgsz: int, arm: str, device: torch.device, amp: bool) -> int:
     """The largest training batch that fits a GPU, from the peak memory of real steps at two batches, as a line.
+
+    Backends of `auto` are taken by the rules: what is measured decides about time, hardly about memory.
 
     Args:
         model: Checkpoint or YAML.

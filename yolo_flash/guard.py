@@ -36,13 +36,18 @@ def attend(
     Returns:
         As `Backend.run`.
     """
-    run = BACKENDS[backend].run
-    assert run is not None
     plain = not (packed.requires_grad and torch.is_grad_enabled()) or torch._C._are_functorch_transforms_active()
     if plain or not BACKENDS[backend].fused:
-        return run(packed, spec)
+        return run(packed, spec, backend)
     out, image = _Guarded.apply(packed, spec, backend, layer, choice, runtime)
     return out, image
+
+
+def run(packed: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor]:
+    """Run a backend as it is, or, for `stock`, whose forward begins before the packed tensor, unfused attention."""
+    function = BACKENDS[backend].run or BACKENDS["sdpa_math"].run
+    assert function is not None
+    return function(packed, spec)
 
 
 def refuse(layer: str, spec: AttentionSpec, backend: str, error: Exception, where: str = "") -> FlashKernelError:
@@ -91,8 +96,6 @@ class _Guarded(torch.autograd.Function):
 
 
 def _graph(packed: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, tuple[Tensor, ...]]:
-    run = BACKENDS[backend].run
-    assert run is not None
     with torch.enable_grad():
         leaf = packed.detach().requires_grad_()
-        return leaf, run(leaf, spec)
+        return leaf, run(leaf, spec, backend)
