@@ -44,3 +44,20 @@ def test_both_ranks_are_patched(
 
     assert patched_layers(model.model) == 8  # the parent holds the trained checkpoint, patched
     assert Path(model.trainer.best).is_file()
+
+
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.6"), reason="gloo cannot gather what Ultralytics' validator hands it"
+)
+def test_all_ranks_choose_by_the_numbers_of_rank_0(
+    tiny_args: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 is given numbers by which it would take stock."""
+    monkeypatch.setenv("REPORT_FOLDER", str(tmp_path))
+    model = patch_model(YOLO("yolo12n.yaml"))
+    model.train(trainer=GlooTrainer, **{**tiny_args, "batch": 4, "imgsz": 64})
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    for facts in ranks:
+        assert facts["ms"] == [{"stock": 2.0, "sdpa_flash": 1.0}] * 16
+        assert {backend for _, _, backend, _ in facts["plan"]} == {"sdpa_flash"}
+        assert facts["backward"] == 8

@@ -180,6 +180,10 @@ def test_a_backend_that_failed_is_not_taken_again() -> None:
     assert decision.refused[T] == ("raised in this run: boom",)
 
 
+ALL_FAILED = {name: "boom" for name in BACKENDS if name != S}
+NONE_FITS = {name: Trial(why_not="not measured: one image takes about 90 GiB", no_memory=True) for name in BACKENDS}
+
+
 def test_auto_never_raises() -> None:
     """Every machine, layout, dtype, size and mode has an answer, and that answer can run."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -193,9 +197,12 @@ def test_auto_never_raises() -> None:
         ("prefer", "strict"),
     ):
         spec = AttentionSpec(1, 2, tokens, tokens, *dims, dtype, layout, training=training)  # type: ignore[arg-type]
-        decision = select(spec, machine, deterministic=strict)
-        assert decision.backend not in decision.refused
-        assert not BACKENDS[decision.backend].not_supported_reasons(spec, machine)
+        for trials, failed in itertools.product(({}, NONE_FITS), ({}, ALL_FAILED)):
+            decision = select(spec, machine, deterministic=strict, trials=trials, failed=failed)
+            assert decision.backend not in decision.refused
+            assert not BACKENDS[decision.backend].not_supported_reasons(spec, machine)
+            if trials:
+                assert (decision.backend, decision.why) == (S, "nothing else is left")
 
 
 def test_equal_inputs_give_equal_decisions() -> None:
@@ -225,6 +232,8 @@ def test_a_tie_goes_to_the_reproducible_one_and_then_to_less_memory() -> None:
     assert measured("area fp16 train", sdpa_cudnn=1.0, triton_area=1.031).backend == C
     decision = measured("area fp16 train", sdpa_cudnn=(1.0, 300), sdpa_flash=(1.02, 200))
     assert (decision.backend, decision.why) == (F, "within 3% of sdpa_cudnn, and takes less memory")
+    decision = measured("area fp16 train", stock=(1.0, 300), triton_area=(1.02, 100))  # both give the same bits
+    assert (decision.backend, decision.why) == (T, "within 3% of stock, and takes less memory")
 
 
 def test_strict_and_failures_hold_for_what_was_measured() -> None:

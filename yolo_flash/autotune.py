@@ -25,6 +25,7 @@ from . import trial_cache
 from .backends import BACKENDS, AttentionSpec
 from .blocks import BLOCKS
 from .config import FlashConfig
+from .guard import is_out_of_memory
 from .machine import Machine, detect
 from .measuring import (
     Results,
@@ -32,6 +33,7 @@ from .measuring import (
     extra_bytes,
     first_line,
     free_bytes,
+    readable,
     reference,
     relative_error,
     sampler_of,
@@ -42,9 +44,10 @@ from .selector import Trial
 from .stock_pickle import become
 
 _SCORES_TO_CHECK = 2**22  # exactness does not depend on the number of groups: as many as make this, one at least
-_GIB = 2**30
 _SECONDS = 1.0  # spent on the samples of one backend at most, once it has two
 _CPU_SECONDS, _CPU_REPEATS = 0.3, 60  # a clock among other processes needs more samples than a GPU: as many as fit
+_NEW = Trial()
+_PARTS = ("output", "gradient of q", "gradient of k", "gradient of v")
 
 
 # The block ------------------------------------------------------------------------------------------------------------
@@ -100,14 +103,13 @@ class _Arm:
         spec = self.spec
         channels = spec.num_heads * spec.head_dim_v
         leaf = image.detach().requires_grad_(spec.training)
-        # Of the block's input, which only its shape and its layout are asked: memory of one channel more than needed.
-        x = image[:, :channels] if image.shape[1] >= channels else image
+        x = image[:, :channels].detach()  # of the block's input nothing but its shape and layout is asked
         half = spec.dtype in (torch.float16, torch.bfloat16)
         self.block.qkv.tensor = leaf
         try:
             amp = torch.autocast(self.device.type, dtype=spec.dtype if half else None, enabled=half)
             with amp, torch.set_grad_enabled(spec.training):
-                out = self.block(x.detach())
+                out = self.block(x)
         finally:
             del self.block.qkv.tensor
         if not spec.training:
@@ -188,7 +190,8 @@ def measure(specs: Iterable[AttentionSpec], device: torch.device) -> dict[Attent
     wanted = list(dict.fromkeys(specs))
     trials: dict[AttentionSpec, dict[str, Trial]] = dict(trial_cache.load(wanted, machine))
     new = [spec for spec in wanted if spec not in trials]
-    for spec in TQDM(new, desc="yolo-flash: measuring attention", disable=not new, leave=False):
+    silent = not new or LOGGER.disabled  # the bar goes to standard output, where JSON may be expected
+    for spec in TQDM(new, desc="yolo-flash: measuring attention", disable=silent, leave=False):
         try:
             trials[spec] = judge(spec, device, candidates(spec, machine))
             trial_cache.store({spec: trials[spec]}, machine)
@@ -221,8 +224,8 @@ def judge(spec: AttentionSpec, device: torch.device, names: Iterable[str], repea
     """Run backends on a spec: exact first, then how fast and with how much memory.
 
     The random generator, flags of torch and the switches of its attention are left as found; of CUDA's allocator only
-    the high-water mark changes. A backend may use a quarter of the memory that is free: stock attention, whose score
-    matrices may need more, is measured on fewer groups then, and its time scaled.
+    the high-water mark changes. All together may use half of the memory that is free: stock attention, whose score
+    matrices may need more than its share, is measured on fewer groups then, and its time scaled.
 
     Args:
         spec: The problem.
@@ -245,78 +248,91 @@ def judge(spec: AttentionSpec, device: torch.device, names: Iterable[str], repea
 
 def _check(spec: AttentionSpec, device: torch.device, names: list[str], trials: dict[str, Trial]) -> list[str]:
     """Hold every backend against float64 on a few groups; those that are exact."""
-    wanted = max(1, _SCORES_TO_CHECK * spec.batch // max(1, spec.scores))
-    groups = min(spec.batch, -(-wanted // spec.area) * spec.area)
+    cap = free_bytes(device) // 4
+    fitting = cap // min(_bytes_a_group(spec, name) for name in names) // spec.area
+    wanted = math.ceil(_SCORES_TO_CHECK * spec.batch / spec.scores / spec.area)
+    groups = min(spec.batch, max(1, min(fitting, wanted)) * spec.area)
     image, upstream = _inputs(spec, groups, device)
     truth = _exact(spec, image, upstream)
-    try:
-        allowed = [
-            allowed_error(error, spec.dtype)
-            for error in _errors(spec, _Arm(spec, "stock", device).call(image, upstream), truth)
-        ]
-    except torch.OutOfMemoryError:  # the score matrices of one group do not fit: what is usual in this dtype
-        allowed = [allowed_error(torch.finfo(spec.dtype).eps, spec.dtype)] * len(truth)
-    exact = []
-    for name in names:
+    errors: dict[str, list[float]] = {}
+    for name in dict.fromkeys(["stock", *names]):  # stock is the yardstick, even if it is no candidate
+        if _bytes_a_group(spec, name) * groups > cap:
+            trials[name] = _too_large(spec, name, cap)
+            continue
         start = time.perf_counter()
         try:
             results = _Arm(spec, name, device).call(image, upstream)
             wait(device)
-            errors = _errors(spec, results, truth)
+            seconds = time.perf_counter() - start
+            errors[name] = _errors(spec, results, truth)
         except Exception as error:  # a kernel raises whatever it likes
-            trials[name] = Trial(why_not=f"failed in its trial: {first_line(error)}")
+            trials[name] = _failed(error)
+            if name == "stock" and not trials[name].no_memory:  # without a yardstick no backend is better than another
+                raise
             continue
-        seconds = time.perf_counter() - start
-        parts = ("output", "gradient of q", "gradient of k", "gradient of v")
+        trials[name] = Trial(error=max(errors[name]), first_seconds=seconds)
+    # Where the score matrices of stock do not fit: what is usual in this dtype, whose sums are in float32 at the least.
+    usual = [max(torch.finfo(spec.dtype).eps, 4 * torch.finfo(torch.float32).eps)] * len(truth)
+    allowed = [allowed_error(error, spec.dtype) for error in errors.get("stock", usual)]
+    exact = []
+    for name in names:
+        parts = zip(_PARTS, errors.get(name, ()), allowed, strict=False)
         wrong = [
             f"{part} is off by {found:.2g}, {limit:.2g} is allowed"
-            for part, found, limit in zip(parts, errors, allowed, strict=False)
+            for part, found, limit in parts
             if not found <= limit  # NaN too
         ]
         if wrong:
-            trials[name] = Trial(error=max(errors), why_not="wrong: " + "; ".join(wrong))
-        else:
-            trials[name] = Trial(error=max(errors), first_seconds=seconds)
+            trials[name] = replace(trials[name], why_not="wrong: " + "; ".join(wrong))
+        elif name in errors:
             exact.append(name)
+    if "stock" not in names:
+        del trials["stock"]
     return exact
 
 
 def _time(spec: AttentionSpec, device: torch.device, names: list[str], trials: dict[str, Trial], repeats: int) -> None:
     """Time the exact backends in turns, each on as many groups as its memory allows."""
-    cap = free_bytes(device) // 4
+    cap = free_bytes(device) // (2 * max(1, len(trials)))  # all keep their memory until all are timed
     samplers: dict[str, Callable[[], float]] = {}
+    scales: dict[str, float] = {}
     for name in names:
         groups = min(spec.batch, cap // _bytes_a_group(spec, name))
         if device.type == "cpu":  # which has no use for many groups, but minutes of work with them
             groups = min(groups, max(spec.area, _SCORES_TO_CHECK * spec.batch // spec.scores))
         groups = groups // spec.area * spec.area
         if not groups:
-            need = _bytes_a_group(spec, name) * spec.area / _GIB
-            reason = f"not measured: one image takes about {need:.1f} GiB, a trial may take {cap / _GIB:.1f} GiB"
-            trials[name] = replace(trials[name], why_not=reason)
+            trials[name] = _too_large(spec, name, cap, trials[name])
             continue
         try:
-            arm, (image, upstream) = _Arm(spec, name, device), _inputs(spec, groups, device)
-            call = _bound(arm, image, upstream)
+            call = _bound(_Arm(spec, name, device), *_inputs(spec, groups, device))
             call()
             extra = extra_bytes(call, device)
-            sampler, method = sampler_of(call, device)
+            samplers[name], method = sampler_of(call, device)
         except Exception as error:
-            trials[name] = replace(trials[name], why_not=f"failed in its trial: {first_line(error)}")
+            trials[name] = _failed(error, trials[name])
             continue
-        scale = spec.batch / groups
-        note = f"measured on {groups} of {spec.batch} groups" if groups < spec.batch else ""
-        extra = None if extra is None else round(extra * scale)
-        trials[name] = replace(trials[name], extra_bytes=extra, note=note, method=method)
-        samplers[name] = _scaled(sampler, scale)
+        scales[name] = spec.batch / groups
+        trials[name] = replace(
+            trials[name],
+            extra_bytes=None if extra is None else round(extra * scales[name]),
+            note=f"measured on {groups} of {spec.batch} groups" if groups < spec.batch else "",
+            method=method,
+        )
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     for _ in range(_CPU_REPEATS if device.type == "cpu" else repeats):
-        for name, sample in samplers.items():
+        for name, sample in list(samplers.items()):
             mine = samples[name]
             budget = _SECONDS if len(mine) < repeats else _CPU_SECONDS
-            if len(mine) < 2 or sum(mine) < budget * 1e3:
+            if len(mine) >= 2 and sum(mine) >= budget * 1e3:
+                continue
+            try:
                 mine.append(sample())
-    for name, ms in samples.items():
+            except Exception as error:  # late, but no reason to lose the others
+                trials[name] = _failed(error, trials[name])
+                del samplers[name]
+    for name in samplers:
+        ms = [value * scales[name] for value in samples[name]]
         trials[name] = replace(trials[name], ms=statistics.median(ms), ms_low=min(ms), ms_high=max(ms))
 
 
@@ -324,8 +340,17 @@ def _bound(arm: _Arm, image: Tensor, upstream: Tensor) -> Callable[[], Results]:
     return lambda: arm.call(image, upstream)
 
 
-def _scaled(sample: Callable[[], float], factor: float) -> Callable[[], float]:
-    return lambda: sample() * factor
+def _failed(error: Exception, trial: Trial = _NEW) -> Trial:
+    """The trial of a backend that raised."""
+    reason = f"failed in its trial: {first_line(error)}"
+    return replace(trial, why_not=reason, no_memory=is_out_of_memory(error))
+
+
+def _too_large(spec: AttentionSpec, name: str, cap: int, trial: Trial = _NEW) -> Trial:
+    """The trial of a backend that is not run, since it would take the memory of a model that is there."""
+    need = readable(_bytes_a_group(spec, name) * spec.area)
+    reason = f"not measured: one image takes about {need}, a trial may take {readable(cap)}"
+    return replace(trial, why_not=reason, no_memory=True)
 
 
 def _bytes_a_group(spec: AttentionSpec, name: str) -> int:
@@ -339,16 +364,17 @@ def _bytes_a_group(spec: AttentionSpec, name: str) -> int:
 
 @contextlib.contextmanager
 def _as_found(spec: AttentionSpec, device: torch.device) -> Iterator[None]:
-    """Torch's deterministic mode as the spec has it, and threads as Ultralytics sets them, for the time of a trial."""
+    """For the time of a trial: the device, threads as Ultralytics sets them, deterministic mode as in the spec."""
     threads = torch.get_num_threads()
     enabled, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    with warnings.catch_warnings():
+    on_gpu = device.type == "cuda"
+    with warnings.catch_warnings(), torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
         warnings.simplefilter("ignore")  # of what is not deterministic, which is the run's concern
         torch.use_deterministic_algorithms(spec.deterministic, warn_only=True)
-        if device.type == "cpu":
+        if not on_gpu:
             torch.set_num_threads(NUM_THREADS)
         try:
             yield

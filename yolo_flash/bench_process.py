@@ -22,7 +22,8 @@ from torch.profiler import DeviceType, ProfilerActivity, profile
 
 from .backends import check_name
 from .machine import detect
-from .telemetry import GIB, peak_memory_gib
+from .measuring import GIB
+from .telemetry import peak_memory_gib
 
 UNPATCHED = "unpatched"  # an arm without the plugin
 _READY, _GO = "ready", "go\n"  # what a process says that has warmed up, and what the parent says when its turn comes

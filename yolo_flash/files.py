@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import uuid
 from pathlib import Path
 
 
@@ -12,7 +12,7 @@ def write_file(file: Path, content: bytes) -> None:
     Raises:
         OSError: The folder cannot be written, or the disk is full; the file is as it was.
     """
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # containers may share a folder and a process number
     try:
         draft.write_bytes(content)
         draft.replace(file)

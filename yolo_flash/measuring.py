@@ -12,7 +12,9 @@ from torch import Tensor
 
 Results = tuple[Tensor, ...]
 
+GIB = 2**30
 _SCORES_AT_ONCE = 2**26  # half a GiB in float64
+_BYTES_A_SCORE = 128  # four matrices in float64, in a quarter of the free memory
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -55,7 +57,8 @@ def reference(
     sizes = (head_dim, head_dim, dout.shape[-1])
     out, dpacked = torch.zeros_like(dout, dtype=dtype), torch.zeros_like(packed, dtype=dtype)
     groups, tokens, heads, _ = packed.shape
-    step, scale = max(1, _SCORES_AT_ONCE // (heads * tokens)), head_dim**-0.5
+    at_once = min(_SCORES_AT_ONCE, free_bytes(packed.device) // _BYTES_A_SCORE)
+    step, scale = max(1, at_once // (heads * tokens)), head_dim**-0.5
     for group in range(groups):
         q, k, v = packed[group].to(dtype).transpose(0, 1).split(sizes, dim=-1)  # [heads, tokens, channels]
         dq, dk, dv = dpacked[group].transpose(0, 1).split(sizes, dim=-1)  # views, written in place
@@ -74,6 +77,11 @@ def reference(
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
+def readable(size: int) -> str:
+    """Bytes as `9.1 GiB` or `37 MiB`."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be allocated, what torch has cached included."""
     if device.type == "cuda":
@@ -101,22 +109,22 @@ def wait(device: torch.device) -> None:
 
 # Timing ---------------------------------------------------------------------------------------------------------------
 def sampler_of(call: Callable[[], Results], device: torch.device) -> tuple[Callable[[], float], str]:
-    """What gives the milliseconds of one call, and how it measures: `graph`, `events` or `clock`."""
+    """What gives the milliseconds of one call, and how it measures: `graph`, `events` or, on a CPU, `clock`.
+
+    A CUDA device has to be the current one.
+    """
     if device.type == "cpu":
         return lambda: _clock_ms(call), "clock"
-    if device.type != "cuda":
-        return lambda: _clock_ms(call, device), "clock"
     start = time.perf_counter()
     call()
     wait(device)
     calls = max(1, min(10, int(2e-3 / (time.perf_counter() - start))))
-    with torch.cuda.device(device):
-        try:
-            return graph_ms(call, calls), "graph"
-        except Exception:  # an extension may synchronise, allocate, or compile
-            with contextlib.suppress(RuntimeError):
-                wait(device)  # takes what is left of the error
-            return lambda: _event_ms(call, calls), "events"
+    try:
+        return graph_ms(call, calls), "graph"
+    except Exception:  # an extension may synchronise, allocate, or compile
+        with contextlib.suppress(RuntimeError):
+            wait(device)  # takes what is left of the error
+        return lambda: _event_ms(call, calls), "events"
 
 
 def graph_ms(call: Callable[[], Results], calls: int = 10) -> Callable[[], float]:
@@ -130,7 +138,8 @@ def graph_ms(call: Callable[[], Results], calls: int = 10) -> Callable[[], float
     with torch.cuda.stream(side):  # also gives back the stream after a capture that failed, which torch does not
         for _ in range(2):
             wanted = call()
-        with torch.cuda.graph(graph, stream=side):
+        # Other threads, of a data loader say, may go on with what a capture forbids in its own.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             for _ in range(calls):
                 found = call()
     torch.cuda.synchronize()
@@ -164,11 +173,9 @@ def _between_events(run: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
-def _clock_ms(call: Callable[[], Results], device: torch.device | None = None) -> float:
+def _clock_ms(call: Callable[[], Results]) -> float:
     start = time.perf_counter()
-    results = call()
-    if device is not None:
-        results[0].flatten()[:1].cpu()  # waits for the device, whatever it is
+    call()
     return (time.perf_counter() - start) * 1e3
 
 

@@ -154,8 +154,9 @@ def make_plan(
             )
             if spec is not None:
                 problems.append((layer, cls._stock.__name__, shot.mode, spec))
-    if measure is not None and (open_ := [spec for layer, *_, spec in problems if choices[layer] == "auto"]):
-        runtime.trials = measure(open_)
+    undecided = [spec for layer, *_, spec in problems if choices[layer] == "auto"]
+    if measure is not None and undecided:
+        runtime.learn(measure(undecided), machine)
     return [
         PlanRow(layer, block_name, mode, runtime.select(spec, choices[layer], machine))
         for layer, block_name, mode, spec in problems

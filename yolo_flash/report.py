@@ -17,9 +17,10 @@ from ._version import __version__
 from .backends import BACKENDS, AttentionSpec
 from .forecast import attention_memory, largest_batch
 from .machine import Machine, cudnn_release, detect, resolve_device
+from .measuring import readable
 from .planning import PlanRow, describe
 from .selector import select
-from .telemetry import plan_entry, readable, score_bytes
+from .telemetry import plan_entry, score_bytes
 from .trainer import patch_from_sources, plan
 
 
@@ -36,7 +37,7 @@ def checks(device: str | int | None = None, as_json: bool = False) -> dict[str, 
     Raises:
         ValueError: The device does not exist.
     """
-    with _quiet(as_json):
+    with quiet(as_json):
         machine = detect(resolve_device(device))
         facts: dict[str, Any] = {
             "yolo_flash": __version__,
@@ -52,7 +53,7 @@ def checks(device: str | int | None = None, as_json: bool = False) -> dict[str, 
 
 
 @contextlib.contextmanager
-def _quiet(really: bool) -> Iterator[None]:
+def quiet(really: bool) -> Iterator[None]:
     """Without Ultralytics' log, which goes to standard output; leaves its switch and torch's threads as they were."""
     disabled, threads = LOGGER.disabled, torch.get_num_threads()
     LOGGER.disabled = disabled or really
@@ -125,7 +126,7 @@ def show_plan(
         sources: Settings, as keyword arguments of `FlashConfig.resolve`.
         modes: Of `train` and `val`.
         as_json: Print JSON on standard output, and nothing else.
-        fit: Measure training steps at two batches, stock and planned, and say which batch would fill the GPU.
+        fit: Measure training steps at two batches, stock and with `auto` by its rules, and say what would fill the GPU.
         **run: `imgsz`, `batch`, `device` and `amp` of the run, as in `plan`.
 
     Returns:
@@ -137,7 +138,7 @@ def show_plan(
         ValueError: The plugin is off, the model has nothing to patch, the device does not exist, or is no GPU and `fit`
             was asked for.
     """
-    with _quiet(as_json):
+    with quiet(as_json):
         device = resolve_device(run.get("device"))
         machine = detect(device)
         if fit and device.type != "cuda":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,9 +26,9 @@ class Runtime:
         config: The settings of the model.
         failed: Backend -> the error for which it is not used again.
         planned_sizes: (layer, whether training) -> groups and tokens of the run, once they are known.
-        trials: Spec -> backend -> what was measured on this machine; the rules decide where there is nothing.
+        trials: Spec -> backend -> what was measured, see `learn`; the rules decide where there is nothing.
         frugal: Whether a measured backend may need no more memory than what the rules would take.
-        unplanned: Specs that were met and not measured: they went by the nearest one, or by the rules.
+        unplanned: Specs that a run met and had not measured: they went by the nearest one, or by the rules.
     """
 
     def __init__(self, config: FlashConfig) -> None:
@@ -38,12 +38,19 @@ class Runtime:
         self._decisions: dict[tuple[AttentionSpec, str, torch.device], Decision] = {}
         self.failed: dict[str, str] = {}
         self.trials: Mapping[AttentionSpec, Mapping[str, Trial]] = {}
+        self._measured_on: Machine | None = None
         self.frugal = False
-        self.unplanned = 0
+        self.unplanned: set[AttentionSpec] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         """The EMA, the validator and the predictor run copies of the model, by the same decisions."""
         return self
+
+    def learn(self, trials: Mapping[AttentionSpec, Mapping[str, Trial]], machine: Machine) -> None:
+        """Decide by these trials from now on, on the machine where they ran; earlier decisions are forgotten."""
+        self.trials, self._measured_on = trials, machine
+        self.unplanned.clear()
+        self._decisions.clear()
 
     def decide(self, spec: AttentionSpec, choice: str, device: torch.device) -> Decision:
         """Return the decision for a spec, taken by the rules when it is new.
@@ -58,6 +65,8 @@ class Runtime:
                 self._decisions.clear()
             decision = self.select(spec, choice, detect(device))
             self._decisions[key] = decision
+            if choice == "auto" and self.trials and spec not in self.trials:
+                self.unplanned.add(spec)
         return decision
 
     @torch.compiler.assume_constant_result
@@ -79,21 +88,20 @@ class Runtime:
 
         Never measures: it is called inside steps, compilations and captures.
         """
-        trials = self.trials.get(spec)
-        near = None if trials or not self.trials else self._nearest(spec)
-        if self.trials and not trials:
-            self.unplanned += 1
+        known = self.trials if machine == self._measured_on else {}
+        near = spec if spec in known else self._nearest(spec, known) if choice == "auto" else None
         decision = select(
             *(spec, machine, choice, self.config.deterministic, self.failed),
-            trials=trials or (None if near is None else self.trials[near]),
+            trials=None if near is None else known[near],
             frugal=self.frugal,
         )
-        if near is not None and choice == "auto":
-            why = f"as measured for {near.batch} x {near.seq_len_q} tokens"
-            decision = replace(decision, why=why, ms={}, error={}, extra_bytes={})
-        return decision
+        if near is None or near == spec:
+            return decision
+        why = f"as measured for {near.batch} x {near.seq_len_q} tokens"
+        return replace(decision, why=why, ms={}, error={}, extra_bytes={})
 
-    def _nearest(self, spec: AttentionSpec) -> AttentionSpec | None:
+    @staticmethod
+    def _nearest(spec: AttentionSpec, known: Iterable[AttentionSpec]) -> AttentionSpec | None:
         """The measured spec that differs in groups and tokens only, by a factor of 4 each at most."""
 
         def distance(other: AttentionSpec) -> float:
@@ -102,7 +110,7 @@ class Runtime:
                 math.inf if not all(0.25 <= ratio <= 4 for ratio in ratios) else sum(abs(math.log(r)) for r in ratios)
             )
 
-        alike = [other for other in self.trials if other.without_sizes() == spec.without_sizes()]
+        alike = [other for other in known if other.without_sizes() == spec.without_sizes()]
         best = min(alike, key=distance, default=None)
         return best if best is not None and distance(best) < math.inf else None
 

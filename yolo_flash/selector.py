@@ -28,6 +28,7 @@ class Trial:
         note: What has to be known to read the numbers.
         method: `graph`, `events` or `clock`.
         first_seconds: Of the first call, which compiles what has to be compiled.
+        no_memory: Whether it cannot be used because there was too little memory.
     """
 
     ms: float | None = None
@@ -39,6 +40,7 @@ class Trial:
     note: str = ""
     method: str = ""
     first_seconds: float = 0.0
+    no_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,16 +98,22 @@ def select(
             reasons.append(failed[name])
         if deterministic == "strict" and spec.training and not backend.reproducible(machine):
             reasons.append("deterministic=strict, and its backward adds in an order that changes from run to run")
-        if trials and choice == "auto" and name in trials and trials[name].why_not:
-            reasons.append(trials[name].why_not)
         if reasons:
             refused[name] = tuple(reasons)
     trials = trials or {}
     if check_name(choice) == "auto":
-        winner, why = next((name, why) for name, why in _rules(spec, machine) if name not in refused)
+        rules = [
+            rule for rule in _rules(spec, machine) if rule[0] not in refused
+        ]  # ends with stock, which has no limits
+        for name, trial in trials.items():
+            if trial.why_not:
+                refused[name] = (*refused.get(name, ()), trial.why_not)
         timed = {name: trial for name, trial in trials.items() if trial.ms is not None and name not in refused}
         if timed:
-            winner, why = _fastest(timed, winner, frugal, machine)
+            winner, why = _fastest(timed, rules[0][0], frugal, machine)
+        else:
+            winner, why = next((rule for rule in rules if rule[0] not in refused), ("stock", "nothing else is left"))
+            refused.pop(winner, None)  # stock, which could not be tried
     elif choice in refused:
         raise BackendNotSupportedError(
             f"backend={choice} cannot run {spec} on {machine}: {'; '.join(refused[choice])}. "
@@ -150,7 +158,8 @@ def _fastest(timed: Mapping[str, Trial], by_rules: str, frugal: bool, machine: M
     )
     if winner == best:
         return winner, "the fastest measured"
-    kept = "gives the same bits every time" if BACKENDS[winner].reproducible(machine) else "takes less memory"
+    bits = BACKENDS[winner].reproducible(machine) and not BACKENDS[best].reproducible(machine)
+    kept = "gives the same bits every time" if bits else "takes less memory"
     return winner, f"within {TIE:.0%} of {best}, and {kept}"
 
 

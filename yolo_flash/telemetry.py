@@ -26,11 +26,11 @@ from .backends import BACKENDS, AttentionSpec, short
 from .config import FlashConfig
 from .files import write_file
 from .machine import Machine
+from .measuring import GIB, readable
 from .pictures import draw_run
 from .planning import PlanRow, describe
 from .runtime import Runtime
 
-GIB = 2**30
 PEAK = "flash/peak_allocated_gib"
 SPEED = "flash/images_per_second"
 COLUMNS = (PEAK, SPEED)
@@ -135,7 +135,7 @@ class Telemetry:
             peak_reserved_gib=round(reserved, 4),
             backends=dict(backends),
             fallbacks=dict(failed),
-            unplanned=self._runtime.unplanned,
+            unplanned=len(self._runtime.unplanned),
         )
         avoided = score_bytes(
             row.decision.spec for row in self._training_rows() if BACKENDS[row.decision.backend].fused
@@ -245,11 +245,6 @@ def score_bytes(specs: Iterable[AttentionSpec]) -> int:
         specs: One for each layer.
     """
     return sum(spec.scores * (4 if spec.dtype is torch.float32 else 6) for spec in specs)
-
-
-def readable(size: int) -> str:
-    """Bytes as `9.1 GiB` or `37 MiB`."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
 
 
 def peak_memory_gib(device: torch.device) -> tuple[float, float]:

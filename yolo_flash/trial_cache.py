@@ -14,9 +14,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ultralytics
 from ultralytics.utils import LOGGER, NUM_THREADS, USER_CONFIG_DIR
 
-from .backends import AttentionSpec, short
+from .backends import BACKENDS, AttentionSpec, short
 from .files import write_file
 from .machine import Machine
 from .selector import Trial
@@ -34,17 +35,16 @@ def load(specs: Iterable[AttentionSpec], machine: Machine) -> dict[AttentionSpec
     found: dict[AttentionSpec, Trials] = {}
     spoilt: list[str] = []
     for spec in specs:
-        key = _key(spec, machine)
-        file = _file(key)
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            key = _key(spec, machine)
+            content = json.loads(_file(key).read_text(encoding="utf-8"))
             if content["key"] != key:
                 raise ValueError("it was written for something else")
             found[spec] = {name: Trial(**values) for name, values in content["trials"].items()}
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            spoilt.append(f"{file}: {type(error).__name__}: {error}")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            spoilt.append(f"{folder()}: {type(error).__name__}: {error}")
     if spoilt:
         more = f" (and {len(spoilt) - 1} more)" if len(spoilt) > 1 else ""
         LOGGER.warning(f"yolo-flash: measuring again what cannot be read: {spoilt[0]}{more}")
@@ -52,11 +52,11 @@ def load(specs: Iterable[AttentionSpec], machine: Machine) -> dict[AttentionSpec
 
 
 def store(trials: Mapping[AttentionSpec, Mapping[str, Trial]], machine: Machine) -> None:
-    """Keep trials for later runs, but those in which memory ran out: next time there may be more of it."""
+    """Keep trials for later runs, but those in which a fused backend had too little memory: there may be more of it."""
     try:
         folder().mkdir(parents=True, exist_ok=True)
         for spec, of_spec in trials.items():
-            if any("OutOfMemory" in trial.why_not for trial in of_spec.values()):
+            if any(trial.no_memory for name, trial in of_spec.items() if BACKENDS[name].fused):
                 continue
             key = _key(spec, machine)
             content = {"key": key, "trials": {name: dataclasses.asdict(trial) for name, trial in of_spec.items()}}
@@ -83,6 +83,7 @@ def _key(spec: AttentionSpec, machine: Machine) -> dict[str, Any]:
     key = {
         "spec": dataclasses.asdict(spec) | {"dtype": short(spec.dtype)},
         "machine": facts,
+        "ultralytics": ultralytics.__version__,  # whose stock blocks are measured too
         "threads": NUM_THREADS if machine.kind == "cpu" else None,
         "code": _code(),
     }

@@ -45,7 +45,7 @@ from .config import FlashConfig, known_keys
 from .machine import detect, resolve_device
 from .measuring import relative_error
 from .patch import patch_modules, targets, unpatch_modules
-from .report import _quiet
+from .report import quiet
 from .runtime import Runtime
 
 _SEEN = 10  # attention reaches the outputs if they change by so many times the allowed error without it
@@ -100,7 +100,7 @@ def verify_from_sources(model: Any, sources: Mapping[str, Any], as_json: bool = 
         as_json: Print JSON on standard output, and nothing else.
         **run: `source`, `imgsz`, `batch`, `device` and `amp`, as in `verify`.
     """
-    with _quiet(as_json), torch.inference_mode(False), torch.enable_grad():
+    with quiet(as_json), torch.inference_mode(False), torch.enable_grad():
         device = resolve_device(run.pop("device", None))
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.random.default_generator.manual_seed(0)  # of fresh weights
