@@ -246,6 +246,25 @@ def test_a_graph_that_lacks_kernels_is_not_timed(complete: bool, monkeypatch: py
             measuring.graph_ms(call)
 
 
+@pytest.mark.parametrize("hiccup", range(3))
+@pytest.mark.parametrize(("seconds", "calls"), [(5e-5, 10), (7e-4, 2), (1.0, 1)])
+def test_a_hiccup_does_not_make_a_graph_shorter(
+    seconds: float, calls: int, hiccup: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, waits = 0.0, 0
+
+    def wait(device: torch.device) -> None:
+        nonlocal now, waits
+        now += seconds + (2e-3 if waits == hiccup else 0)
+        waits += 1
+
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(measuring, "wait", wait)
+    monkeypatch.setattr(measuring, "graph_ms", lambda call, calls: lambda: calls)
+    sample, method = measuring.sampler_of(lambda: (), torch.device("cuda"))
+    assert (sample(), method) == (calls, "graph")
+
+
 # Reference -----------------------------------------------------------------------------------------------------------
 def test_the_reference_is_plain_attention_however_it_is_sliced(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = torch.randn(3, 7, 2, 4 + 4 + 6, dtype=torch.float64, requires_grad=True)

@@ -106,7 +106,8 @@ def test_a_waterfall_has_the_techniques_in_their_order_and_what_each_saves(figur
     draw_waterfall([row for row in made_up() if row["imgsz"] >= 2048])
     (figure,) = figures
     small, large = figure.axes
-    assert [label.get_text() for label in small.get_yticklabels()] == [*TECHNIQUES.values(), "auto"]
+    measured = [name for arm, name in TECHNIQUES.items() if arm in STEPS]
+    assert [label.get_text() for label in small.get_yticklabels()] == [*measured, "auto"]
     minus = "\N{MINUS SIGN}"
     assert texts(small) == [
         "170.0 ms",
@@ -117,6 +118,15 @@ def test_a_waterfall_has_the_techniques_in_their_order_and_what_each_saves(figur
     ]
     assert texts(large)[:3] == [LOST, LOST, "70.0 ms"]
     assert covered(figure) == []
+
+
+def test_a_waterfall_with_graphs_is_on_the_clock_which_is_all_that_they_spare(figures: list[Any]) -> None:
+    rows = [row for row in made_up() if row["imgsz"] == 2048]
+    draw_waterfall([*rows, *(row | {"arm": "graphs", "wall_ms": 34.0} for row in rows if row["arm"] == "triton_area")])
+    (axis,) = figures[0].axes
+    assert "wall ms" in axis.get_xlabel()
+    assert axis.get_yticklabels()[-2].get_text() == TECHNIQUES["graphs"]
+    assert covered(figures[0]) == []
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])

@@ -1,7 +1,8 @@
-"""How `bench step` and `bench predict` measure: a fresh process for every sample, one measuring at a time.
+"""How `bench step`, `predict` and `train` measure: a fresh process for every sample, one measuring at a time.
 
-The parent starts the processes of a round side by side. Each builds its arm, warms up on small images, which loads the
-libraries, says that it is ready, and measures when its turn comes. Its last line of output is the answer, as JSON.
+The parent starts the processes of a round side by side. Each builds its arm, loads the libraries (by small images,
+where calls are measured), says that it is ready, and measures when its turn comes. Its last line of output is the
+answer, as JSON.
 """
 
 from __future__ import annotations
@@ -30,16 +31,15 @@ _READY, _GO = "ready", "go\n"  # what a process says that has warmed up, and wha
 
 
 @dataclass(frozen=True)
-class Job:
-    """What `bench step` and `bench predict` share.
+class BaseJob:
+    """What all benches of rounds share.
 
     Attributes:
         model: A model, YAML or checkpoint.
         imgsz: Sides of the images in pixels, measured one after the other.
-        batch: Images a call.
+        batch: Images a call or iteration.
         arms: Names of backends, `auto`, or arms without the plugin; the first is what the others are compared with.
         rounds: Fresh processes of each arm and size.
-        steps: Calls timed in each process.
         device: `cpu`, or the index of a GPU.
         amp: The precision on a GPU; a CPU always runs in float32, as Ultralytics does.
         csv: File for every sample, a row each; none if empty.
@@ -51,7 +51,6 @@ class Job:
     batch: int = 1
     arms: tuple[str, ...] = ()
     rounds: int = 3
-    steps: int = 10
     device: str = ""
     amp: str = "fp32"
     csv: str = ""
@@ -61,33 +60,56 @@ class Job:
     precisions: ClassVar[tuple[str, ...]]
     stock_arms: ClassVar[tuple[str, ...]]  # those that run without the plugin
     columns: ClassVar[dict[str, str]]  # figure -> its head in the table
+    more_columns: ClassVar[tuple[str, ...]] = ()  # of the CSV file: keys and figures that only this job has
+    at_least: ClassVar[dict[str, int]] = {"batch": 1, "rounds": 1}
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured before a process is started.
 
         Raises:
-            ValueError: An arm or a precision that does not exist, a count below 1, or several sizes for one JSON file.
+            ValueError: An arm or a precision that does not exist, too low a number, or several sizes for one JSON file.
         """
         for arm in self.arms:
-            if arm not in self.stock_arms:
-                check_name(arm)
+            self.check_arm(arm)
         if self.amp not in self.precisions:
             raise ValueError(
                 f"amp must be {', '.join(self.precisions[:-1])} or {self.precisions[-1]}, found {self.amp!r}."
             )
-        counts = [("imgsz", side) for side in self.imgsz]
-        for name, value in [*counts, *((name, getattr(self, name)) for name in ("batch", "rounds", "steps"))]:
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, found {value!r}.")
+        counts = [("imgsz", side, 1) for side in self.imgsz]
+        for name, value, least in [*counts, *((name, getattr(self, name), n) for name, n in self.at_least.items())]:
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, found {value!r}.")
         if not self.imgsz:
             raise ValueError("imgsz must name at least one size.")
         if self.json and len(self.imgsz) > 1:
             raise ValueError(f"json= holds one size, imgsz= names {len(self.imgsz)}: csv= holds them all.")
 
+    def check_arm(self, arm: str) -> None:
+        """Refuse an arm that does not exist.
+
+        Raises:
+            ValueError: It does not, with the nearest valid name.
+        """
+        if arm not in self.stock_arms:
+            check_name(arm)
+
     def torch_device(self) -> torch.device:
         """The device that the job names; the first GPU if it names none and there is one."""
         on_gpu = self.device != "cpu" and torch.cuda.is_available()
         return torch.device(f"cuda:{self.device or 0}" if on_gpu else "cpu")
+
+
+@dataclass(frozen=True)
+class Job(BaseJob):
+    """What `bench step` and `bench predict` share: they time calls.
+
+    Attributes:
+        steps: Calls timed in each process.
+    """
+
+    steps: int = 10
+
+    at_least: ClassVar[dict[str, int]] = {"batch": 1, "rounds": 1, "steps": 1}
 
 
 class Subject(Protocol):
@@ -98,7 +120,7 @@ class Subject(Protocol):
 
 
 # In the parent --------------------------------------------------------------------------------------------------------
-def one_round(job: Job, imgsz: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def one_round(job: BaseJob, imgsz: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every arm once, each in a process of its own: they get ready side by side, and then measure one at a time.
 
     Yields:
@@ -137,28 +159,46 @@ def _until_ready(process: subprocess.Popen[str]) -> list[str]:
 
 
 # In the fresh process -------------------------------------------------------------------------------------------------
-AnyJob = TypeVar("AnyJob", bound=Job)
+AnyJob = TypeVar("AnyJob", bound=BaseJob)
+CallsJob = TypeVar("CallsJob", bound=Job)
 
 
-def serve(make_job: Callable[..., AnyJob], make_subject: Callable[[AnyJob, str], Subject]) -> None:
-    """One arm in this process: job, size and arm are the arguments, one line of JSON the answer."""
+def serve(make_job: Callable[..., CallsJob], make_subject: Callable[[CallsJob, str], Subject]) -> None:
+    """One arm in this process, measured call by call, after one on small images."""
+
+    def get_ready(job: CallsJob, arm: str) -> Callable[[int], dict[str, Any]]:
+        subject = make_subject(job, arm)
+        list(subject.parts(64, 2).values())[-1]()
+        return lambda imgsz: _measure(subject, job, imgsz, job.torch_device())
+
+    take_turn(make_job, get_ready)
+
+
+def take_turn(
+    make_job: Callable[..., AnyJob], get_ready: Callable[[AnyJob, str], Callable[[int], dict[str, Any]]]
+) -> None:
+    """One arm in this process: job, size and arm are the arguments, one line of JSON the answer.
+
+    Args:
+        make_job: Makes the job of its fields.
+        get_ready: Builds an arm of the job while other processes do so; what it returns measures at a size.
+    """
     values = json.loads(sys.argv[1])
     job = make_job(**{**values, "arms": tuple(values["arms"]), "imgsz": tuple(values["imgsz"])})
     device = job.torch_device()
     try:
-        subject = make_subject(job, sys.argv[3])
-        list(subject.parts(64, 2).values())[-1]()
+        measure = get_ready(job, sys.argv[3])
         print(f"\n{_READY}", flush=True)  # on a line of its own, whatever a library left unfinished
         if sys.stdin.readline() != _GO:
             return  # the parent is gone
-        answer = _measure(subject, job, int(sys.argv[2]), device)
+        answer = measure(int(sys.argv[2]))
     except torch.OutOfMemoryError:
         total = torch.cuda.get_device_properties(device).total_memory / GIB
         answer = {"error": f"out of memory ({total:.0f} GiB)"}
     machine = detect(device)
     precision = job.amp if device.type == "cuda" else "fp32"
     answer["machine"] = dataclasses.asdict(machine) | {"text": machine.with_versions, "precision": precision}
-    print(json.dumps(answer))
+    print(f"\n{json.dumps(answer)}")
 
 
 def _measure(subject: Subject, job: Job, imgsz: int, device: torch.device) -> dict[str, Any]:

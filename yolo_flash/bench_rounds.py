@@ -1,4 +1,4 @@
-"""The rounds of `bench step` and `bench predict`: sizes, rounds and arms in turn, and what is kept of them."""
+"""The rounds of `bench step`, `predict` and `train`: sizes, rounds and arms in turn, and what is kept of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import ultralytics
 from ultralytics.utils import LOGGER, TQDM
 
 from ._version import __version__
-from .bench_process import Job, one_round
+from .bench_process import BaseJob, one_round
 from .csv_rows import Row, as_csv
 from .files import write_file
 from .machine import cudnn_release
@@ -21,13 +21,13 @@ from .machine import cudnn_release
 FIGURES = ("network_kernel_ms", "kernel_ms", "wall_ms", "images_per_second", "peak_gib")
 NUMBERS = ("imgsz", "batch", "round", *FIGURES)
 VERSIONS = ("torch", "cudnn", "triton", "ultralytics", "yolo_flash")
-COLUMNS = (  # of the CSV file: one row for each sample, with figures or an error
+COLUMNS = (  # of every CSV file: one row for each sample, with figures or an error; a job may have more
     *("command", "model", "imgsz", "batch", "arm", "precision", "round", *FIGURES, "error"),
     *("device", *VERSIONS, "commit"),
 )
 
 
-def bench(job: Job) -> list[dict[str, Any]]:
+def bench(job: BaseJob) -> list[dict[str, Any]]:
     """Measure all arms in turns, one size after the other; log a table a size; write the CSV and JSON files.
 
     Returns:
@@ -39,8 +39,9 @@ def bench(job: Job) -> list[dict[str, Any]]:
     rows: list[Row] = []
     machine: dict[str, Any] = {}
     commit = _commit()
+    columns = (*COLUMNS, *job.more_columns)
     if job.csv:
-        write_file(Path(job.csv), as_csv(COLUMNS, rows))  # a folder that is not there is told before an hour has passed
+        write_file(Path(job.csv), as_csv(columns, rows))  # a folder that is not there is told before an hour has passed
     results: dict[int, dict[str, Any]] = {}
     total = len(job.imgsz) * job.rounds * len(job.arms)
     turns = (
@@ -64,11 +65,12 @@ def bench(job: Job) -> list[dict[str, Any]]:
         samples.append(answer)
         size["arms"][arm]["median"] = summary(samples)
         sample = {"imgsz": imgsz, "batch": job.batch, "arm": arm, "round": number}
-        rows.append({"command": job.command, "model": job.model} | sample | answer)
+        row = dataclasses.asdict(job) | {"command": job.command} | sample | answer
+        rows.append({name: value for name, value in row.items() if name in columns})
         # After each process: a borrowed GPU may be taken away.
         if job.csv:
             conditions = _conditions(machine, job) | {"commit": commit}
-            write_file(Path(job.csv), as_csv(COLUMNS, (row | conditions for row in rows)))
+            write_file(Path(job.csv), as_csv(columns, (row | conditions for row in rows)))
         if job.json:
             write_file(Path(job.json), (json.dumps(size, indent=2) + "\n").encode())
     for size in results.values():
@@ -83,7 +85,7 @@ def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
         return {"error": failed[0]}
     figures: dict[str, Any] = {}
     for name in samples[0] if samples else ():
-        values = [sample[name] for sample in samples if sample[name] is not None]
+        values = [sample[name] for sample in samples if isinstance(sample[name], (int, float))]  # not those of epochs
         if values:
             figures[name] = {"median": statistics.median(values), "low": min(values), "high": max(values)}
     return figures
@@ -98,9 +100,12 @@ def table(results: dict[str, Any], columns: dict[str, str]) -> str:
     """
     job = results["job"]
     first = results["arms"][job["arms"][0]]["median"]
+    on_data = f" data={job['data']}" if "data" in job else ""
+    each = f"{job['steps']} steps" if "steps" in job else f"{job['epochs']} epochs"
     lines = [
-        f"{job['model']} imgsz={job['imgsz']} batch={job['batch']}, {results['machine'].get('precision', job['amp'])}, "
-        f"{job['rounds']} processes an arm, {job['steps']} steps each; {results['machine'].get('text', '')}; "
+        f"{job['model']}{on_data} imgsz={job['imgsz']} batch={job['batch']}, "
+        f"{results['machine'].get('precision', job['amp'])}, "
+        f"{job['rounds']} processes an arm, {each} each; {results['machine'].get('text', '')}; "
         f"yolo-flash {results['yolo_flash']}",
         "",
         f"| arm | {' | '.join(columns.values())} | speed-up |",
@@ -111,7 +116,7 @@ def table(results: dict[str, Any], columns: dict[str, str]) -> str:
         if "error" in median:
             lines.append(f"| {arm} | {median['error']} |{' |' * len(columns)}")
             continue
-        key = "kernel_ms" if "kernel_ms" in median else "wall_ms"
+        key = next(name for name in ("iteration_ms", "kernel_ms", "wall_ms") if name in median)
         saved = "" if "error" in first else f"{first[key]['median'] / median[key]['median']:.2f}x"
         lines.append(f"| {arm} | {' | '.join(_cell(median, name) for name in columns)} | {saved} |")
     return "\n".join(lines)
@@ -124,7 +129,7 @@ def _cell(median: dict[str, Any], name: str) -> str:
     return f"{figure['median']:.2f} ({figure['low']:.2f}..{figure['high']:.2f})"
 
 
-def _conditions(machine: dict[str, Any], job: Job) -> Row:
+def _conditions(machine: dict[str, Any], job: BaseJob) -> Row:
     """What the numbers depend on, as far as a process has told it."""
     cudnn = machine.get("cudnn")
     return {

@@ -19,8 +19,10 @@ from ultralytics.utils.torch_utils import ModelEMA, init_seeds
 
 from .bench_process import UNPATCHED, Job, serve
 from .config import FlashConfig
+from .graphs import GraphedNetwork, answer_once
 from .patch import patch_modules
 
+GRAPHS = "graphs"  # an arm with the backends of `auto`, whose network runs from CUDA graphs
 NCHW = "nchw"  # an arm without the plugin and without channels_last, in which Ultralytics trains on CUDA
 
 
@@ -29,7 +31,8 @@ class StepJob(Job):
     """What `bench step` measures: a detection model in training.
 
     `arms` may have `unpatched`, which is stock Ultralytics, and `nchw`: the same without channels_last, to see what
-    that memory layout gains by itself. On a CPU, where Ultralytics trains without it, both are the same.
+    that memory layout gains by itself. On a CPU, where Ultralytics trains without it, both are the same. And, on a GPU,
+    `graphs`: `auto`, with the forward and backward of the network from CUDA graphs.
 
     `amp` is `fp16`, `bf16` or `fp32`.
     """
@@ -58,6 +61,17 @@ class StepJob(Job):
         if not self.arms:
             raise ValueError(f"arms must name at least one of {', '.join(self.stock_arms)}, auto or a backend.")
 
+    def check_arm(self, arm: str) -> None:
+        """As in `Job`; `graphs` is no backend, and needs a GPU.
+
+        Raises:
+            ValueError: The arm does not exist, or cannot run on the device.
+        """
+        if arm != GRAPHS:
+            super().check_arm(arm)
+        elif self.torch_device().type != "cuda":
+            raise ValueError("the arm graphs needs an NVIDIA GPU.")
+
 
 class Step:
     """A training step of one arm, for batches of any size."""
@@ -81,7 +95,9 @@ class Step:
         if self.on_gpu and arm != NCHW:
             self.model = self.model.to(memory_format=torch.channels_last)
         if arm not in StepJob.stock_arms:
-            patch_modules(self.model, FlashConfig(backend=arm))
+            patch_modules(self.model, FlashConfig(backend="auto" if arm == GRAPHS else arm))
+        self.replays = arm == GRAPHS
+        self.graphed: GraphedNetwork | None = None
         self.ema = ModelEMA(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=self.on_gpu)
         self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[job.amp]
@@ -96,9 +112,18 @@ class Step:
         """Forward, loss and backward of a batch."""
         amp = self.on_gpu and self.dtype is not torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=amp):
+            if self.replays:
+                self._replay(batch["img"])
             loss, _ = self.model(batch)
             loss = loss.sum()
         self.scaler.scale(loss).backward()
+
+    def _replay(self, images: torch.Tensor) -> None:
+        """Let the coming forward be a replay, of graphs that are captured for the first batch of its size."""
+        if self.graphed is None or not self.graphed.fits(images):
+            self.graphed = None  # frees the other size first
+            self.graphed = GraphedNetwork(self.model, images)
+        answer_once(self.model, self.graphed)
 
     def network(self, batch: dict[str, Any]) -> None:
         """Forward, loss and backward, and no trace of them."""

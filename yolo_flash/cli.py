@@ -26,6 +26,7 @@ from .bench_plot import PlotJob, bench_plot
 from .bench_predict import PredictJob, bench_predict
 from .bench_rounds import bench
 from .bench_step import StepJob
+from .bench_train import TrainJob, bench_train
 from .config import FlashConfig, FlashConfigError
 from .guard import FlashKernelError
 from .report import checks, show_plan
@@ -42,6 +43,7 @@ yolo-flash {version}: the `yolo` command with exact, fused attention for YOLO10,
   yolo-flash verify model=best.pt [source=images] [imgsz=640] [batch=2] [--json]      ours against stock and float64
   yolo-flash bench step model=yolo12n.yaml imgsz=640 batch=16      a training step, stock against ours
   yolo-flash bench predict model=yolo12n.yaml imgsz=640,1280       a prediction, stock against every backend
+  yolo-flash bench train model=yolo12n.yaml data=coco8.yaml        iterations of real training, stock against ours
   yolo-flash bench op             every fused attention alone, on the layers of the models
   yolo-flash bench plot FILE.csv ...         pictures of what these measured with csv=FILE.csv
   yolo-flash help                 this screen; `yolo help` explains Ultralytics' own arguments
@@ -58,6 +60,7 @@ Settings (flash.KEY=VALUE; also YOLO_FLASH_KEY in the environment, or a `flash:`
   flash.config=strict             a shipped or own YAML file of settings
   flash.enabled=false             stock attention; so does YOLO_FLASH=0
   flash.autotune=false            choose by rules instead of measuring before the first step
+  flash.graphs=auto               or on, off: run the training step from CUDA graphs
   flash.log=false                 no plan in the log
 
 In Python: from yolo_flash import patch_model; patch_model(YOLO("yolo12n.yaml")).train(data="coco8.yaml")
@@ -166,6 +169,7 @@ def _bench(args: list[str]) -> None:
     benches: dict[str, tuple[Any, Callable[[Any], object]]] = {
         "step": (StepJob, bench),
         "predict": (PredictJob, bench_predict),
+        "train": (TrainJob, bench_train),
         "op": (OpJob, bench_op),
         "plot": (PlotJob, bench_plot),
     }
@@ -185,7 +189,7 @@ def _bench(args: list[str]) -> None:
             values[key] = tuple(name.strip() for name in str(value).split(",") if name.strip())
         elif key == "imgsz":
             values[key] = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-        elif key in ("model", "device", "csv", "json", "amp", "dtype", "folder"):
+        elif key in ("model", "device", "csv", "json", "amp", "dtype", "folder", "data"):
             values[key] = str(value)
     if "model" in values:
         _refuse_missing(values["model"], f"model={values['model']}", None)

@@ -32,6 +32,7 @@ class FlashConfig:
         layers: fnmatch pattern of layer names -> backend, over `backend`; the last matching pattern wins.
         deterministic: `strict` trains with reproducible backends only, `prefer` with the fastest.
         autotune: Choose by measuring the backends on this machine, before the first step; False chooses by rules.
+        graphs: Run the training step from CUDA graphs: `on`, `off`, or `auto`, where it pays.
         log: Say what runs: plan, kernels, memory and speed, in the log and in the run folder.
 
     Raises:
@@ -43,6 +44,7 @@ class FlashConfig:
     layers: dict[str, str] = field(default_factory=dict)
     deterministic: Literal["prefer", "strict"] = "prefer"
     autotune: bool = True
+    graphs: Literal["off", "on", "auto"] = "off"
     log: bool = True
 
     def __post_init__(self) -> None:
@@ -162,6 +164,8 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         raise FlashConfigError(f"{key} must be true or false, found {value!r}.")
     if typing.get_origin(kind) is Literal:
         valid = typing.get_args(kind)
+        if isinstance(value, bool) and "on" in valid:  # as YAML reads a bare on or off
+            value = "on" if value else "off"
         if value not in valid:
             raise FlashConfigError(f"{key}={value!r} is not valid.{_did_you_mean(str(value), valid)}")
         return value

@@ -15,7 +15,7 @@ COLORS = dict(
     zip(
         BACKENDS, ("#a0a0a0", "#606060", "#56b4e9", "#cc79a7", "#0072b2", "#d55e00", "#009e73", "#f0c040"), strict=False
     )
-) | {"nchw": "#999933", "unpatched": "#000000", "auto": "#882255"}
+) | {"nchw": "#999933", "unpatched": "#000000", "auto": "#882255", "graphs": "#332288"}
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -54,6 +54,8 @@ class Telemetry:
         self._images = 0
         self._since = 0.0
         self._profiled_speed = 0.0
+        self._eager_kernels: Counter[str] = Counter()
+        self._replaying = False
 
     def plan(self, trainer: Any, rows: list[PlanRow], machine: Machine) -> None:
         """Log and write the plan; called again when the batch was halved, which also discards a profile under way."""
@@ -74,6 +76,21 @@ class Telemetry:
             )
         for row in rows:
             self._write("plan", **plan_entry(row))
+
+    def graphs(self, trainer: Any, facts: dict[str, Any]) -> None:
+        """Say whether steps run from CUDA graphs, why not, or what they gain; their first step is profiled too."""
+        self._write("graphs", **facts)
+        if why_not := facts["why_not"]:
+            self._replaying = False
+            LOGGER.info(f"yolo-flash: no CUDA graphs: {why_not}")
+            return
+        gain = "steps run from CUDA graphs"
+        if "graph_ms" in facts:
+            eager, replayed = facts["eager_ms"], facts["graph_ms"]
+            gain += f": {eager:.1f} -> {replayed:.1f} ms a step ({eager / replayed:.2f}x)"
+        cost = f"captured in {facts['capture_seconds']:.1f} s, they hold {readable(facts['pool_bytes'])}"
+        LOGGER.info(f"yolo-flash: {gain}; {cost}")
+        self._profiled, self._replaying = False, True
 
     def saw_images(self, count: int) -> None:
         """Count the images of a batch on their way to the model."""
@@ -104,12 +121,21 @@ class Telemetry:
         operators, kernels = attention_kernels(self._stop_profile())
         self._profiled = True
         counts = dict(operators | kernels)
-        self._write("kernels", counts=counts)
+        self._write("kernels", counts=counts, graphs=self._replaying)
         names: Counter[str] = Counter()
         for name, count in counts.items():
             names[_short_name(name)] += count
         ran = ", ".join(f"{count} x {name}" for name, count in names.items()) or "no fused attention"
+        if self._replaying:  # operators are Python's, kernels the GPU's
+            LOGGER.info(f"yolo-flash: one step from graphs ran {ran}")
+            if missing := self._eager_kernels.keys() - kernels.keys():
+                LOGGER.warning(
+                    f"yolo-flash: the step before the graphs also ran {', '.join(map(_short_name, missing))}."
+                )
+            self._restart_clock()
+            return
         LOGGER.info(f"yolo-flash: one step ran {ran}")
+        self._eager_kernels = kernels
         for backend, layers in self._in_force().items():
             calls = sum(operators[name] for name in BACKENDS[backend].operators)
             if BACKENDS[backend].operators and calls < layers:

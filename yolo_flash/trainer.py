@@ -21,6 +21,8 @@ from . import autotune, offline
 from .backends import AttentionSpec, BackendNotSupportedError
 from .blocks import FlashBlock
 from .config import FlashConfig, known_keys
+from .graphed_step import StepGraphs
+from .guard import is_out_of_memory
 from .machine import detect, resolve_device
 from .patch import layer_choices, patch_modules, targets, unpatch_modules
 from .planning import PlanRow, Shot, make_plan
@@ -62,6 +64,7 @@ class FlashTrainerMixin(_TrainerBase):
             type(self).flash = FlashConfig.resolve(**{**self.flash_sources, "section": section})
         self.flash_plan = []
         self._flash_runtime = Runtime(self.flash)
+        self._flash_graphs = StepGraphs(self.flash.graphs if self.flash.enabled else "off")
         self._flash_telemetry: Telemetry | None = None
         if self.flash.enabled and self.flash.log and RANK in {-1, 0}:
             self._flash_telemetry = Telemetry(self.flash, self._flash_runtime)
@@ -89,9 +92,11 @@ class FlashTrainerMixin(_TrainerBase):
 
     def _build_train_pipeline(self) -> None:
         """Plan now that the batch size is known, and again after a halving; patch what joined the model."""
+        self._flash_graphs.release(self)
         self._patch(self.model)
         super()._build_train_pipeline()
         self._plan()
+        self._tell_graphs({"why_not": self._flash_graphs.prepare(self)})
         if RANK in {-1, 0}:
             offline.note_standin(self.args.data, self.save_dir)
 
@@ -112,16 +117,39 @@ class FlashTrainerMixin(_TrainerBase):
 
     def run_callbacks(self, event: str) -> None:
         """Tell telemetry first: our numbers have to be there when the loggers look."""
+        if event == "on_train_batch_end":
+            self._tell_graphs(self._flash_graphs.after_step(self))
+        elif event == "teardown":
+            self._flash_graphs.release(self)
         if event in vars(Telemetry):
             self._tell(event)
         super().run_callbacks(event)
 
     def preprocess_batch(self, batch: Any) -> Any:
-        """Count the images of each step."""
+        """Count the images of each step, and let its forward be a replay: the last call before it, inside autocast."""
         batch = super().preprocess_batch(batch)
         if self._flash_telemetry is not None:
             self._flash_telemetry.saw_images(len(batch["img"]))
+        self._tell_graphs(self._flash_graphs.before_forward(self, batch["img"]))
         return batch
+
+    def validate(self) -> Any:
+        """Validate, a second time without the memory of the graphs where it did not suffice."""
+        try:
+            return super().validate()
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or not self._flash_graphs.release(self):
+                raise
+            why_not = "validation ran out of memory beside the graphs"
+            self._flash_graphs.why_not = why_not
+            LOGGER.warning(f"yolo-flash: {why_not}: they are freed, and it is run again.")
+        self._tell_graphs({"why_not": why_not})
+        return super().validate()
+
+    def final_eval(self) -> None:
+        """Evaluate with the memory of the graphs."""
+        self._flash_graphs.release(self)
+        super().final_eval()
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         """Leave our columns out of a results.csv that was begun without them."""
@@ -138,6 +166,10 @@ class FlashTrainerMixin(_TrainerBase):
             LOGGER.warning(
                 f"yolo-flash: no more plan, kernels, memory and speed from here on: {type(error).__name__}: {error}"
             )
+
+    def _tell_graphs(self, facts: dict[str, Any]) -> None:
+        if facts and self._flash_graphs.mode != "off" and facts != {"why_not": ""}:
+            self._tell("graphs", facts)
 
     def _patch(self, model: nn.Module) -> None:
         if self.flash.enabled:

@@ -1,0 +1,157 @@
+"""Where the milliseconds of a training step go, in Ultralytics' real trainer: stock, eager and from CUDA graphs.
+
+    python scripts/study_clock.py data.yaml model.yaml imgsz batch [arm ...]      arms: unpatched, eager, graphs
+
+Each phase on the host's clock, without waiting for the GPU: a phase that waits for it has its time. Means of the steps
+from the third epoch on but the first of each, in one process for each arm. Then ten steps under torch's profiler: what
+the GPU was busy, and how often the host waited for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import DeviceType, ProfilerActivity, profile
+from ultralytics import YOLO
+
+from yolo_flash import patch_model
+
+PHASES = ("data", "to device", "network", "loss", "backward", "optimizer and EMA", "rest")
+EPOCHS, PROFILED = 6, 10
+
+
+class Clock:
+    """Follows a run and keeps the milliseconds of every phase of every step."""
+
+    def __init__(self) -> None:
+        self.steps: defaultdict[str, list[float]] = defaultdict(list)
+        self.now: dict[str, float] = {}
+        self.inside: set[str] = set()
+        self.epoch = -1
+        self.last = 0.0
+        self.profile: profile | None = None
+        self.profiled = 0
+        self.gpu: dict[str, float] = {}
+
+    def timed(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if phase in self.inside:  # the model's forward calls itself, once with the batch and once with its images
+                return call(*args, **kwargs)
+            start = time.perf_counter()
+            self.inside.add(phase)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.inside.remove(phase)
+                self.now[phase] = self.now.get(phase, 0.0) + (time.perf_counter() - start) * 1e3
+
+        return run
+
+    def on_train_start(self, trainer: Any) -> None:
+        trainer.preprocess_batch = self.timed("to device", trainer.preprocess_batch)
+        trainer.optimizer_step = self.timed("optimizer and EMA", trainer.optimizer_step)
+        trainer.model.forward = self.timed("forward", trainer.model.forward)
+        scale = trainer.scaler.scale
+
+        def scaled(loss: torch.Tensor) -> Any:
+            result = scale(loss)
+            result.backward = self.timed("backward", result.backward)
+            return result
+
+        trainer.scaler.scale = scaled
+
+    def on_train_batch_start(self, trainer: Any) -> None:
+        criterion = getattr(trainer.model, "criterion", None)
+        if criterion is not None and not hasattr(criterion, "timed"):
+            trainer.model.criterion = self.timed("loss", criterion)
+            trainer.model.criterion.timed = True
+            if hasattr(criterion, "update"):
+                trainer.model.criterion.update = criterion.update
+        self.now = {"data": (time.perf_counter() - self.last) * 1e3}
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any) -> None:
+        self.last = time.perf_counter()
+        now = self.now
+        total = (self.last - self.start) * 1e3
+        now["network"] = now.pop("forward", 0.0) - now.get("loss", 0.0)
+        now["rest"] = total - sum(value for phase, value in now.items() if phase != "data")
+        first, self.epoch = trainer.epoch != self.epoch, trainer.epoch
+        if trainer.epoch >= 2 and not first and self.profile is None:
+            for phase in PHASES:
+                self.steps[phase].append(now.get(phase, 0.0))
+            self.steps["step"].append(total)
+        if trainer.epoch >= EPOCHS - 2 and torch.cuda.is_available():
+            self.count()
+
+    def count(self) -> None:
+        """Ten steps of the last epochs under the profiler."""
+        if self.profile is None and not self.gpu:
+            self.profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+            self.profile.start()
+        elif self.profile is not None:
+            self.profiled += 1
+            if self.profiled < PROFILED:
+                return
+            self.profile.stop()
+            waits: Counter[str] = Counter()
+            busy = 0.0
+            for event in self.profile.events() or []:
+                if event.device_type == DeviceType.CUDA:
+                    busy += event.time_range.elapsed_us() / 1e3
+                elif event.name in ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"):
+                    waits["waits of the host"] += 1
+                elif event.name.startswith(("cudaLaunchKernel", "cuLaunchKernel")):
+                    waits["kernels launched by the host"] += 1
+            self.gpu = {"GPU busy, ms": busy / PROFILED} | {name: n / PROFILED for name, n in waits.items()}
+            self.profile = None
+
+
+def one_arm(data: str, config: str, imgsz: int, batch: int, arm: str) -> dict[str, float]:
+    clock, model = Clock(), YOLO(config)
+    if arm != "unpatched":
+        model = patch_model(model, graphs="on" if arm == "graphs" else "off")
+    for event in ("on_train_start", "on_train_batch_start", "on_train_batch_end"):
+        model.add_callback(event, getattr(clock, event))
+    device = 0 if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        model.train(
+            data=data, imgsz=imgsz, batch=batch, epochs=EPOCHS, cache="ram", project=folder, plots=False, val=False,
+            save=False, pretrained=False, close_mosaic=0, device=device, verbose=False,
+        )  # fmt: skip
+    return {name: statistics.mean(values) for name, values in clock.steps.items()} | clock.gpu
+
+
+def main() -> None:
+    data, config, imgsz, batch, *arms = sys.argv[1:]
+    if arms[-1:] == ["only"]:
+        print("\n" + json.dumps(one_arm(data, config, int(imgsz), int(batch), arms[0])))
+        return
+    arms = arms or ["unpatched", "eager", "graphs"]
+    found = {}
+    for arm in arms:
+        command = [sys.executable, __file__, data, config, imgsz, batch, arm, "only"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        if not lines:
+            sys.exit(f"{arm}: {done.stderr[-2000:]}")
+        found[arm] = json.loads(lines[-1])
+    print(f"{config} imgsz={imgsz} batch={batch}\n")
+    print(f"| milliseconds of the host | {' | '.join(arms)} |\n| --- |{' --- |' * len(arms)}")
+    for name in dict.fromkeys(name for values in found.values() for name in ("step", *values)):
+        print(f"| {name} | {' | '.join(f'{found[arm].get(name, 0.0):.1f}' for arm in arms)} |")
+
+
+if __name__ == "__main__":
+    main()

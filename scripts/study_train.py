@@ -1,0 +1,91 @@
+"""Training iterations on the clock, in Ultralytics' own trainer: the table of docs/results/graphs-h100.md.
+
+    python scripts/study_train.py path/to/bccd/data.yaml results.jsonl [row ...]      rows: see ROWS
+
+As `yolo-flash bench train` measures them, one row after the other, but that the processes of all rows load their
+libraries at once, before the first is measured. The images are the first so many of the data set, so that every batch
+is full, and a few others are validated. One line of JSON a process; a table at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ultralytics.utils import YAML
+
+from yolo_flash.bench_process import _GO, _until_ready
+from yolo_flash.bench_train import TrainJob
+
+ROWS = {  # model, imgsz, batch, images, arms
+    "yolo12n-640-b64": ("yolo12n.yaml", 640, 64, 320, ("unpatched", "graphs")),
+    "yolo12s-640-b16": ("yolo12s.yaml", 640, 16, 160, ("unpatched", "eager", "graphs")),
+    "yolo12x-640-b16": ("yolo12x.yaml", 640, 16, 160, ("unpatched", "graphs")),
+    "yolo12n-2048-b4": ("yolo12n.yaml", 2048, 4, 32, ("unpatched", "graphs")),
+    "yolo26n-640-b64": ("yolo26n.yaml", 640, 64, 320, ("unpatched", "graphs")),
+    "compile": ("yolo12n.yaml", 640, 64, 320, ("compile",)),
+}
+EPOCHS, WORKERS = 10, 14
+
+
+def subset(data: str, count: int) -> str:
+    """A data set of the first images of another one, whatever their split."""
+    values = YAML.load(data)
+    root = Path(data).parent
+    files = [str(file.resolve()) for file in sorted(root.glob("images/*/*.jpg"))]
+    if len(files) < count:
+        sys.exit(f"{root} has {len(files)} images, {count} are needed.")
+    for split, some in (("train", files[:count]), ("val", files[-8:])):
+        (root / f"bench-{split}-{count}.txt").write_text("\n".join(some) + "\n", encoding="utf-8")
+        values[split] = f"bench-{split}-{count}.txt"
+    values.pop("path", None)
+    file = root / f"bench-{count}.yaml"
+    YAML.save(file, {key: value for key, value in values.items() if key != "yaml_file"})
+    return str(file)
+
+
+def start(job: TrainJob, imgsz: int, arm: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "yolo_flash.bench_train", json.dumps(dataclasses.asdict(job)), str(imgsz), arm]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def main() -> None:
+    data, results, *names = sys.argv[1:]
+    started: list[tuple[str, str, subprocess.Popen[str]]] = []
+    for name in names or ROWS:
+        model, imgsz, batch, images, arms = ROWS[name]
+        file = subset(data, images)
+        job = TrainJob(model=model, imgsz=(imgsz,), batch=batch, arms=arms, data=file, epochs=EPOCHS, workers=WORKERS)
+        started += [(name, arm, start(job, imgsz, arm)) for arm in arms]
+    said = [_until_ready(process) for *_, process in started]
+    found: dict[str, dict[str, Any]] = {}
+    with Path(results).open("a", encoding="utf-8") as file:
+        for (name, arm, process), before in zip(started, said, strict=True):
+            lines = before + process.communicate(_GO)[0].splitlines()
+            answers = [line for line in lines if line.startswith("{")]
+            answer = json.loads(answers[-1]) if answers else {"error": " | ".join(lines[-3:])[-600:]}
+            print(json.dumps({"row": name, "arm": arm, **answer}), file=file, flush=True)
+            found.setdefault(name, {})[arm] = answer
+            print(name, arm, {key: answer.get(key) for key in ("step_ms", "iteration_ms", "error")}, flush=True)
+    print("\n| row | arm | iteration ms | its step | waiting for the loader | images/s | peak, reserved GiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name, answers_of in found.items():
+        for arm, answer in answers_of.items():
+            if "error" in answer:
+                print(f"| {name} | {arm} | {answer['error']} | | | | |")
+                continue
+            epochs = answer["epoch_iteration_ms"][2:]
+            print(
+                f"| {name} | {arm} | {answer['iteration_ms']:.1f} ({min(epochs):.1f}..{max(epochs):.1f}) | "
+                f"{answer['step_ms']:.1f} | {answer['wait_ms']:.1f} | {answer['images_per_second']:.0f} | "
+                f"{answer['peak_gib']:.2f}, {answer['reserved_gib']:.2f} |"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""Training from CUDA graphs: what eager training computes, without a trace of the capture."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from ultralytics import YOLO
+
+from tests.counting import randomise, run_out_of_memory_once
+from tests.test_patch import load_without_plugin, patched_layers
+from tests.test_telemetry import events
+from yolo_flash import FlashConfig, patch_model
+from yolo_flash.graphed_step import FlashGraphError
+from yolo_flash.graphs import GraphedNetwork
+from yolo_flash.patch import patch_modules
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+Batches = list[Tensor]
+
+
+def network(config: str = "yolo12n.yaml") -> Any:
+    model: Any = randomise(YOLO(config).model).cuda().to(memory_format=torch.channels_last).train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    patch_modules(model, FlashConfig())
+    return model
+
+
+def batches(count: int, batch: int = 4, side: int = 128) -> Batches:
+    source = torch.Generator("cuda").manual_seed(3)
+    return [torch.rand(batch, 3, side, side, device="cuda", generator=source) for _ in range(count)]
+
+
+def autocast(dtype: torch.dtype) -> Any:
+    return torch.autocast("cuda", dtype=dtype, enabled=dtype is not torch.float32)
+
+
+def flat(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def step(run: Any, images: Tensor, dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
+    """Forward and backward of a smooth loss, which adds to the gradients; the outputs."""
+    with autocast(dtype):
+        outputs = [out for out in flat(run(images)) if out.requires_grad]
+    loss = sum(out.float().square().mean() for out in outputs)
+    (loss * scale).backward()  # type: ignore[union-attr]
+    return [out.detach().clone() for out in outputs]
+
+
+def gradients(model: nn.Module) -> Tensor:
+    return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+
+
+def buffers(model: nn.Module) -> Tensor:
+    return torch.cat([b.double().flatten() for b in model.buffers()])
+
+
+def off(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def capture(model: nn.Module, images: Tensor, dtype: torch.dtype) -> GraphedNetwork:
+    with autocast(dtype):
+        return GraphedNetwork(model, images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_capture_leaves_no_trace(dtype: torch.dtype) -> None:
+    model, (images,) = network(), batches(1)
+    step(model, images, dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trained = [p for p in model.parameters() if p.grad is not None]
+    kept = [p.grad.clone() for p in trained]
+    torch.cuda.manual_seed(5)
+    generators = torch.get_rng_state(), torch.cuda.get_rng_state()
+    graphed = capture(model, images, dtype)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(trained, kept, strict=True))
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert torch.equal(torch.cuda.get_rng_state(), generators[1])
+    assert not graphed.stale(model)
+    assert "predict" not in vars(model)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("config", ["yolo12n.yaml", "yolo26n.yaml"])
+def test_replays_are_eager_steps(config: str, accumulate: int) -> None:
+    """Outputs, accumulated gradients and BatchNorm, each as near to eager as eager is to itself."""
+    data, first = batches(2 * accumulate), network(config)
+    second, third = copy.deepcopy(first), copy.deepcopy(first)
+    graphed = capture(third, data[0], torch.float16)
+    for i, images in enumerate(data):
+        if i % accumulate == 0:
+            for model in (first, second, third):
+                model.zero_grad()
+        runs = (first, second, graphed)
+        eager, again, replayed = (step(run, images, torch.float16) for run in runs)
+        for a, b, c in zip(eager, again, replayed, strict=True):
+            assert off(c, a) <= max(2 * off(b, a), 1e-3)
+        if (i + 1) % accumulate == 0:
+            noise = off(gradients(second), gradients(first))
+            assert off(gradients(third), gradients(first)) <= max(2 * noise, 1e-3)
+    assert off(buffers(third), buffers(first)) <= max(2 * off(buffers(second), buffers(first)), 1e-5)
+
+
+def test_an_overflow_is_gone_with_its_step() -> None:
+    model, data = network(), batches(2)
+    graphed = capture(model, data[0], torch.float16)
+    step(graphed, data[0], torch.float16, scale=float("inf"))
+    assert not gradients(model).isfinite().all()
+    model.zero_grad()
+    step(graphed, data[1], torch.float16)
+    assert gradients(model).isfinite().all()
+
+
+def test_gradients_are_not_the_memory_of_the_graph() -> None:
+    model, data = network(), batches(2)
+    graphed = capture(model, data[0], torch.float16)
+    step(graphed, data[0], torch.float16)
+    kept = [(p.grad, p.grad.clone()) for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    step(graphed, data[1], torch.float16)
+    assert all(torch.equal(grad, before) for grad, before in kept)
+
+
+def test_frozen_layers_stay_frozen() -> None:
+    model, (images,) = network(), batches(1)
+    for parameter in model.model[:6].parameters():
+        parameter.requires_grad_(False)
+    for module in model.model[:6].modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    still = model.model[0].bn.running_mean.clone()
+    graphed = capture(model, images, torch.float16)
+    step(graphed, images, torch.float16)
+    assert all(p.grad is None for p in model.model[:6].parameters())
+    assert torch.equal(model.model[0].bn.running_mean, still)
+    assert not graphed.stale()
+    model.model[5].conv.weight.requires_grad_(True)
+    assert graphed.stale()
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.conv(x))
+
+
+def test_dropout_draws_anew_and_as_eager_does() -> None:
+    model, (images,) = Dropping().cuda().train(), batches(1)
+    graphed = capture(model, images, torch.float32)
+    torch.cuda.manual_seed(7)
+    eager = [model(images).detach().clone() for _ in range(2)]
+    torch.cuda.manual_seed(7)
+    replayed = [graphed(images).detach().clone() for _ in range(2)]
+    assert not torch.equal(replayed[0] == 0, replayed[1] == 0)
+    for a, b in zip(eager, replayed, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class Synchronising(Dropping):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * float(x.sum().item() > -1)
+
+
+def test_what_cannot_be_captured_raises_and_changes_nothing() -> None:
+    model, (images,) = Synchronising().cuda().train(), batches(1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError):
+        capture(model, images, torch.float32)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    step(model, images, torch.float32)
+    assert all(p.grad is not None for p in model.parameters())
+    capture(Dropping().cuda().train(), images, torch.float32)  # the device is as good as new
+
+
+def test_a_backward_after_another_replay_is_refused() -> None:
+    model, (images,) = network(), batches(1)
+    graphed = capture(model, images, torch.float16)
+    outputs = flat(graphed(images))
+    graphed(images)
+    with pytest.raises(FlashGraphError, match="replayed again"):
+        sum(out.float().sum() for out in outputs if out.requires_grad).backward()  # type: ignore[union-attr]
+
+
+def train(args: dict[str, Any], model: str = "yolo12n.yaml", **settings: Any) -> tuple[Any, list[float], list[Any]]:
+    """A run of eight steps; the wrapper, its loss at every epoch, and its events."""
+    losses: list[float] = []
+    yolo = patch_model(YOLO(model), **settings)
+    yolo.add_callback("on_train_epoch_end", lambda trainer: losses.append(float(sum(trainer.tloss.values()))))
+    arguments = {"epochs": 4, **args, "device": 0, "imgsz": 128, "warmup_epochs": 0.0}
+    yolo.train(**arguments)
+    return yolo, losses, events(yolo)
+
+
+@pytest.mark.parametrize("amp", [True, "bf16", False], ids=["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("model", ["yolo12n.yaml", "yolo26n.yaml"])
+def test_a_run_from_graphs_is_a_run(model: str, amp: Any, tiny_args: dict[str, Any]) -> None:
+    arguments = {**tiny_args, "amp": amp, "epochs": 4}
+    eager = train(arguments, model, graphs="off")[1]
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    yolo, replayed, written = train(arguments, model, graphs="on")
+    (told,) = [event for event in written if event["event"] == "graphs"]
+    assert told["why_not"] == ""
+    assert told["pool_bytes"] > 0
+    first, second = [event for event in written if event["event"] == "kernels"]
+    assert (first["graphs"], second["graphs"]) == (False, True)
+    launched = first["counts"].keys() & second["counts"].keys()  # of kernels; operators are Python's
+    assert [name for name in launched if not name.startswith(("aten::", "yolo_flash::"))]
+    assert replayed == pytest.approx(eager, rel=0.02)
+    assert patched_layers(yolo.model)
+    load_without_plugin(yolo.trainer.last)
+    assert yolo.trainer._flash_graphs.network is None
+    del yolo
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < 2**28
+
+
+def test_accumulation_in_a_run_is_that_of_eager(tiny_args: dict[str, Any]) -> None:
+    arguments = {**tiny_args, "nbs": 8, "epochs": 4}  # of batches of 2
+    eager, replayed = (train(arguments, graphs=mode)[1] for mode in ("off", "on"))
+    assert replayed == pytest.approx(eager, rel=0.02)
+
+
+def test_auto_compares_and_says_what_it_found(tiny_args: dict[str, Any]) -> None:
+    *_, written = train({**tiny_args, "epochs": 8}, graphs="auto")
+    (told,) = [event for event in written if event["event"] == "graphs"]
+    assert told["why_not"] or told["eager_ms"] >= 1.05 * told["graph_ms"]
+
+
+def test_out_of_memory_halving_captures_again(tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    yolo = patch_model(YOLO("yolo12n.yaml"), graphs="on")
+    seen: list[int] = []
+    original = GraphedNetwork.__call__
+
+    def call(self: Any, images: Tensor) -> Any:
+        seen.append(len(images))
+        return original(self, images)
+
+    monkeypatch.setattr(GraphedNetwork, "__call__", call)
+    run_out_of_memory_once(yolo)
+    yolo.train(**{**tiny_args, "device": 0, "imgsz": 128, "epochs": 3})
+    assert yolo.trainer.batch_size == 1
+    assert set(seen) == {1}
+
+
+def test_validation_without_memory_frees_the_graphs(tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    yolo = patch_model(YOLO("yolo12n.yaml"), graphs="on")
+    failed: list[bool] = []
+
+    def fail(validator: Any) -> None:
+        if validator.training and yolo.trainer._flash_graphs.network is not None:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    yolo.add_callback("on_val_start", fail)
+    yolo.train(**{**tiny_args, "device": 0, "imgsz": 128, "epochs": 3})
+    assert failed == [True]
+    assert "validation" in yolo.trainer._flash_graphs.why_not

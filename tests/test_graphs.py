@@ -1,0 +1,378 @@
+"""When steps run from graphs: decisions, refusals and routing, with a graph that is none; `tests/gpu` has real ones."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from ultralytics import RTDETR, YOLO, YOLOWorld
+from ultralytics.nn.tasks import DetectionModel
+
+from tests.counting import run_out_of_memory_once
+from tests.test_telemetry import events, of
+from yolo_flash import FlashConfig, FlashConfigError, patch_model
+from yolo_flash import graphed_step as graphed_step_module
+from yolo_flash.graphed_step import StepGraphs, not_supported_reasons
+from yolo_flash.graphs import FlashGraphError, GraphedNetwork
+
+
+class Replay:
+    """In the place of `GraphedNetwork`: runs the network eager, and counts."""
+
+    made: list[Replay] = []
+    pool_bytes = 2**30
+    seconds = 0.5
+
+    def __init__(self, model: Any, images: Tensor) -> None:
+        self.model, self.shape = model, images.shape
+        self.calls: list[int] = []
+        self.changed = False
+        Replay.made.append(self)
+
+    def __call__(self, images: Tensor) -> Any:
+        assert "predict" not in vars(self.model)
+        self.calls.append(len(images))
+        return self.model._predict_once(images)
+
+    def fits(self, images: Tensor) -> bool:
+        return images.shape == self.shape
+
+    def stale(self, model: nn.Module | None = None) -> bool:
+        return self.changed
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[Replay]:
+    """Every run is one that could have graphs; those it had."""
+    monkeypatch.setattr(StepGraphs.__init__, "__defaults__", (Replay,))
+    monkeypatch.setattr(graphed_step_module, "not_supported_reasons", lambda trainer, mode: [])
+    monkeypatch.setattr(graphed_step_module, "free_bytes", lambda device: 2**31)
+    monkeypatch.setattr(Replay, "made", [])
+    return Replay.made
+
+
+def clock_of(monkeypatch: pytest.MonkeyPatch, eager: float, replayed: float) -> None:
+    """Steps take so many seconds: the clock is read before and after each timed one, three of either kind."""
+    times: list[float] = []
+    for i, seconds in enumerate([eager] * 3 + [replayed] * 3):
+        times += [10.0 * i, 10.0 * i + seconds]
+    left = iter(times * 4)
+    monkeypatch.setattr(graphed_step_module, "_now", lambda: next(left))
+
+
+def train(args: dict[str, Any], config: str = "yolo12n.yaml", **settings: Any) -> Any:
+    model = patch_model(YOLO(config), **settings)
+    model.train(**args)
+    return model
+
+
+def test_full_batches_are_replayed_from_the_second_step_on(tiny_args: dict[str, Any], replays: list[Replay]) -> None:
+    model = train({**tiny_args, "batch": 3, "imgsz": 64, "epochs": 3}, graphs="on")  # batches of 3 and 1
+    (replay,) = replays
+    assert replay.calls == [3, 3]  # of three epochs: the first one is eager, and so are the batches of 1
+    (told,) = of(events(model), "graphs")
+    assert (told["why_not"], told["pool_bytes"]) == ("", 2**30)
+
+
+def test_losses_are_those_of_eager_steps(tiny_args: dict[str, Any], replays: list[Replay]) -> None:
+    losses: dict[str, list[float]] = {}
+    for mode in ("off", "on"):
+        model = patch_model(YOLO("yolo12n.yaml"), graphs=mode)
+        found = losses[mode] = []
+        model.add_callback("on_train_epoch_end", lambda trainer, found=found: found.append(trainer.loss.item()))
+        model.train(**{**tiny_args, "epochs": 2, "deterministic": True})
+    assert losses["on"] == losses["off"]
+    assert len(replays) == 1
+
+
+def test_nothing_of_it_reaches_the_model_a_copy_or_a_checkpoint(
+    tiny_args: dict[str, Any], replays: list[Replay]
+) -> None:
+    seen: list[set[str]] = []
+
+    def look(trainer: Any) -> None:
+        seen.append({"predict"} & vars(trainer.model).keys())
+        copy.deepcopy(trainer.model)
+        pickle.dumps(trainer.model)
+
+    model = patch_model(YOLO("yolo12n.yaml"), graphs="on")
+    for event in ("on_train_batch_start", "on_train_batch_end", "on_train_epoch_end", "on_model_save"):
+        model.add_callback(event, look)
+    model.train(**{**tiny_args, "epochs": 2})
+    assert replays
+    assert len(seen) == 2 * (2 + 2 + 1 + 1)
+    assert not set.union(*seen)
+
+
+def test_a_forward_that_never_came_leaves_nothing(replays: list[Replay]) -> None:
+    model = DetectionModel("yolo12n.yaml", verbose=False)
+    graphs, trainer = StepGraphs("on"), a_trainer(model)
+    graphs.prepare(trainer)
+    images = torch.rand(2, 3, 32, 32)
+    for _ in range(2):
+        graphs.before_forward(trainer, images)
+    assert "predict" in vars(model)
+    graphs.after_step(trainer)
+    assert "predict" not in vars(model)
+
+
+def test_another_call_of_the_network_is_its_own(replays: list[Replay]) -> None:
+    model = DetectionModel("yolo12n.yaml", verbose=False).train()
+    graphs, trainer = StepGraphs("on"), a_trainer(model)
+    graphs.prepare(trainer)
+    images = torch.rand(2, 3, 32, 32)
+    for _ in range(2):
+        graphs.before_forward(trainer, images)
+    model(torch.rand(1, 3, 64, 64))  # a callback that looks at something
+    assert replays[0].calls == []
+    graphs.before_forward(trainer, images)
+    with torch.no_grad():
+        model(images)
+    graphs.before_forward(trainer, images)
+    model(images)
+    model(images)
+    assert replays[0].calls == [2]
+
+
+@pytest.mark.parametrize(("eager", "replayed", "pays"), [(2.0, 1.0, True), (1.04, 1.0, False), (1.0, 3.0, False)])
+def test_auto_keeps_graphs_that_pay(
+    eager: float,
+    replayed: float,
+    pays: bool,
+    tiny_args: dict[str, Any],
+    replays: list[Replay],
+    monkeypatch: pytest.MonkeyPatch,
+    log: list[str],
+) -> None:
+    clock_of(monkeypatch, eager, replayed)
+    model = train(
+        {**tiny_args, "epochs": 5}, graphs="auto"
+    )  # ten steps: 1, then 3 eager, a capture, 3 from graphs, 2 more
+    (replay,) = replays
+    assert len(replay.calls) == (6 if pays else 4)
+    (told,) = of(events(model), "graphs")
+    assert (told["eager_ms"], told["graph_ms"]) == pytest.approx((eager * 1e3, replayed * 1e3))
+    assert bool(told["why_not"]) is not pays
+    line = (
+        f"steps run from CUDA graphs: {eager * 1e3:.1f} -> {replayed * 1e3:.1f} ms"
+        if pays
+        else "no CUDA graphs: a step"
+    )
+    assert sum(line in message for message in log) == 1
+
+
+def test_auto_refuses_where_the_batches_beside_the_graphs_would_not_fit(
+    tiny_args: dict[str, Any], replays: list[Replay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphed_step_module, "free_bytes", lambda device: 2**29)
+    clock_of(monkeypatch, 2.0, 1.0)
+    model = train({**tiny_args, "epochs": 4}, graphs="auto")
+    assert [replay.calls for replay in replays] == [[]]
+    (told,) = of(events(model), "graphs")
+    assert "hold 1.0 GiB" in told["why_not"]
+    assert "512 MiB are free" in told["why_not"]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("operation not permitted"), torch.OutOfMemoryError("CUDA out of memory")]
+)
+def test_a_capture_that_fails(
+    error: Exception, tiny_args: dict[str, Any], replays: list[Replay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With auto training goes on, at its batch; with on it ends with an error that no trainer takes for another."""
+
+    def fail(*args: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(StepGraphs.__init__, "__defaults__", (fail,))
+    monkeypatch.setattr(graphed_step_module, "_TIMED", 0)
+    model = train({**tiny_args, "epochs": 2}, graphs="auto")
+    assert model.trainer.batch_size == 2
+    assert [str(error) in told["why_not"] for told in of(events(model), "graphs")] == [True]
+    with pytest.raises(FlashGraphError, match=str(error)):
+        train({**tiny_args, "epochs": 2}, graphs="on")
+
+
+def test_a_model_that_changes_is_captured_again_and_then_left_alone(
+    tiny_args: dict[str, Any], replays: list[Replay], log: list[str]
+) -> None:
+    model = patch_model(YOLO("yolo12n.yaml"), graphs="on")
+
+    def change(trainer: Any) -> None:
+        for replay in replays[-1:]:
+            replay.changed = True
+
+    model.add_callback("on_train_batch_end", change)
+    with pytest.raises(FlashGraphError, match="after each of 3 captures"):
+        model.train(**{**tiny_args, "epochs": 9})
+    assert [replay.calls for replay in replays] == [[2]] * 3
+    assert sum("capturing them again" in line for line in log) == 3
+
+
+def test_out_of_memory_halving_frees_and_captures_the_new_batch(
+    tiny_args: dict[str, Any], replays: list[Replay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = patch_model(YOLO("yolo12n.yaml"), graphs="on")
+    run_out_of_memory_once(model)
+    model.train(**{**tiny_args, "batch": 4, "epochs": 3})
+    assert [set(replay.calls) for replay in replays] == [{2}]
+
+
+def test_validation_that_runs_out_of_memory_is_run_again_without_the_graphs(
+    tiny_args: dict[str, Any], replays: list[Replay], log: list[str]
+) -> None:
+    model = patch_model(YOLO("yolo12n.yaml"), graphs="on")
+    failed: list[int] = []
+
+    def fail(validator: Any) -> None:
+        if validator.training and model.trainer._flash_graphs.network is not None:
+            failed.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.add_callback("on_val_start", fail)
+    model.train(**{**tiny_args, "epochs": 3})
+    assert failed == [1]
+    assert len(replays) == 1
+    assert sum("validation ran out of memory" in line for line in log) == 2  # a warning, and the fact
+    assert of(events(model), "graphs")[-1]["why_not"]
+
+
+def test_another_error_of_validation_is_the_users(tiny_args: dict[str, Any], replays: list[Replay]) -> None:
+    model = patch_model(YOLO("yolo12n.yaml"), graphs="on")
+
+    def fail(validator: Any) -> None:
+        raise RuntimeError("mine")
+
+    model.add_callback("on_val_start", fail)
+    with pytest.raises(RuntimeError, match="mine"):
+        model.train(**tiny_args)
+
+
+def test_graphs_are_free_before_the_final_evaluation_and_after_a_run(
+    tiny_args: dict[str, Any], replays: list[Replay]
+) -> None:
+    model = patch_model(YOLO("yolo12n.yaml"), graphs="on")
+    held: list[bool] = []
+    model.add_callback("on_val_start", lambda v: held.append(model.trainer._flash_graphs.network is not None))
+    model.train(**{**tiny_args, "epochs": 2})
+    assert held == [True, True, False]
+    left = weakref.ref(replays[0])
+    replays.clear()
+    gc.collect()
+    assert left() is None
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+def a_trainer(model: nn.Module, device: str = "cpu", **args: Any) -> Any:
+    known = {"compile": False, "multi_scale": 0.0, "rect": False, "imgsz": 32, **args}
+    return SimpleNamespace(
+        model=model,
+        args=SimpleNamespace(**known),
+        device=torch.device(device),
+        train_loader=SimpleNamespace(batch_size=2),
+        world_size=1,
+        epoch=0,
+        _clear_memory=lambda: None,
+    )
+
+
+@pytest.fixture(scope="module")
+def detector() -> Any:
+    return YOLO("yolo12n.yaml").model
+
+
+def test_a_plain_run_on_a_card_may_have_graphs(detector: Any) -> None:
+    assert not_supported_reasons(a_trainer(detector, "cuda"), "auto") == []
+
+
+@pytest.mark.parametrize(
+    ("args", "mode", "reason"),
+    [
+        ({"compile": True}, "on", "compile=True"),
+        ({"multi_scale": 0.5}, "auto", "multi_scale=0.5"),
+        ({"rect": True}, "auto", "rect=True"),
+        ({"quantize": 8}, "on", "quantisation"),
+    ],
+)
+def test_arguments_that_forbid_graphs(args: dict[str, Any], mode: str, reason: str, detector: Any) -> None:
+    (found,) = not_supported_reasons(a_trainer(detector, "cuda", **args), mode)
+    assert reason in found
+
+
+@pytest.mark.parametrize("args", [{"multi_scale": 0.5}, {"rect": True}])
+def test_on_takes_the_batches_that_have_the_shape(args: dict[str, Any], detector: Any) -> None:
+    assert not_supported_reasons(a_trainer(detector, "cuda", **args), "on") == []
+
+
+def test_a_device_without_graphs(detector: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not_supported_reasons(a_trainer(detector), "auto") == ["needs an NVIDIA GPU, the device is cpu"]
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert not_supported_reasons(a_trainer(detector, "cuda"), "auto") == ["needs an NVIDIA GPU, the device is ROCm"]
+
+
+@pytest.mark.parametrize("make", [lambda: RTDETR("rtdetr-resnet50.yaml"), lambda: YOLOWorld("yolov8s-world.yaml")])
+def test_models_whose_network_takes_more_than_images(make: Any) -> None:
+    model = make().model
+    (reason,) = not_supported_reasons(a_trainer(model, "cuda"), "on")
+    assert type(model).__name__ in reason
+
+
+def test_what_a_user_does_to_the_model(detector: Any) -> None:
+    model = copy.deepcopy(detector)
+    handle = model.model[3].register_forward_hook(lambda *args: None)
+    assert not_supported_reasons(a_trainer(model, "cuda"), "on") == ["a hook on model.3 would not be called"]
+    handle.remove()
+    model.loss = lambda batch, preds=None: None
+    (reason,) = not_supported_reasons(a_trainer(model, "cuda"), "on")
+    assert "takes more from it" in reason
+    del model.loss
+    model.extra = nn.SyncBatchNorm(4)
+    assert not_supported_reasons(a_trainer(model, "cuda"), "on") == ["SyncBatchNorm talks to other ranks"]
+    with torch.autograd.set_detect_anomaly(True):
+        assert any("anomaly" in reason for reason in not_supported_reasons(a_trainer(detector, "cuda"), "on"))
+
+
+def test_distillation(detector: Any) -> None:
+    pair = nn.Module()
+    pair.teacher_model = detector
+    (reason,) = not_supported_reasons(a_trainer(pair, "cuda"), "on")
+    assert "distillation" in reason
+
+
+def test_on_is_refused_before_the_first_step_and_auto_says_why_once(tiny_args: dict[str, Any], log: list[str]) -> None:
+    with pytest.raises(FlashGraphError, match=r"flash\.graphs=on cannot run: needs an NVIDIA GPU, the device is cpu"):
+        train(tiny_args, graphs="on")
+    model = train(tiny_args, graphs="auto")
+    assert [line for line in log if "CUDA graphs" in line] == [
+        "yolo-flash: no CUDA graphs: needs an NVIDIA GPU, the device is cpu"
+    ]
+    assert len(of(events(model), "graphs")) == 1
+
+
+def test_off_says_nothing(tiny_args: dict[str, Any], log: list[str]) -> None:
+    model = train(tiny_args)  # the default
+    assert not [line for line in log if "graphs" in line]
+    assert not of(events(model), "graphs")
+
+
+@pytest.mark.parametrize(("value", "mode"), [(True, "on"), (False, "off"), ("on", "on"), ("auto", "auto")])
+def test_yaml_reads_on_and_off_as_booleans(value: Any, mode: str) -> None:
+    assert FlashConfig(graphs=value).graphs == mode
+
+
+def test_other_values_are_refused() -> None:
+    with pytest.raises(FlashConfigError, match="Valid: off, on, auto"):
+        FlashConfig(graphs="always")  # type: ignore[arg-type]
+
+
+def test_the_real_one_has_the_same_interface() -> None:
+    for name in ("__call__", "fits", "stale"):
+        assert callable(getattr(GraphedNetwork, name))
+        assert callable(getattr(Replay, name))

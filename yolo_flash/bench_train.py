@@ -1,0 +1,271 @@
+"""`yolo-flash bench train`: an iteration of Ultralytics' own training, stock against ours, on a real data set.
+
+`bench step` times the network on random images. Here Ultralytics' trainer runs as users run it, with its data loader,
+augmentation, optimizer and progress bar; callbacks hold the clocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from ultralytics import YOLO
+from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils.checks import check_file
+
+from . import offline
+from .bench_process import UNPATCHED, BaseJob, take_turn
+from .bench_rounds import bench
+from .telemetry import peak_memory_gib
+from .trainer import patch_model
+
+COMPILE = "compile"  # an arm without the plugin, by Ultralytics' own compile=True
+PLUGIN: dict[str, dict[str, Any]] = {"eager": {"graphs": "off"}, "graphs": {"graphs": "on"}, "auto": {"graphs": "auto"}}
+ARMS = (UNPATCHED, COMPILE, *PLUGIN)
+WARMUP_EPOCHS = 2  # in which caches fill, kernels are compiled, the plugin profiles a step and graphs are captured
+
+
+@dataclass(frozen=True)
+class TrainJob(BaseJob):
+    """What `bench train` measures: a model in Ultralytics' trainer, from fresh weights.
+
+    Without `arms`, `unpatched`, which is stock Ultralytics, `eager`, the plugin without CUDA graphs, and on a GPU
+    `graphs`, the plugin with them. There are also `auto`, where the plugin decides about them, and `compile`, which is stock
+    Ultralytics with `compile=True`; that drops the last batch of an epoch if it is smaller than the others.
+
+    Attributes:
+        data: A data set.
+        epochs: Epochs of each process; the first two are not measured.
+        workers: Processes of the data loader; a CPU trains without, as Ultralytics does.
+        cache: Where the images are held, `ram` or `disk`; False reads them in every epoch.
+        seed: Of weights and augmentation.
+        mosaic: Probability of the augmentation that takes most of the loader's time, to the last epoch.
+
+    `amp` is `fp16`, `bf16` or `fp32`.
+    """
+
+    batch: int = 16
+    rounds: int = 1
+    amp: str = "fp16"
+    data: str = "coco8.yaml"
+    epochs: int = 10
+    workers: int = 8
+    cache: str | bool = "ram"
+    seed: int = 0
+    mosaic: float = float(DEFAULT_CFG_DICT["mosaic"])
+
+    command: ClassVar[str] = "train"
+    precisions: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32")
+    columns: ClassVar[dict[str, str]] = {
+        "iteration_ms": "iteration ms",
+        "step_ms": "step ms",
+        "wait_ms": "wait ms",
+        "images_per_second": "images/s",
+        "peak_gib": "peak GiB",
+        "reserved_gib": "reserved GiB",
+    }
+    more_columns: ClassVar[tuple[str, ...]] = (
+        *("data", "epochs", "workers", "cache", "seed", "mosaic"),
+        *("iterations", "iteration_ms", "step_ms", "wait_ms", "reserved_gib"),
+    )
+    at_least: ClassVar[dict[str, int]] = {"batch": 1, "rounds": 1, "epochs": WARMUP_EPOCHS + 1, "workers": 0, "seed": 0}
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            ValueError: As in `BaseJob`, several GPUs, or a mosaic or cache that Ultralytics does not know.
+        """
+        super().__post_init__()
+        if self.device not in ("", "cpu") and not self.device.isdigit():
+            raise ValueError(f"device must be cpu or the index of one GPU, found {self.device!r}.")
+        if not isinstance(self.mosaic, (int, float)) or not 0 <= self.mosaic <= 1:
+            raise ValueError(f"mosaic must be a number from 0 to 1, found {self.mosaic!r}.")
+        if self.cache not in ("ram", "disk", True, False):
+            raise ValueError(f"cache must be ram, disk or False, found {self.cache!r}.")
+
+    def check_arm(self, arm: str) -> None:
+        """Refuse an arm that does not exist.
+
+        Raises:
+            ValueError: It does not, with the nearest valid name.
+        """
+        if arm not in ARMS:
+            close = difflib.get_close_matches(arm, ARMS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"there is no arm {arm!r}.{hint} Valid: {', '.join(ARMS)}.")
+
+
+def bench_train(job: TrainJob) -> list[dict[str, Any]]:
+    """Measure all arms in turns, as `bench` does.
+
+    Returns:
+        For each size the job, the machine and, for each arm, the samples of every round.
+
+    Raises:
+        OSError: A file cannot be written, or the data set is not there.
+    """
+    data = offline.training_data(job.data)  # also makes the stand-in, before several processes would
+    if str(data).endswith((".yaml", ".yml")) and "://" not in str(data):
+        check_file(data, download=False)
+    if not job.arms:
+        on_gpu = job.torch_device().type == "cuda"
+        job = dataclasses.replace(job, arms=(UNPATCHED, "eager", "graphs") if on_gpu else (UNPATCHED, "eager"))
+    return bench(job)
+
+
+# In the fresh process -------------------------------------------------------------------------------------------------
+class Clocks:
+    """Follows a training by the events of Ultralytics' trainer, and keeps the times of every epoch.
+
+    CUDA is waited for at the end of an epoch only. The steps are true all the same: the progress bar prints the losses,
+    which waits for the GPU at the end of every iteration, whether or not the bar is shown.
+    """
+
+    def __init__(self, job: TrainJob) -> None:
+        """Follow a training of this job."""
+        self.epochs: list[dict[str, float]] = []
+        self._batch = job.batch
+        self._amp = job.amp
+        self._device = job.torch_device()
+        self._starts: list[float] = []
+        self._ends: list[float] = []
+
+    def on_train_start(self, trainer: Any) -> None:
+        """Refuse another precision than that of the job.
+
+        Raises:
+            ValueError: Ultralytics has found that this GPU cannot train with AMP.
+        """
+        if self._device.type == "cuda" and trainer.amp != (self._amp != "fp32"):
+            raise ValueError(f"Ultralytics does not train in {self._amp} on this GPU: measure with amp=fp32.")
+
+    def on_train_epoch_start(self, trainer: Any) -> None:
+        """Begin an epoch.
+
+        Raises:
+            OutOfMemoryError: Ultralytics has halved the batch, and begins the epoch again.
+        """
+        if trainer.batch_size != self._batch:
+            raise torch.OutOfMemoryError
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._starts, self._ends = [], [time.perf_counter()]
+
+    def on_train_batch_start(self, trainer: Any) -> None:
+        """The loader has given a batch."""
+        self._starts.append(time.perf_counter())
+
+    def on_train_batch_end(self, trainer: Any) -> None:
+        """The step is done."""
+        self._ends.append(time.perf_counter())
+
+    def on_train_epoch_end(self, trainer: Any) -> None:
+        """Close an epoch, before its validation."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        seconds = time.perf_counter() - self._ends[0]
+        loader, losses = trainer.train_loader, trainer.tloss
+        count, size, images = len(self._starts), loader.batch_size, len(loader.dataset)
+        steps = [end - start for start, end in zip(self._starts, self._ends[1:], strict=True)]
+        waits = [start - end for start, end in zip(self._starts, self._ends, strict=False)]
+        peak, reserved = peak_memory_gib(self._device)
+        self.epochs.append(
+            {
+                "iteration_ms": seconds / count * 1e3,
+                "step_ms": statistics.median(steps[: images // size]) * 1e3,  # the last batch may be smaller
+                "wait_ms": sum(waits) / count * 1e3,
+                "images_per_second": min(images, count * size) / seconds,
+                "peak_gib": peak,
+                "reserved_gib": reserved,
+                "iterations": count,
+                "loss": sum(float(loss) for loss in (losses.values() if isinstance(losses, dict) else losses)),
+            }
+        )
+
+    def figures(self) -> dict[str, Any]:
+        """What a process answers.
+
+        Returns:
+            Medians over the epochs behind the first two: milliseconds of an iteration (`iteration_ms`, mean over the
+            epoch, from its start), of the step in it (`step_ms`, median of full batches) and of waiting for the loader
+            (`wait_ms`, mean), and `images_per_second`; the highest memory in those epochs, `peak_gib` allocated and
+            `reserved_gib`; the iterations of an epoch; of all epochs `losses` and `epoch_iteration_ms`, as lists.
+        """
+        kept = self.epochs[WARMUP_EPOCHS:]
+        times = ("iteration_ms", "step_ms", "wait_ms", "images_per_second")
+        return {
+            **{name: statistics.median(epoch[name] for epoch in kept) for name in times},
+            **{name: max(epoch[name] for epoch in kept) for name in ("peak_gib", "reserved_gib", "iterations")},
+            "losses": [epoch["loss"] for epoch in self.epochs],
+            "epoch_iteration_ms": [epoch["iteration_ms"] for epoch in self.epochs],
+        }
+
+
+def get_ready(job: TrainJob, arm: str) -> Callable[[int], dict[str, Any]]:
+    """Load the libraries, build the model, patched unless the arm is a stock one, and find the data set.
+
+    Returns:
+        Trains at a size and gives the figures of `Clocks`.
+    """
+    model = YOLO(job.model)
+    if arm in PLUGIN:
+        patch_model(model, **PLUGIN[arm])
+    data = offline.training_data(job.data)
+    # The check of AMP runs these weights, of stock arms too; without them it would ask the network for minutes.
+    hopeless = offline.missing_asset("yolo26n.pt") and not offline.can_download()
+    device = job.torch_device()
+    torch.zeros(1, device=device)  # loads CUDA
+
+    def measure(imgsz: int) -> dict[str, Any]:
+        clocks = Clocks(job)
+        for event in [name for name in vars(Clocks) if name.startswith("on_")]:
+            model.add_callback(event, getattr(clocks, event))
+        with (
+            tempfile.TemporaryDirectory(prefix="yolo-flash-") as folder,
+            offline.no_downloads() if hopeless else contextlib.nullcontext(),
+        ):
+            model.train(data=data, imgsz=imgsz, project=folder, **train_arguments(job, arm))
+        return clocks.figures()
+
+    return measure
+
+
+def train_arguments(job: TrainJob, arm: str) -> dict[str, Any]:
+    """Arguments of `YOLO.train`; all others are Ultralytics' defaults.
+
+    Ultralytics saves and validates after the last epoch whatever it is told, which is behind the last clock.
+    """
+    device = job.torch_device()
+    amp: bool | str = "bf16" if job.amp == "bf16" else job.amp == "fp16"
+    return {
+        "batch": job.batch,
+        "epochs": job.epochs,
+        "device": str(device.index) if device.type == "cuda" else "cpu",
+        "amp": amp if device.type == "cuda" else False,
+        "workers": job.workers,
+        "cache": job.cache,
+        "seed": job.seed,
+        "mosaic": float(job.mosaic),
+        "close_mosaic": 0,  # epochs are alike
+        "compile": arm == COMPILE,
+        "pretrained": False,
+        "patience": 0,
+        "val": False,
+        "save": False,
+        "plots": False,
+        "verbose": False,
+        "exist_ok": True,
+    }
+
+
+if __name__ == "__main__":
+    take_turn(TrainJob, get_ready)

@@ -1,0 +1,217 @@
+"""When a training step runs from CUDA graphs: what forbids it, whether it pays, and what it costs in memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from ultralytics.nn.tasks import BaseModel
+from ultralytics.utils import LOGGER
+from ultralytics.utils.torch_utils import unwrap_model
+
+from .graphs import FlashGraphError, GraphedNetwork, answer_once, forget_answer, has_hooks
+from .measuring import first_line, free_bytes, readable
+
+_TIMED = 3  # steps of each kind that `auto` compares
+_GAIN = 1.05  # below it graphs do not pay for their memory
+_CAPTURES = 3  # in a run: after that, whatever keeps changing the model has the last word
+
+
+class StepGraphs:
+    """Decides for one training run, step by step, and holds the graphs; the trainer's, never the model's.
+
+    The first step runs eager: it builds the loss and is profiled. With `auto` the next three are timed, and again three
+    from the graphs. Steps of another shape than that of full batches run eager.
+
+    Attributes:
+        network: What was captured; None while steps run eager.
+        why_not: Why they do; empty while it is open, or while graphs run.
+    """
+
+    def __init__(self, mode: str, capture: Callable[[nn.Module, Tensor], GraphedNetwork] = GraphedNetwork) -> None:
+        """Start without graphs.
+
+        Args:
+            mode: `off`, `on` or `auto`, see FlashConfig.
+            capture: Gives the graphs of a model for images.
+        """
+        self.mode = mode
+        self.network: GraphedNetwork | None = None
+        self.why_not = "flash.graphs=off" if mode == "off" else ""
+        self._capture_network = capture
+        self._captures = 0
+        self._started: float | None = None
+        self._shape: tuple[int, int, int] = (0, 0, 0)
+        self._begin_again()
+
+    def prepare(self, trainer: Any) -> str:
+        """Drop the graphs of another batch size and look for what forbids graphs in this run.
+
+        Returns:
+            Why not, for the log; empty if they may run, were not asked for, or nothing is new.
+
+        Raises:
+            FlashGraphError: They were asked for.
+        """
+        self.release(trainer)
+        if self.mode == "off":
+            return ""
+        before = self.why_not
+        images, size = trainer.train_loader.batch_size, trainer.args.imgsz
+        self._shape = (images, size, size)
+        self.why_not = "; ".join(not_supported_reasons(trainer, self.mode))
+        if self.why_not and self.mode == "on":
+            raise FlashGraphError(f"flash.graphs=on cannot run: {self.why_not}. flash.graphs=auto goes on without.")
+        return self.why_not if self.why_not != before else ""
+
+    def before_forward(self, trainer: Any, images: Tensor) -> dict[str, Any]:
+        """Let the coming forward of the trainer's model be a replay, if it can be. Called inside its autocast.
+
+        Args:
+            trainer: Ultralytics' trainer, between `preprocess_batch` and the forward.
+            images: The batch, on the device.
+
+        Returns:
+            Facts for the log when something was decided; else empty.
+
+        Raises:
+            FlashGraphError: Graphs were asked for, and the network cannot be captured.
+        """
+        self._started = None
+        if self.why_not or (images.shape[0], *images.shape[2:]) != self._shape:
+            return {}
+        model = unwrap_model(trainer.model)
+        self._seen += 1
+        if self.network is not None and self.network.stale(model if self._new_epoch(trainer) else None):
+            self.release(trainer)
+            LOGGER.warning("yolo-flash: the model changed since its CUDA graphs were captured: capturing them again.")
+        facts: dict[str, Any] = {}
+        if self.network is None and self._seen > 1 + (_TIMED if self.mode == "auto" else 0):
+            facts = self._capture(trainer, model, images)
+        if self.network is not None and self.network.fits(images):
+            answer_once(model, self.network)
+        if self.mode == "auto" and not self._decided and self._seen > 1 and not facts:
+            self._started = _now()
+        return facts if self.why_not or self.mode == "on" else {}  # `auto` has still to see whether it pays
+
+    def after_step(self, trainer: Any) -> dict[str, Any]:
+        """Take the time of a step that `before_forward` began; facts for the log once `auto` has decided."""
+        forget_answer(unwrap_model(trainer.model))
+        if self._started is None:
+            return {}
+        (self._eager if self.network is None else self._replayed).append((_now() - self._started) * 1e3)
+        if len(self._replayed) < _TIMED or self.network is None:
+            return {}
+        self._decided = True
+        eager, replayed = statistics.median(self._eager), statistics.median(self._replayed)
+        facts = {"eager_ms": eager, "graph_ms": replayed, **self._cost()}
+        first = trainer.world_size <= 1 or dist.get_rank() == 0  # whose clock decides for all
+        if not _everywhere(trainer, not first or eager >= _GAIN * replayed):
+            self.release(trainer)
+            self.why_not = f"a step takes {replayed:.1f} ms from graphs and {eager:.1f} ms without"
+        return facts | {"why_not": self.why_not}
+
+    def release(self, trainer: Any) -> bool:
+        """Free the graphs and their memory; whether there were any."""
+        held, self.network = self.network is not None, None
+        self._begin_again()
+        if getattr(trainer, "model", None) is not None:
+            forget_answer(unwrap_model(trainer.model))
+        if held:
+            trainer._clear_memory()
+        return held
+
+    def _begin_again(self) -> None:
+        self._seen, self._decided, self._epoch = 0, False, -1
+        self._started = None
+        self._eager: list[float] = []
+        self._replayed: list[float] = []
+
+    def _new_epoch(self, trainer: Any) -> bool:
+        before, self._epoch = self._epoch, trainer.epoch
+        return before != self._epoch
+
+    def _cost(self) -> dict[str, Any]:
+        assert self.network is not None
+        return {"pool_bytes": self.network.pool_bytes, "capture_seconds": self.network.seconds}
+
+    def _capture(self, trainer: Any, model: nn.Module, images: Tensor) -> dict[str, Any]:
+        """Capture on this batch, on all ranks or on none; what came of it."""
+        self._captures += 1
+        why_not = "" if self._captures <= _CAPTURES else f"the model changed after each of {_CAPTURES} captures"
+        try:
+            if not why_not:
+                self.network = self._capture_network(model, images)
+        except Exception as error:  # whatever it is: the trainer would halve the batch, or end
+            why_not = first_line(error)
+        facts = {} if self.network is None else self._cost()
+        if self.network is not None and self.mode == "auto":
+            # The last batch of an epoch, validation and the loss run beside the graphs, whose memory they cannot use.
+            room = free_bytes(images.device)
+            if room < self.network.pool_bytes:
+                need = f"its graphs hold {readable(self.network.pool_bytes)}, and the batches beside them need as much"
+                why_not = f"{need}, {readable(room)} are free: a smaller batch would do"
+        if not _everywhere(trainer, not why_not):
+            self.release(trainer)
+            self.why_not = why_not or "another rank cannot"
+            if self.mode == "on":
+                raise FlashGraphError(f"flash.graphs=on: {self.why_not}. flash.graphs=auto goes on without graphs.")
+        return facts | {"why_not": self.why_not}
+
+
+def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
+    """What forbids CUDA graphs in a run, known before its first step; empty if nothing does.
+
+    Args:
+        trainer: Ultralytics' trainer, whose model is set up.
+        mode: `auto` also refuses what would only seldom find its shape again.
+    """
+    args, model = trainer.args, unwrap_model(trainer.model)
+    reasons = []
+    if trainer.device.type != "cuda" or torch.version.hip:
+        device = "ROCm" if trainer.device.type == "cuda" else trainer.device.type
+        reasons.append(f"needs an NVIDIA GPU, the device is {device}")
+    if args.compile:
+        reasons.append("compile=True has graphs of its own")
+    if hasattr(model, "teacher_model"):
+        reasons.append("distillation needs tensors from inside the network")
+    elif not isinstance(model, BaseModel) or any(
+        getattr(type(model), name) is not getattr(BaseModel, name) or name in vars(model)
+        for name in ("predict", "loss")
+    ):
+        reasons.append(f"{type(model).__name__} gives its network more than images, or takes more from it")
+    if getattr(args, "quantize", None) or getattr(args, "int8", False):
+        reasons.append("quantisation-aware training changes its ranges in every forward")
+    hooked = [name for name, module in model.named_modules() if has_hooks(module)]
+    if hooked:
+        reasons.append(f"a hook on {hooked[0] or 'the model'} would not be called")
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        reasons.append("SyncBatchNorm talks to other ranks")
+    if torch.is_anomaly_enabled():
+        reasons.append("torch's anomaly detection reads every operator")
+    if mode == "auto" and args.multi_scale:
+        reasons.append(f"multi_scale={args.multi_scale} changes the image size in every step")
+    if mode == "auto" and args.rect:
+        reasons.append("rect=True gives batches of many shapes")
+    return reasons
+
+
+def _now() -> float:
+    """Seconds on the clock once the GPU has done its work."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _everywhere(trainer: Any, mine: bool) -> bool:
+    """Whether all ranks say so."""
+    if trainer.world_size <= 1:
+        return mine
+    votes: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(votes, mine)
+    return all(votes)
