@@ -38,8 +38,8 @@ class TrainJob(BaseJob):
     """What `bench train` measures: a model in Ultralytics' trainer, from fresh weights.
 
     Without `arms`, `unpatched`, which is stock Ultralytics, `eager`, the plugin without CUDA graphs, and on a GPU
-    `graphs`, the plugin with them. There are also `auto`, where the plugin decides about them, and `compile`, which is stock
-    Ultralytics with `compile=True`; that drops the last batch of an epoch if it is smaller than the others.
+    `graphs`, the plugin with them. There are also `auto`, where the plugin decides about them, and `compile`, which is
+    stock Ultralytics with `compile=True`; that drops the last batch of an epoch if it is smaller than the others.
 
     Attributes:
         data: A data set.
