@@ -372,6 +372,28 @@ def test_other_values_are_refused() -> None:
         FlashConfig(graphs="always")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("change", ["nothing", "memory", "frozen", "mode", "hook", "another module", "one module more"])
+def test_a_changed_model_is_noticed_before_its_replay(change: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    graphed = GraphedNetwork.__new__(GraphedNetwork)  # without a card there is nothing to capture
+    graphed._tensors, graphed._modules = [*model.parameters(), *model.buffers()], list(model.modules())
+    graphed._signature = graphed._sign()
+    assert not graphed.stale(model)
+    if change == "memory":
+        model[0].weight.data = model[0].weight.data.clone()
+    elif change == "frozen":
+        model[0].weight.requires_grad_(False)
+    elif change == "mode":
+        model[1].eval()
+    elif change == "hook":
+        model[1].register_forward_hook(lambda *args: None)
+    elif change == "another module":
+        model[1] = nn.BatchNorm2d(4)
+    elif change == "one module more":
+        model.append(nn.Identity())
+    assert graphed.stale(model) == (change != "nothing")
+
+
 def test_the_real_one_has_the_same_interface() -> None:
     for name in ("__call__", "fits", "stale"):
         assert callable(getattr(GraphedNetwork, name))

@@ -97,7 +97,7 @@ class GraphedNetwork:
         Args:
             model: Given, its modules are enumerated anew too, which takes a millisecond.
         """
-        if model is not None and not all(a is b for a, b in zip(self._modules, model.modules(), strict=False)):
+        if model is not None and [*map(id, model.modules())] != [*map(id, self._modules)]:
             return True
         return self._sign() != self._signature
 
