@@ -374,7 +374,7 @@ def test_other_values_are_refused() -> None:
 
 @pytest.mark.parametrize("change", ["nothing", "memory", "frozen", "mode", "hook", "another module", "one module more"])
 def test_a_changed_model_is_noticed_before_its_replay(change: str) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     graphed = GraphedNetwork.__new__(GraphedNetwork)  # without a card there is nothing to capture
     graphed._tensors, graphed._modules = [*model.parameters(), *model.buffers()], list(model.modules())
     graphed._signature = graphed._sign()
