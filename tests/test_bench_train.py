@@ -126,7 +126,7 @@ def test_speed_up_is_by_the_iteration() -> None:
         ("compile", True, None),
         ("eager", False, {"graphs": "off"}),
         ("graphs", False, {"graphs": "on"}),
-        ("auto", False, {}),
+        ("auto", False, {"graphs": "auto"}),
     ],
 )
 def test_an_arm_is_a_setting(

@@ -47,5 +47,5 @@ def test_nothing_is_drawn_before_the_first_epoch_has_ended(tmp_path: Path) -> No
 
 
 def test_every_backend_has_a_color_of_its_own() -> None:
-    assert list(COLORS) == [*BACKENDS, "nchw", "unpatched", "auto"]
+    assert list(COLORS) == [*BACKENDS, "nchw", "unpatched", "auto", "graphs"]
     assert len(set(COLORS.values())) == len(COLORS)
