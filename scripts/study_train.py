@@ -9,7 +9,6 @@ is full, and a few others are validated. One line of JSON a process; a table at 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 
 from ultralytics.utils import YAML
 
-from yolo_flash.bench_process import _GO, _until_ready
+from yolo_flash.bench_process import answer_of, start, until_ready
 from yolo_flash.bench_train import TrainJob
 
 ROWS = {  # model, imgsz, batch, images, arms
@@ -48,12 +47,6 @@ def subset(data: str, count: int) -> str:
     return str(file)
 
 
-def start(job: TrainJob, imgsz: int, arm: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "yolo_flash.bench_train", json.dumps(dataclasses.asdict(job)), str(imgsz), arm]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)
-
-
 def main() -> None:
     data, results, *names = sys.argv[1:]
     started: list[tuple[str, str, subprocess.Popen[str]]] = []
@@ -62,13 +55,11 @@ def main() -> None:
         file = subset(data, images)
         job = TrainJob(model=model, imgsz=(imgsz,), batch=batch, arms=arms, data=file, epochs=EPOCHS, workers=WORKERS)
         started += [(name, arm, start(job, imgsz, arm)) for arm in arms]
-    said = [_until_ready(process) for *_, process in started]
+    said = [until_ready(process) for *_, process in started]
     found: dict[str, dict[str, Any]] = {}
     with Path(results).open("a", encoding="utf-8") as file:
         for (name, arm, process), before in zip(started, said, strict=True):
-            lines = before + process.communicate(_GO)[0].splitlines()
-            answers = [line for line in lines if line.startswith("{")]
-            answer = json.loads(answers[-1]) if answers else {"error": " | ".join(lines[-3:])[-600:]}
+            answer = answer_of(process, before)
             print(json.dumps({"row": name, "arm": arm, **answer}), file=file, flush=True)
             found.setdefault(name, {})[arm] = answer
             print(name, arm, {key: answer.get(key) for key in ("step_ms", "iteration_ms", "error")}, flush=True)

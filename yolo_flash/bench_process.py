@@ -126,29 +126,40 @@ def one_round(job: BaseJob, imgsz: int) -> Iterator[tuple[str, dict[str, Any]]]:
     Yields:
         The arm and its figures, or its `error`; where the process came so far, also its `machine`.
     """
-    pipe = subprocess.PIPE
-    command = [sys.executable, "-m", type(job).__module__, json.dumps(dataclasses.asdict(job)), str(imgsz)]
-    started = [
-        (arm, subprocess.Popen([*command, arm], stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True))
-        for arm in job.arms
-    ]
+    started = [(arm, start(job, imgsz, arm)) for arm in job.arms]
     try:
-        said = [_until_ready(process) for _, process in started]
+        said = [until_ready(process) for _, process in started]
         for (arm, process), before in zip(started, said, strict=True):
-            lines = before + process.communicate(_GO)[0].splitlines()
-            answers = [line for line in lines if line.startswith("{")]
-            if process.returncode or not answers:
-                last = ([line for line in lines if line.strip()] or ["the process ended without an answer"])[-1]
-                yield arm, {"error": last.strip()[:200]}
-            else:
-                yield arm, json.loads(answers[-1])
+            yield arm, answer_of(process, before)
     finally:
         for _, process in started:
             process.kill()
             process.wait()
 
 
-def _until_ready(process: subprocess.Popen[str]) -> list[str]:
+def start(job: BaseJob, imgsz: int, arm: str) -> subprocess.Popen[str]:
+    """A process that gets one arm ready."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-m", type(job).__module__, json.dumps(dataclasses.asdict(job)), str(imgsz), arm]
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def answer_of(process: subprocess.Popen[str], before: list[str]) -> dict[str, Any]:
+    """Let a process measure; its figures or its `error`.
+
+    Args:
+        process: Of `start`.
+        before: What it said until it was ready, see `until_ready`.
+    """
+    lines = before + process.communicate(_GO)[0].splitlines()
+    answers = [line for line in lines if line.startswith("{")]
+    if not process.returncode and answers:
+        return dict(json.loads(answers[-1]))
+    last = ([line for line in lines if line.strip()] or ["the process ended without an answer"])[-1]
+    return {"error": last.strip()[:200]}
+
+
+def until_ready(process: subprocess.Popen[str]) -> list[str]:
     """What a process says before it is ready, or before it ends."""
     lines: list[str] = []
     while line := process.stdout.readline() if process.stdout else "":

@@ -50,7 +50,7 @@ class StepGraphs:
         self._begin_again()
 
     def prepare(self, trainer: Any) -> str:
-        """Drop the graphs of another batch size and look for what forbids graphs in this run.
+        """Look for what forbids graphs in this run, whose batch size is known; there are none yet, see `release`.
 
         Returns:
             Why not, for the log; empty if they may run, were not asked for, or nothing is new.
@@ -58,7 +58,6 @@ class StepGraphs:
         Raises:
             FlashGraphError: They were asked for.
         """
-        self.release(trainer)
         if self.mode == "off":
             return ""
         before = self.why_not

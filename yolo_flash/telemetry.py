@@ -60,6 +60,7 @@ class Telemetry:
     def plan(self, trainer: Any, rows: list[PlanRow], machine: Machine) -> None:
         """Log and write the plan; called again when the batch was halved, which also discards a profile under way."""
         self._rows, self._machine = rows, machine
+        self._replaying = False  # graphs of another batch are gone
         self._stop_profile()
         LOGGER.info(describe(rows, machine))
         if self._file is None:
