@@ -1,0 +1,252 @@
+"""Ultralytics' detection loss in shapes that do not depend on the data, so that CUDA graphs can hold it.
+
+What it computes, and with whose code, stays Ultralytics': decoding, overlaps, top candidates, targets and the three losses
+are calls of the run's own criterion. Replaced are the four places that make the host wait for the GPU: boxes come padded
+to a fixed number an image, the pairs of boxes and anchors and the foreground are compacted to a fixed number, and
+constants are made once. Padding is assigned nothing and weighs nothing, so that assignments are the same to the bit and
+losses up to the order of their sums; `differences` measures it on a batch of the run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from ultralytics.utils.loss import BboxLoss, E2ELoss, v8DetectionLoss
+from ultralytics.utils.ops import xywh2xyxy, xyxy2xywh
+from ultralytics.utils.tal import TaskAlignedAssigner, make_anchors
+
+_EPS = 1e-9  # of TaskAlignedAssigner.select_candidates_in_gts
+_ROOM = 1.5  # of what was seen, for the batches that come
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How much of each a batch may have.
+
+    Attributes:
+        boxes: Boxes of one image.
+        total: Boxes of all images.
+        pairs: Pairs of a box and an anchor whose centre lies in it.
+    """
+
+    boxes: int = 0
+    total: int = 0
+    pairs: int = 0
+
+    def holds(self, other: Capacity) -> bool:
+        """Whether a batch that has as much as `other` fits."""
+        return self.boxes >= other.boxes and self.total >= other.total and self.pairs >= other.pairs
+
+    def grown(self, other: Capacity) -> Capacity:
+        """With room above both."""
+
+        def up(mine: int, others: int, step: int) -> int:
+            return max(mine, math.ceil(others * _ROOM / step) * step, step)
+
+        return Capacity(
+            up(self.boxes, other.boxes, 8), up(self.total, other.total, 64), up(self.pairs, other.pairs, 4096)
+        )
+
+
+def not_supported_reason(criterion: Any) -> str:
+    """Why a criterion stays outside of the graphs; empty if it need not."""
+    parts = _parts(criterion)
+    for part in parts:
+        for value, known in (
+            (part, v8DetectionLoss),
+            (getattr(part, "assigner", None), TaskAlignedAssigner),
+            (getattr(part, "bbox_loss", None), BboxLoss),
+        ):
+            if type(value) is not known:
+                return f"{type(value).__name__} is not the loss of detection"
+    return ""
+
+
+def needed(batch: dict[str, Any], images: int, side: tuple[int, int], criterion: Any) -> Capacity:
+    """What a batch asks for, at most; on the CPU, before the batch goes to the device.
+
+    Args:
+        batch: With `batch_idx` and `bboxes`, as the loader gives them.
+        images: Images in the batch.
+        side: Their height and width in pixels.
+        criterion: Of the run.
+    """
+    index, boxes = batch["batch_idx"].long().view(-1), batch["bboxes"].float()
+    if not len(index):
+        return Capacity()
+    counts = torch.bincount(index, minlength=images)
+    part = _parts(criterion)[0]
+    height, width = side
+    sizes = boxes[:, 2:] * torch.tensor([width, height], dtype=torch.float32)
+    sizes = sizes.clamp(min=part.assigner.stride_val)
+    pairs = 0
+    for stride in part.assigner.stride:
+        across = (sizes / stride).floor() + 2  # one more than there can be: rounding
+        limit = torch.tensor([math.ceil(width / stride), math.ceil(height / stride)])
+        pairs += int(torch.minimum(across, limit).prod(1).sum())
+    return Capacity(int(counts.max()), len(index), pairs)
+
+
+def pad_targets(batch: dict[str, Any], images: int, boxes: int) -> Tensor:
+    """Classes and boxes of a batch `[images, boxes, 5]`, class and normalised xywh, in the order of the batch."""
+    index = batch["batch_idx"].long().view(-1)
+    padded = torch.zeros(images, boxes, 5)
+    if len(index):
+        order = torch.argsort(index, stable=True)
+        counts = torch.bincount(index, minlength=images)
+        within = torch.empty_like(index)
+        within[order] = torch.arange(len(index)) - (counts.cumsum(0) - counts)[index[order]]
+        padded[index, within] = torch.cat((batch["cls"].float().view(-1, 1), batch["bboxes"].float()), 1)
+    return padded
+
+
+def gains(criterion: Any) -> Tensor:
+    """What may change from step to step: gains of box, class and dfl losses, and weights of the parts `[5]`."""
+    hyp = _parts(criterion)[0].hyp
+    weights = (criterion.o2m, criterion.o2o) if type(criterion) is E2ELoss else (1.0, 0.0)
+    return torch.tensor([hyp.box, hyp.cls, hyp.dfl, *weights], dtype=torch.float32)
+
+
+class FixedShapeLoss:
+    """A criterion's loss of the network's outputs.
+
+    Attributes:
+        names: Of the loss items.
+        capacity: What a batch may have.
+    """
+
+    def __init__(self, criterion: Any, capacity: Capacity) -> None:
+        """Hold the criterion, whose type `not_supported_reason` has looked at."""
+        self.criterion, self.capacity = criterion, capacity
+        self._parts = _parts(criterion)
+        self.names: tuple[str, ...] = tuple(self._parts[-1].loss_names)
+        self._constants: dict[Any, tuple[Tensor, ...]] = {}
+
+    def __call__(self, outputs: Any, targets: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss.
+
+        Args:
+            outputs: What the network gives in training.
+            targets: Padded to `capacity.boxes`, as `pad_targets` gives them, on the device.
+            gains: As `gains` gives them, on the device.
+
+        Returns:
+            The losses times the number of images, for the backward, and the loss items: `[3]` each.
+        """
+        outputs = self._parts[0].parse_output(outputs)
+        if len(self._parts) == 1:
+            items = self._one(self._parts[0], outputs, targets, gains)
+            return items * len(targets), items.detach()
+        many, one = (
+            self._one(part, outputs[name], targets, gains)
+            for part, name in zip(self._parts, ("one2many", "one2one"), strict=True)
+        )
+        return many * len(targets) * gains[3] + one * len(targets) * gains[4], one.detach()
+
+    def _one(self, part: Any, outputs: dict[str, Any], targets: Tensor, gains: Tensor) -> Tensor:
+        """Losses of one set of outputs: v8DetectionLoss.get_assigned_targets_and_loss."""
+        distances = outputs["boxes"].permute(0, 2, 1).contiguous()
+        scores = outputs["scores"].permute(0, 2, 1).contiguous()
+        anchors, strides, size, scale = self._constants_of(part, outputs["feats"], scores.dtype)
+        labels, boxes = targets[..., :1], xywh2xyxy(targets[..., 1:] * scale)
+        exists = boxes.sum(2, keepdim=True).gt_(0.0)
+        predicted = part.bbox_decode(anchors, distances)
+        with torch.no_grad():
+            target_boxes, target_scores, foreground = self._assign(
+                part.assigner,
+                scores.detach().sigmoid(),
+                (predicted.detach() * strides).type(boxes.dtype),
+                anchors * strides,
+                labels,
+                boxes,
+                exists,
+            )
+            target_scores_sum = target_scores.sum().clamp_(min=1)
+            rows = self._foreground(foreground, part.assigner.topk2)
+        cross_entropy = part.bce(scores, target_scores.to(scores.dtype))
+        if part.class_weights is not None:
+            cross_entropy = cross_entropy * part.class_weights
+        box, dfl = part.bbox_loss(
+            *(distances, predicted, anchors, target_boxes / strides, target_scores, target_scores_sum),
+            *(rows, size, strides),
+        )
+        return torch.stack([box.float(), (cross_entropy.sum() / target_scores_sum).float(), dfl.float()]) * gains[:3]
+
+    def _constants_of(self, part: Any, features: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Anchors, their strides, the image size and the scale of boxes, which come from the host: made once."""
+        key = (*(tuple(feature.shape[2:]) for feature in features), features[0].dtype, dtype)
+        if key not in self._constants:
+            anchors, strides = make_anchors(features, part.stride, 0.5)
+            size = torch.tensor(features[0].shape[2:], device=features[0].device, dtype=dtype) * part.stride[0]
+            self._constants[key] = anchors, strides, size, size[[1, 0, 1, 0]]
+        return self._constants[key]
+
+    def _assign(
+        self,
+        assigner: Any,
+        scores: Tensor,
+        predicted: Tensor,
+        centres: Tensor,
+        labels: Tensor,
+        boxes: Tensor,
+        exists: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes `[images, anchors, 4]` and scores `[images, anchors, classes]` to be predicted, and the foreground."""
+        assigner.bs, assigner.n_max_boxes = len(boxes), boxes.shape[1]
+        inside = _inside(centres, boxes, exists, assigner.stride_val)
+        candidates = inside & exists.bool()
+        image, box, anchor = torch.nonzero_static(candidates, size=self.capacity.pairs, fill_value=0).unbind(1)
+        overlap = assigner.pair_overlaps((image, box, anchor), boxes, predicted)
+        metric = (
+            scores[image, anchor, labels[image, box, 0].long()].pow(assigner.alpha) * overlap.pow(assigner.beta)
+        )
+        place = candidates.flatten().cumsum(0, dtype=torch.int32).sub_(1).clamp_(min=0)
+        overlaps, metrics = (
+            torch.where(candidates, values.index_select(0, place).view(candidates.shape), 0) for values in (overlap, metric)
+        )
+        top = assigner.select_topk_candidates(metrics, topk_mask=exists.expand(-1, -1, assigner.topk).bool())
+        positive = top.mul_(inside).mul_(exists.bool())
+        of_box, foreground, positive = assigner.select_highest_overlaps(
+            positive, overlaps, assigner.n_max_boxes, metrics
+        )
+        _, target_boxes, target_scores = assigner.get_targets(labels, boxes, of_box, foreground)
+        metrics = metrics * positive
+        best_metric = metrics.amax(dim=-1, keepdim=True)
+        best_overlap = (overlaps * positive).amax(dim=-1, keepdim=True)
+        metrics.mul_(best_overlap).div_(best_metric + assigner.eps)
+        return target_boxes, target_scores * metrics.amax(-2).unsqueeze(-1), foreground.bool()
+
+    def _foreground(self, mask: Tensor, per_box: int) -> _Rows:
+        """As many rows as there can be; those beyond the foreground are one of the background, which weighs nothing."""
+        flat = mask.flatten()
+        rows = torch.nonzero_static(flat, size=min(per_box * self.capacity.total, len(flat)), fill_value=-1).squeeze(1)
+        rows = torch.where(rows < 0, flat.to(torch.int32).argmin(), rows)
+        return _Rows((rows // mask.shape[1], rows % mask.shape[1]))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """In the place of the foreground mask, of which BboxLoss asks the indices and nothing else."""
+
+    indices: tuple[Tensor, Tensor]
+
+    def nonzero(self, as_tuple: bool) -> tuple[Tensor, Tensor]:
+        return self.indices
+
+
+def _inside(centres: Tensor, boxes: Tensor, exists: Tensor, least: int) -> Tensor:
+    """Which anchors lie in which boxes `[images, boxes, anchors]`: TaskAlignedAssigner.select_candidates_in_gts."""
+    xywh = xyxy2xywh(boxes)
+    small = (xywh[..., 2:] < least) & exists.bool()
+    xywh[..., 2:] = torch.where(small, float(least), xywh[..., 2:])
+    x1, y1, x2, y2 = (side.unsqueeze(2) for side in xywh2xyxy(xywh).unbind(2))
+    x, y = centres.unbind(1)
+    return (x - x1 > _EPS) & (y - y1 > _EPS) & (x2 - x > _EPS) & (y2 - y > _EPS)
+
+
+def _parts(criterion: Any) -> list[Any]:
+    return [criterion.one2many, criterion.one2one] if type(criterion) is E2ELoss else [criterion]
