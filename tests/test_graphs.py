@@ -20,26 +20,29 @@ from tests.test_telemetry import events, of
 from yolo_flash import FlashConfig, FlashConfigError, patch_model
 from yolo_flash import graphed_step as graphed_step_module
 from yolo_flash.graphed_step import StepGraphs, not_supported_reasons
-from yolo_flash.graphs import FlashGraphError, GraphedNetwork
+from yolo_flash.graphs import FlashGraphError, GraphedStep
 
 
 class Replay:
-    """In the place of `GraphedNetwork`: runs the network eager, and counts."""
+    """In the place of `GraphedStep`: runs the network and its loss eager, and counts."""
 
     made: list[Replay] = []
     pool_bytes = 2**30
     seconds = 0.5
 
-    def __init__(self, model: Any, images: Tensor) -> None:
-        self.model, self.shape = model, images.shape
+    def __init__(self, model: Any, images: Tensor, loss: Any = None, extra: Any = (), shared: bool = False) -> None:
+        self.model, self.shape, self.loss, self.shared = model, images.shape, loss, shared
+        self.extra = [tensor.shape for tensor in extra]
         self.calls: list[int] = []
         self.changed = False
         Replay.made.append(self)
 
-    def __call__(self, images: Tensor) -> Any:
-        assert "predict" not in vars(self.model)
+    def __call__(self, images: Tensor, *extra: Tensor) -> Any:
+        assert not {"predict", "loss"} & vars(self.model).keys()
+        assert [tensor.shape for tensor in extra] == self.extra
         self.calls.append(len(images))
-        return self.model._predict_once(images)
+        outputs = self.model._predict_once(images)
+        return outputs if self.loss is None else self.loss(outputs, *extra)
 
     def fits(self, images: Tensor) -> bool:
         return images.shape == self.shape
@@ -116,8 +119,9 @@ def test_a_forward_that_never_came_leaves_nothing(replays: list[Replay]) -> None
     graphs, trainer = StepGraphs("on"), a_trainer(model)
     graphs.prepare(trainer)
     images = torch.rand(2, 3, 32, 32)
+    batch = {"img": images}
     for _ in range(2):
-        graphs.before_forward(trainer, images)
+        graphs.before_forward(trainer, batch)
     assert "predict" in vars(model)
     graphs.after_step(trainer)
     assert "predict" not in vars(model)
@@ -128,14 +132,15 @@ def test_another_call_of_the_network_is_its_own(replays: list[Replay]) -> None:
     graphs, trainer = StepGraphs("on"), a_trainer(model)
     graphs.prepare(trainer)
     images = torch.rand(2, 3, 32, 32)
+    batch = {"img": images}
     for _ in range(2):
-        graphs.before_forward(trainer, images)
+        graphs.before_forward(trainer, batch)
     model(torch.rand(1, 3, 64, 64))  # a callback that looks at something
     assert replays[0].calls == []
-    graphs.before_forward(trainer, images)
+    graphs.before_forward(trainer, batch)
     with torch.no_grad():
         model(images)
-    graphs.before_forward(trainer, images)
+    graphs.before_forward(trainer, batch)
     model(images)
     model(images)
     assert replays[0].calls == [2]
@@ -232,7 +237,7 @@ def test_validation_that_runs_out_of_memory_is_run_again_without_the_graphs(
     failed: list[int] = []
 
     def fail(validator: Any) -> None:
-        if validator.training and model.trainer._flash_graphs.network is not None:
+        if validator.training and model.trainer._flash_graphs.step is not None:
             failed.append(1)
             raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -260,7 +265,7 @@ def test_graphs_are_free_before_the_final_evaluation_and_after_a_run(
 ) -> None:
     model = patch_model(YOLO("yolo12n.yaml"), graphs="on")
     held: list[bool] = []
-    model.add_callback("on_val_start", lambda v: held.append(model.trainer._flash_graphs.network is not None))
+    model.add_callback("on_val_start", lambda v: held.append(model.trainer._flash_graphs.step is not None))
     model.train(**{**tiny_args, "epochs": 2})
     assert held == [True, True, False]
     left = weakref.ref(replays[0])
@@ -375,7 +380,7 @@ def test_other_values_are_refused() -> None:
 @pytest.mark.parametrize("change", ["nothing", "memory", "frozen", "mode", "hook", "another module", "one module more"])
 def test_a_changed_model_is_noticed_before_its_replay(change: str) -> None:
     model: Any = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    graphed = GraphedNetwork.__new__(GraphedNetwork)  # without a card there is nothing to capture
+    graphed = GraphedStep.__new__(GraphedStep)  # without a card there is nothing to capture
     graphed._tensors, graphed._modules = [*model.parameters(), *model.buffers()], list(model.modules())
     graphed._signature = graphed._sign()
     assert not graphed.stale(model)
@@ -396,5 +401,5 @@ def test_a_changed_model_is_noticed_before_its_replay(change: str) -> None:
 
 def test_the_real_one_has_the_same_interface() -> None:
     for name in ("__call__", "fits", "stale"):
-        assert callable(getattr(GraphedNetwork, name))
+        assert callable(getattr(GraphedStep, name))
         assert callable(getattr(Replay, name))

@@ -17,12 +17,15 @@ from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.utils.torch_utils import ModelEMA, init_seeds
 
+from . import fixed_loss
 from .bench_process import UNPATCHED, Job, serve
+from .capture import answer_step, capture_step
 from .config import FlashConfig
-from .graphs import GraphedNetwork, answer_once
+from .fixed_loss import Capacity
+from .graphs import GraphedStep
 from .patch import patch_modules
 
-GRAPHS = "graphs"  # an arm with the backends of `auto`, whose network runs from CUDA graphs
+GRAPHS = "graphs"  # an arm with the backends of `auto`, whose network and loss run from CUDA graphs
 NCHW = "nchw"  # an arm without the plugin and without channels_last, in which Ultralytics trains on CUDA
 
 
@@ -32,7 +35,7 @@ class StepJob(Job):
 
     `arms` may have `unpatched`, which is stock Ultralytics, and `nchw`: the same without channels_last, to see what
     that memory layout gains by itself. On a CPU, where Ultralytics trains without it, both are the same. And, on a GPU,
-    `graphs`: `auto`, with the forward and backward of the network from CUDA graphs.
+    `graphs`: `auto`, with forward, loss and backward from CUDA graphs.
 
     `amp` is `fp16`, `bf16` or `fp32`.
     """
@@ -97,7 +100,8 @@ class Step:
         if arm not in StepJob.stock_arms:
             patch_modules(self.model, FlashConfig(backend="auto" if arm == GRAPHS else arm))
         self.replays = arm == GRAPHS
-        self.graphed: GraphedNetwork | None = None
+        self.graphed: GraphedStep | None = None
+        self.targets: torch.Tensor | None = None
         self.ema = ModelEMA(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=self.on_gpu)
         self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[job.amp]
@@ -113,17 +117,23 @@ class Step:
         amp = self.on_gpu and self.dtype is not torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=amp):
             if self.replays:
-                self._replay(batch["img"])
+                self._replay(batch)
             loss, _ = self.model(batch)
             loss = loss.sum()
         self.scaler.scale(loss).backward()
 
-    def _replay(self, images: torch.Tensor) -> None:
+    def _replay(self, batch: dict[str, Any]) -> None:
         """Let the coming forward be a replay, of graphs that are captured for the first batch of its size."""
-        if self.graphed is None or not self.graphed.fits(images):
+        if self.graphed is None or not self.graphed.fits(batch["img"]):
             self.graphed = None  # frees the other size first
-            self.graphed = GraphedNetwork(self.model, images)
-        answer_once(self.model, self.graphed)
+            if getattr(self.model, "criterion", None) is None:
+                self.model.criterion = self.model.init_criterion()
+            count, _, *side = batch["img"].shape
+            boxes = {name: batch[name].cpu() for name in ("batch_idx", "cls", "bboxes")}
+            capacity = Capacity().grown(fixed_loss.needed(boxes, count, tuple(side), self.model.criterion))
+            self.targets = fixed_loss.pad_targets(boxes, count, capacity.boxes)
+            self.graphed, _ = capture_step(self.model, batch, self.targets, capacity)
+        answer_step(self.model, self.graphed, batch, self.targets)
 
     def network(self, batch: dict[str, Any]) -> None:
         """Forward, loss and backward, and no trace of them."""

@@ -1,10 +1,10 @@
 """Ultralytics' detection loss in shapes that do not depend on the data, so that CUDA graphs can hold it.
 
-What it computes, and with whose code, stays Ultralytics': decoding, overlaps, top candidates, targets and the three losses
-are calls of the run's own criterion. Replaced are the four places that make the host wait for the GPU: boxes come padded
-to a fixed number an image, the pairs of boxes and anchors and the foreground are compacted to a fixed number, and
+What it computes, and with whose code, stays Ultralytics': decoding, overlaps, top candidates, targets and the three
+losses are calls of the run's own criterion. Replaced are the places that make the host wait for the GPU: boxes come
+padded to a fixed number an image, pairs of boxes and anchors and the foreground are compacted to a fixed number, and
 constants are made once. Padding is assigned nothing and weighs nothing, so that assignments are the same to the bit and
-losses up to the order of their sums; `differences` measures it on a batch of the run.
+losses up to the order of their sums; `capture.loss_error` measures it on a batch of the run.
 """
 
 from __future__ import annotations
@@ -201,12 +201,11 @@ class FixedShapeLoss:
         candidates = inside & exists.bool()
         image, box, anchor = torch.nonzero_static(candidates, size=self.capacity.pairs, fill_value=0).unbind(1)
         overlap = assigner.pair_overlaps((image, box, anchor), boxes, predicted)
-        metric = (
-            scores[image, anchor, labels[image, box, 0].long()].pow(assigner.alpha) * overlap.pow(assigner.beta)
-        )
+        metric = scores[image, anchor, labels[image, box, 0].long()].pow(assigner.alpha) * overlap.pow(assigner.beta)
         place = candidates.flatten().cumsum(0, dtype=torch.int32).sub_(1).clamp_(min=0)
         overlaps, metrics = (
-            torch.where(candidates, values.index_select(0, place).view(candidates.shape), 0) for values in (overlap, metric)
+            torch.where(candidates, values.index_select(0, place).view(candidates.shape), 0)
+            for values in (overlap, metric)
         )
         top = assigner.select_topk_candidates(metrics, topk_mask=exists.expand(-1, -1, assigner.topk).bool())
         positive = top.mul_(inside).mul_(exists.bool())

@@ -14,38 +14,44 @@ from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
-from .graphs import FlashGraphError, GraphedNetwork, answer_once, forget_answer, has_hooks
+from . import fixed_loss
+from .capture import answer_step, capture_step
+from .fixed_loss import Capacity, FixedShapeLoss
+from .graphs import FlashGraphError, GraphedStep, forget_answer, has_hooks
 from .measuring import first_line, free_bytes, readable
 
 _TIMED = 3  # steps of each kind that `auto` compares
 _GAIN = 1.05  # below it graphs do not pay for their memory
-_CAPTURES = 3  # in a run: after that, whatever keeps changing the model has the last word
+_CAPTURES = 3  # in a run for a changed model, and as many for more boxes: after that, steps run eager
+_CHANGED = "the model changed"
 
 
 class StepGraphs:
     """Decides for one training run, step by step, and holds the graphs; the trainer's, never the model's.
 
     The first step runs eager: it builds the loss and is profiled. With `auto` the next three are timed, and again three
-    from the graphs. Steps of another shape than that of full batches run eager.
+    from the graphs. Steps of another shape than that of full batches run eager, and those with more boxes than the
+    captured loss has room for.
 
     Attributes:
-        network: What was captured; None while steps run eager.
+        step: What was captured; None while steps run eager.
         why_not: Why they do; empty while it is open, or while graphs run.
     """
 
-    def __init__(self, mode: str, capture: Callable[[nn.Module, Tensor], GraphedNetwork] = GraphedNetwork) -> None:
+    def __init__(self, mode: str, capture: Callable[..., GraphedStep] = GraphedStep) -> None:
         """Start without graphs.
 
         Args:
             mode: `off`, `on` or `auto`, see FlashConfig.
-            capture: Gives the graphs of a model for images.
+            capture: Gives the graphs of a model for images, as `GraphedStep`.
         """
         self.mode = mode
-        self.network: GraphedNetwork | None = None
+        self.step: GraphedStep | None = None
         self.why_not = "flash.graphs=off" if mode == "off" else ""
-        self._capture_network = capture
-        self._captures = 0
-        self._started: float | None = None
+        self._capture_step = capture
+        self._changes = self._growths = 0  # captures for changed models, and for more boxes
+        self._capacity = Capacity()
+        self._loss_outside = ""
         self._shape: tuple[int, int, int] = (0, 0, 0)
         self._begin_again()
 
@@ -68,12 +74,28 @@ class StepGraphs:
             raise FlashGraphError(f"flash.graphs=on cannot run: {self.why_not}. flash.graphs=auto goes on without.")
         return self.why_not if self.why_not != before else ""
 
-    def before_forward(self, trainer: Any, images: Tensor) -> dict[str, Any]:
+    def before_transfer(self, trainer: Any, batch: dict[str, Any]) -> None:
+        """Look at the boxes of a batch while they are on the CPU: there it takes no waiting for the device."""
+        self._targets: Tensor | None = None
+        self._needed: Capacity | None = None
+        outside = self.step is not None and self.step.loss is None
+        if self.why_not or outside or not self._full(batch["img"]):
+            return
+        criterion = getattr(unwrap_model(trainer.model), "criterion", None)
+        known = criterion is not None and not fixed_loss.not_supported_reason(criterion)
+        if known and all(batch[name].device.type == "cpu" for name in ("batch_idx", "cls", "bboxes")):
+            self._needed = fixed_loss.needed(batch, self._shape[0], self._shape[1:], criterion)
+            if self.step is None:
+                self._capacity = self._capacity.grown(self._needed)
+            if self._capacity.holds(self._needed):
+                self._targets = fixed_loss.pad_targets(batch, self._shape[0], self._capacity.boxes)
+
+    def before_forward(self, trainer: Any, batch: dict[str, Any]) -> dict[str, Any]:
         """Let the coming forward of the trainer's model be a replay, if it can be. Called inside its autocast.
 
         Args:
             trainer: Ultralytics' trainer, between `preprocess_batch` and the forward.
-            images: The batch, on the device.
+            batch: On the device.
 
         Returns:
             Facts for the log when something was decided; else empty.
@@ -81,34 +103,38 @@ class StepGraphs:
         Raises:
             FlashGraphError: Graphs were asked for, and the network cannot be captured.
         """
-        self._started = None
-        if self.why_not or (images.shape[0], *images.shape[2:]) != self._shape:
+        self._started: float | None = None
+        if self.why_not or not self._full(batch["img"]):
             return {}
         model = unwrap_model(trainer.model)
         self._seen += 1
-        if self.network is not None and self.network.stale(model if self._new_epoch(trainer) else None):
-            self.release(trainer)
-            LOGGER.warning("yolo-flash: the model changed since its CUDA graphs were captured: capturing them again.")
         facts: dict[str, Any] = {}
-        if self.network is None and self._seen > 1 + (_TIMED if self.mode == "auto" else 0):
-            facts = self._capture(trainer, model, images)
-        if self.network is not None and self.network.fits(images):
-            answer_once(model, self.network)
+        if self.step is None:
+            if self._seen > 1 + (_TIMED if self.mode == "auto" else 0):
+                facts = self._capture(trainer, model, batch)
+        elif self.step.stale(model if self._new_epoch(trainer) else None) or self._another_loss(model):
+            LOGGER.warning("yolo-flash: the model changed since its CUDA graphs were captured: capturing them again.")
+            facts = self._capture(trainer, model, batch, again=_CHANGED)
+        elif isinstance(self.step.loss, FixedShapeLoss) and self._targets is None:
+            facts = self._grow(trainer, model, batch)
+        if self.step is not None:
+            answer_step(model, self.step, batch, self._targets)
         if self.mode == "auto" and not self._decided and self._seen > 1 and not facts:
             self._started = _now()
-        return facts if self.why_not or self.mode == "on" else {}  # `auto` has still to see whether it pays
+        # `auto` has still to see whether it pays.
+        return facts if self.why_not or self.mode == "on" or self._decided else {}
 
     def after_step(self, trainer: Any) -> dict[str, Any]:
         """Take the time of a step that `before_forward` began; facts for the log once `auto` has decided."""
         forget_answer(unwrap_model(trainer.model))
         if self._started is None:
             return {}
-        (self._eager if self.network is None else self._replayed).append((_now() - self._started) * 1e3)
-        if len(self._replayed) < _TIMED or self.network is None:
+        (self._eager if self.step is None else self._replayed).append((_now() - self._started) * 1e3)
+        if len(self._replayed) < _TIMED or self.step is None:
             return {}
         self._decided = True
         eager, replayed = statistics.median(self._eager), statistics.median(self._replayed)
-        facts = {"eager_ms": eager, "graph_ms": replayed, **self._cost()}
+        facts = {"eager_ms": eager, "graph_ms": replayed, **self._facts()}
         first = trainer.world_size <= 1 or dist.get_rank() == 0  # whose clock decides for all
         if not _everywhere(trainer, not first or eager >= _GAIN * replayed):
             self.release(trainer)
@@ -117,12 +143,9 @@ class StepGraphs:
 
     def release(self, trainer: Any) -> bool:
         """Free the graphs and their memory; whether there were any."""
-        held, self.network = self.network is not None, None
+        held = self.step is not None
         self._begin_again()
-        if getattr(trainer, "model", None) is not None:
-            forget_answer(unwrap_model(trainer.model))
-        if held:
-            trainer._clear_memory()
+        self._drop(trainer)
         return held
 
     def _begin_again(self) -> None:
@@ -130,37 +153,76 @@ class StepGraphs:
         self._started = None
         self._eager: list[float] = []
         self._replayed: list[float] = []
+        self._targets = self._needed = None
+
+    def _drop(self, trainer: Any) -> None:
+        held, self.step = self.step is not None, None
+        if getattr(trainer, "model", None) is not None:
+            forget_answer(unwrap_model(trainer.model))
+        if held:
+            trainer._clear_memory()
+
+    def _full(self, images: Tensor) -> bool:
+        return (images.shape[0], *images.shape[2:]) == self._shape
 
     def _new_epoch(self, trainer: Any) -> bool:
         before, self._epoch = self._epoch, trainer.epoch
         return before != self._epoch
 
-    def _cost(self) -> dict[str, Any]:
-        assert self.network is not None
-        return {"pool_bytes": self.network.pool_bytes, "capture_seconds": self.network.seconds}
+    def _another_loss(self, model: Any) -> bool:
+        loss = None if self.step is None else self.step.loss
+        return isinstance(loss, FixedShapeLoss) and loss.criterion is not model.criterion
 
-    def _capture(self, trainer: Any, model: nn.Module, images: Tensor) -> dict[str, Any]:
-        """Capture on this batch, on all ranks or on none; what came of it."""
-        self._captures += 1
-        why_not = "" if self._captures <= _CAPTURES else f"the model changed after each of {_CAPTURES} captures"
-        try:
-            if not why_not:
-                self.network = self._capture_network(model, images)
-        except Exception as error:  # whatever it is: the trainer would halve the batch, or end
-            why_not = first_line(error)
-        facts = {} if self.network is None else self._cost()
-        if self.network is not None and self.mode == "auto":
-            # The last batch of an epoch, validation and the loss run beside the graphs, whose memory they cannot use.
-            room = free_bytes(images.device)
-            if room < self.network.pool_bytes:
-                need = f"its graphs hold {readable(self.network.pool_bytes)}, and the batches beside them need as much"
-                why_not = f"{need}, {readable(room)} are free: a smaller batch would do"
-        if not _everywhere(trainer, not why_not):
-            self.release(trainer)
+    # Capture ----------------------------------------------------------------------------------------------------------
+    def _grow(self, trainer: Any, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        """Capture with room for more boxes, as often as that may be; else the step runs eager."""
+        if self._needed is None or self._growths >= _CAPTURES:
+            return {}
+        self._growths += 1
+        self._capacity = self._capacity.grown(self._needed)
+        why = f"a batch had up to {self._needed.boxes} boxes an image, {self._needed.total} in all"
+        return self._capture(trainer, model, batch, again=why)
+
+    def _capture(self, trainer: Any, model: nn.Module, batch: dict[str, Any], again: str = "") -> dict[str, Any]:
+        """Capture on this batch; the first time on all ranks or on none. What came of it."""
+        self._drop(trainer)
+        growing = bool(again) and again != _CHANGED
+        self._changes += again == _CHANGED
+        why_not = "" if self._changes < _CAPTURES else f"the model changed after each of {_CAPTURES} captures"
+        if not why_not:
+            try:
+                self._fit_targets(batch)
+                how = {"shared": trainer.world_size > 1, "capture": self._capture_step}
+                self.step, self._loss_outside = capture_step(model, batch, self._targets, self._capacity, **how)
+            except Exception as error:  # whatever it is: the trainer would halve the batch, or end
+                why_not = first_line(error)
+        facts = {"again": again} if again else {}
+        if self.step is not None:
+            facts |= self._facts()
+            if self.mode == "auto":
+                # The last batch of an epoch and validation run beside the graphs, whose memory they cannot use.
+                room = free_bytes(batch["img"].device)
+                if room < self.step.pool_bytes:
+                    need = f"its graphs hold {readable(self.step.pool_bytes)}, and the batches beside them need as much"
+                    why_not = f"{need}, {readable(room)} are free: a smaller batch would do"
+        # Later captures are a rank's own: the others do not take part in a vote.
+        if why_not if again else not _everywhere(trainer, not why_not):
+            self._drop(trainer)
             self.why_not = why_not or "another rank cannot"
-            if self.mode == "on":
+            if self.mode == "on" and not growing:
                 raise FlashGraphError(f"flash.graphs=on: {self.why_not}. flash.graphs=auto goes on without graphs.")
         return facts | {"why_not": self.why_not}
+
+    def _fit_targets(self, batch: dict[str, Any]) -> None:
+        """Boxes of this batch, padded to what is captured from now on."""
+        if self._needed is not None and self._targets is None:
+            boxes = {name: batch[name].cpu() for name in ("batch_idx", "cls", "bboxes")}
+            self._targets = fixed_loss.pad_targets(boxes, self._shape[0], self._capacity.boxes)
+
+    def _facts(self) -> dict[str, Any]:
+        assert self.step is not None
+        facts = {"pool_bytes": self.step.pool_bytes, "capture_seconds": self.step.seconds}
+        return facts | ({"loss_outside": self._loss_outside} if self._loss_outside else {"boxes": self._capacity.boxes})
 
 
 def not_supported_reasons(trainer: Any, mode: str) -> list[str]:

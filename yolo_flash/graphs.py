@@ -1,10 +1,10 @@
-"""The network's forward and backward as CUDA graphs, replayed in a training step in the place of its Python.
+"""Forward and backward of a training step as CUDA graphs, replayed in the place of their Python.
 
-Captured is the network alone, for one shape of images; the loss, which has shapes of its own in every step, stays as
-it is. As `torch.cuda.make_graphed_callables` does it, with four differences that a trainer needs:
+Captured is the network for one shape of images and, where it has shapes that do not depend on the data, its loss. As
+`torch.cuda.make_graphed_callables` does it, with four differences that a trainer needs:
 
-- gradients are handed out as copies: `.grad` takes over what it is given, and the next replay would overwrite it while
-  it is accumulated (pytorch issue 181723);
+- gradients are copied or added to `.grad`, all in a few launches: `.grad` would take over what it is given, and the
+  next replay would overwrite it while it is accumulated (pytorch issue 181723);
 - the parameters that are captured are aliases, leaves of their own over the same memory: hooks of DDP and of users stay
   with the real ones, and no gradient is accumulated on a stream of somebody else;
 - capturing leaves no trace: buffers, which BatchNorm changes, and random generators are as before, to the bit;
@@ -33,38 +33,53 @@ class FlashGraphError(Exception):
     """The step cannot run from CUDA graphs. Not a RuntimeError, which the trainer might take for out of memory."""
 
 
-class GraphedNetwork:
-    """A network in training, captured for images of one shape, dtype and layout under the autocast of the moment.
+class GraphedStep:
+    """A network in training, and its loss, captured for images of one shape under the autocast of the moment.
 
     Attributes:
+        loss: What was captured behind the network; None if its outputs are what a call gives.
         seconds: What the capture took.
         pool_bytes: Memory that belongs to the graphs: eager work cannot use it.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        loss: Callable[..., Any] | None = None,
+        extra: Sequence[Tensor] = (),
+        shared: bool = False,
+    ) -> None:
         """Warm up and capture on these images.
 
         Args:
             model: Takes a tensor of images; parameters and buffers on a CUDA device.
             images: `[batch, channels, height, width]`, on that device.
+            loss: Takes what the network gives and the extra tensors; never waits for the device.
+            extra: Tensors of the loss, of any device; each call brings others of the same shapes.
+            shared: Whether others wait for the gradients, as DDP does: they then go through autograd, one by one.
 
         Raises:
             RuntimeError: The network does something that cannot be captured, such as a synchronisation; or there is too
                 little memory. Nothing of the model has changed.
         """
         start = time.perf_counter()
+        self.loss = loss
         self._tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
         self._modules = list(model.modules())
         self._signature = self._sign()
-        self._replays = 0
-        self._images = images.detach().clone()
+        self._replays = self._open = 0  # the number of the last replay, and of the one that awaits its backward
+        self._shared = shared
+        self._inputs = [images.detach().clone(), *(tensor.to(images.device, copy=True) for tensor in extra)]
+        self._handle = torch.zeros((), device=images.device, requires_grad=True)
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         aliases = {name: p.detach().requires_grad_() for name, p in trained}
 
         def forward() -> Any:
-            return functional_call(model, aliases, (self._images,))
+            outputs = functional_call(model, aliases, (self._inputs[0],))
+            return outputs if loss is None else loss(outputs, *self._inputs[1:])
 
-        with torch.cuda.device(images.device), _no_trace(model, images.device), _without_cached_casts(images.device):
+        with torch.cuda.device(images.device), no_trace(model, images.device), _without_cached_casts(images.device):
             self._warm_up(forward, list(aliases.values()))
             gc.collect()
             torch.cuda.empty_cache()
@@ -74,21 +89,25 @@ class GraphedNetwork:
         self._parameters = [p for (_, p), takes_part in zip(trained, used, strict=True) if takes_part]
         self.seconds = time.perf_counter() - start
 
-    def __call__(self, images: Tensor) -> Any:
-        """What the network gives for the images, by replay; its backward is replayed too.
+    def __call__(self, images: Tensor, *extra: Tensor) -> Any:
+        """What the network, or its loss, gives for the images, by replay; its backward is replayed too.
 
         The outputs are the graph's own memory: they hold until the next call.
 
         Args:
             images: Of the captured shape, see `fits`.
+            *extra: Tensors of the loss.
         """
-        outputs = iter(_Replay.apply(self, images, *self._parameters))
+        # Hooks on a parameter want to see its gradient on its way; else it goes straight to `.grad`, with all others.
+        through = self._shared or any(map(_hooked, self._parameters))
+        parameters = self._parameters if through else [self._handle]
+        outputs = iter(_Replay.apply(self, through, (images, *extra), *parameters))
         leaves = [next(outputs) if leaf is _OUTPUT else leaf for leaf in self._leaves]
         return pytree.tree_unflatten(leaves, self._structure)
 
     def fits(self, images: Tensor) -> bool:
         """Whether images have the shape, dtype and device that were captured."""
-        mine = self._images
+        mine = self._inputs[0]
         return images.shape == mine.shape and images.dtype == mine.dtype and images.device == mine.device
 
     def stale(self, model: nn.Module | None = None) -> bool:
@@ -144,11 +163,13 @@ class GraphedNetwork:
         ]
 
     # Replay -----------------------------------------------------------------------------------------------------------
-    def replay_forward(self, images: Tensor) -> int:
+    def replay_forward(self, inputs: Sequence[Tensor]) -> int:
         """Run the captured forward; the number of this replay."""
-        self._images.copy_(images)
+        for mine, given in zip(self._inputs, inputs, strict=True):
+            mine.copy_(given, non_blocking=True)
         self._forward.replay()
         self._replays += 1
+        self._open = self._replays
         return self._replays
 
     def replay_backward(self, number: int, gradients: Sequence[Tensor | None]) -> list[Tensor]:
@@ -159,13 +180,15 @@ class GraphedNetwork:
             gradients: Of the outputs; None where the loss does not use one.
 
         Returns:
-            Gradients of the parameters that take part, in memory of their own.
+            Gradients of the parameters that take part, in the memory of the graph: they hold until the next call.
 
         Raises:
-            FlashGraphError: The activations are gone, since the forward was replayed again.
+            FlashGraphError: The activations are gone: the forward was replayed again, or there was a backward already.
         """
-        if number != self._replays:
-            raise FlashGraphError("the network was replayed again before this backward: flash.graphs=off avoids it.")
+        if number != self._open:  # the captured backward overwrites what it reads
+            what = "replayed again before this backward" if number != self._replays else "differentiated twice"
+            raise FlashGraphError(f"the network was {what}: flash.graphs=off avoids it.")
+        self._open = 0
         for i, (mine, gradient) in enumerate(zip(self._upstream, gradients, strict=True)):
             if mine is None or (gradient is None and self._zero[i]):
                 continue
@@ -175,44 +198,98 @@ class GraphedNetwork:
                 mine.copy_(gradient)
             self._zero[i] = gradient is None
         self._backward.replay()
-        return list(torch._foreach_mul(self._gradients, 1.0))  # copies of all in a few launches
+        return self._gradients
+
+    def accumulate(self, gradients: Sequence[Tensor]) -> None:
+        """Add gradients to `.grad` of the parameters that take part, as autograd does."""
+        pairs = list(zip(self._parameters, gradients, strict=True))
+        sums = [(p.grad, gradient) for p, gradient in pairs if p.grad is not None]
+        fresh = [(p, gradient) for p, gradient in pairs if p.grad is None]
+        if sums:
+            torch._foreach_add_([total for total, _ in sums], [gradient for _, gradient in sums])
+        if fresh:
+            for (p, _), copy in zip(fresh, _copies([gradient for _, gradient in fresh]), strict=True):
+                p.grad = copy
 
 
 class _Replay(torch.autograd.Function):
-    """The network as one node."""
+    """The step as one node."""
 
     @staticmethod
-    def forward(ctx: Any, network: GraphedNetwork, images: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.network, ctx.number = network, network.replay_forward(images)
+    def forward(
+        ctx: Any, step: GraphedStep, through: bool, inputs: Sequence[Tensor], *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.step, ctx.through, ctx.number = step, through, step.replay_forward(inputs)
         ctx.set_materialize_grads(False)
-        outputs = tuple(output.detach() for output in network.outputs)
-        still = [output for output, gradient in zip(outputs, network._upstream, strict=True) if gradient is None]
+        outputs = tuple(output.detach() for output in step.outputs)
+        still = [output for output, gradient in zip(outputs, step._upstream, strict=True) if gradient is None]
         ctx.mark_non_differentiable(*still)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.network.replay_backward(ctx.number, gradients)
+        found = ctx.step.replay_backward(ctx.number, gradients)
+        if ctx.through:
+            return None, None, None, *_copies(found)
+        ctx.step.accumulate(found)
+        return None, None, None, None
 
 
-def answer_once(model: Any, network: GraphedNetwork) -> None:
-    """Let the next `predict` of a model of Ultralytics be a replay, and the one after it be its own again.
+def _copies(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return torch._foreach_mul(list(tensors), 1.0)  # in a few launches
+
+
+def _hooked(parameter: Tensor) -> bool:
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+def answer_once(model: Any, name: str, answer: Callable[..., Any]) -> None:
+    """Let the next call of a method of a model be answered by another, and the one after it be its own again.
 
     On the instance, and for the length of one call: no copy, checkpoint or callback ever meets it.
+
+    Args:
+        model: Of Ultralytics.
+        name: Of the method, `predict` or `loss`.
+        answer: Takes what the method takes; gives NotImplemented where the method shall answer itself.
     """
 
-    def predict(x: Any, *args: Any, **kwargs: Any) -> Any:
+    def method(*args: Any, **kwargs: Any) -> Any:
         forget_answer(model)
-        plain = isinstance(x, Tensor) and not args and not kwargs and torch.is_grad_enabled()
-        return network(x) if plain and network.fits(x) else model.predict(x, *args, **kwargs)
+        given = answer(*args, **kwargs) if torch.is_grad_enabled() else NotImplemented
+        return getattr(model, name)(*args, **kwargs) if given is NotImplemented else given
 
-    vars(model)["predict"] = predict
+    vars(model)[name] = method
 
 
 def forget_answer(model: nn.Module) -> None:
     """Undo `answer_once` where the forward never came."""
-    vars(model).pop("predict", None)
+    for name in ("predict", "loss"):
+        vars(model).pop(name, None)
+
+
+class EarlyCopy:
+    """Numbers on their way from the device to the CPU, behind what is in the stream by now, not what comes later."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        """Begin the copy of tensors without dimensions, which `possible` has looked at."""
+        self._names = list(values)
+        self._copy = torch.stack([value.detach() for value in values.values()]).to("cpu", non_blocking=True)
+        self._done = torch.cuda.Event()
+        self._done.record()
+
+    @staticmethod
+    def possible(values: Any) -> bool:
+        """Whether these are scalars on one device, of one dtype."""
+        tensors = list(values.values()) if isinstance(values, dict) else []
+        plain = all(isinstance(value, Tensor) and value.is_cuda and not value.ndim for value in tensors)
+        return plain and len({(value.device, value.dtype) for value in tensors}) == 1
+
+    def read(self) -> dict[str, Tensor]:
+        """The values, once they are there."""
+        self._done.synchronize()
+        return dict(zip(self._names, self._copy, strict=True))
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -227,15 +304,17 @@ def _trains(leaf: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _no_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
+def no_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Buffers and the random generators of the CPU and the device as they were, to the bit."""
     kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng([device]):
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_gpu else []):
         try:
             yield
-        except BaseException:  # a capture that failed has left the generator in its state of capturing
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            generator.graphsafe_set_state(generator.clone_state())
+        except BaseException:
+            if on_gpu:  # a capture that failed has left the generator in its state of capturing
+                generator = torch.cuda.default_generators[torch.cuda.current_device()]
+                generator.graphsafe_set_state(generator.clone_state())
             raise
         finally:
             with torch.no_grad():

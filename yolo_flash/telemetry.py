@@ -85,12 +85,16 @@ class Telemetry:
             self._replaying = False
             LOGGER.info(f"yolo-flash: no CUDA graphs: {why_not}")
             return
+        if again := facts.get("again"):
+            LOGGER.info(f"yolo-flash: CUDA graphs captured again in {facts['capture_seconds']:.1f} s: {again}")
+            return
         gain = "steps run from CUDA graphs"
         if "graph_ms" in facts:
             eager, replayed = facts["eager_ms"], facts["graph_ms"]
             gain += f": {eager:.1f} -> {replayed:.1f} ms a step ({eager / replayed:.2f}x)"
         cost = f"captured in {facts['capture_seconds']:.1f} s, they hold {readable(facts['pool_bytes'])}"
-        LOGGER.info(f"yolo-flash: {gain}; {cost}")
+        outside = facts.get("loss_outside")
+        LOGGER.info(f"yolo-flash: {gain}; {cost}" + (f"; the loss stays outside of them: {outside}" if outside else ""))
         self._profiled, self._replaying = False, True
 
     def saw_images(self, count: int) -> None:

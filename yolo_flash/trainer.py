@@ -22,6 +22,7 @@ from .backends import AttentionSpec, BackendNotSupportedError
 from .blocks import FlashBlock
 from .config import FlashConfig, known_keys
 from .graphed_step import StepGraphs
+from .graphs import EarlyCopy
 from .guard import is_out_of_memory
 from .machine import detect, resolve_device
 from .patch import layer_choices, patch_modules, targets, unpatch_modules
@@ -56,6 +57,7 @@ class FlashTrainerMixin(_TrainerBase):
     flash: ClassVar[FlashConfig]
     flash_sources: ClassVar[Mapping[str, Any]]
     flash_plan: list[PlanRow]
+    _flash_tloss: Any = None
 
     def __init__(self, cfg: Any = None, overrides: dict[str, Any] | None = None, _callbacks: Any = None) -> None:
         overrides = dict(overrides or {})
@@ -127,11 +129,26 @@ class FlashTrainerMixin(_TrainerBase):
 
     def preprocess_batch(self, batch: Any) -> Any:
         """Count the images of each step, and let its forward be a replay: the last call before it, inside autocast."""
+        self._flash_graphs.before_transfer(self, batch)
         batch = super().preprocess_batch(batch)
         if self._flash_telemetry is not None:
             self._flash_telemetry.saw_images(len(batch["img"]))
-        self._tell_graphs(self._flash_graphs.before_forward(self, batch["img"]))
+        self._tell_graphs(self._flash_graphs.before_forward(self, batch))
         return batch
+
+    @property
+    def tloss(self) -> Any:
+        """Running means of the loss items, on the CPU while steps run from graphs."""
+        if isinstance(self._flash_tloss, EarlyCopy):
+            self._flash_tloss = self._flash_tloss.read()
+        return self._flash_tloss
+
+    @tloss.setter
+    def tloss(self, values: Any) -> None:
+        # The progress bar reads them when the backward is under way. Without a copy that began before it, the host
+        # would wait for the backward in every step, and the device for the host after it.
+        early = RANK in {-1, 0} and self._flash_graphs.step is not None and EarlyCopy.possible(values)
+        self._flash_tloss = EarlyCopy(values) if early else values
 
     def validate(self) -> Any:
         """Validate, a second time without the memory of the graphs where it did not suffice."""

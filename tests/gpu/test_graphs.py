@@ -17,7 +17,7 @@ from tests.test_patch import load_without_plugin, patched_layers
 from tests.test_telemetry import events
 from yolo_flash import FlashConfig, patch_model
 from yolo_flash.graphed_step import FlashGraphError
-from yolo_flash.graphs import GraphedNetwork
+from yolo_flash.graphs import GraphedStep
 from yolo_flash.patch import patch_modules
 
 pytestmark = [
@@ -69,9 +69,9 @@ def off(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-def capture(model: nn.Module, images: Tensor, dtype: torch.dtype) -> GraphedNetwork:
+def capture(model: nn.Module, images: Tensor, dtype: torch.dtype) -> GraphedStep:
     with autocast(dtype):
-        return GraphedNetwork(model, images)
+        return GraphedStep(model, images)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -225,7 +225,7 @@ def test_a_run_from_graphs_is_a_run(model: str, amp: Any, tiny_args: dict[str, A
     assert replayed == pytest.approx(eager, rel=0.02)
     assert patched_layers(yolo.model)
     load_without_plugin(yolo.trainer.last)
-    assert yolo.trainer._flash_graphs.network is None
+    assert yolo.trainer._flash_graphs.step is None
     del yolo
     gc.collect()
     assert torch.cuda.memory_allocated() - before < 2**28
@@ -246,13 +246,13 @@ def test_auto_compares_and_says_what_it_found(tiny_args: dict[str, Any]) -> None
 def test_out_of_memory_halving_captures_again(tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     yolo = patch_model(YOLO("yolo12n.yaml"), graphs="on")
     seen: list[int] = []
-    original = GraphedNetwork.__call__
+    original = GraphedStep.__call__
 
     def call(self: Any, images: Tensor) -> Any:
         seen.append(len(images))
         return original(self, images)
 
-    monkeypatch.setattr(GraphedNetwork, "__call__", call)
+    monkeypatch.setattr(GraphedStep, "__call__", call)
     run_out_of_memory_once(yolo)
     yolo.train(**{**tiny_args, "device": 0, "imgsz": 128, "epochs": 3})
     assert yolo.trainer.batch_size == 1
@@ -264,7 +264,7 @@ def test_validation_without_memory_frees_the_graphs(tiny_args: dict[str, Any], m
     failed: list[bool] = []
 
     def fail(validator: Any) -> None:
-        if validator.training and yolo.trainer._flash_graphs.network is not None:
+        if validator.training and yolo.trainer._flash_graphs.step is not None:
             failed.append(True)
             raise torch.OutOfMemoryError("CUDA out of memory")
 

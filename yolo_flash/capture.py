@@ -1,0 +1,127 @@
+"""One training step of an Ultralytics model from graphs: its network with its loss where that can be, else alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import fixed_loss
+from .fixed_loss import Capacity, FixedShapeLoss
+from .graphs import GraphedStep, answer_once, no_trace
+from .measuring import first_line, relative_error
+
+_LOSS_ERROR = 1e-3  # of the loss in fixed shapes and of its gradients; 0 where sums take the same order
+
+
+def capture_step(
+    model: Any,
+    batch: dict[str, Any],
+    targets: Tensor | None,
+    capacity: Capacity,
+    shared: bool = False,
+    capture: Callable[..., GraphedStep] = GraphedStep,
+) -> tuple[GraphedStep, str]:
+    """Capture a step.
+
+    Args:
+        model: In training, with its criterion; on a CUDA device.
+        batch: On that device.
+        targets: The boxes of the batch, padded to the capacity; None if they are not known on the CPU.
+        capacity: Of the loss.
+        shared: Whether others wait for the gradients, see `GraphedStep`.
+        capture: Gives the graphs.
+
+    Returns:
+        The graphs, and why the loss is not in them; empty if it is.
+
+    Raises:
+        RuntimeError: Not even the network can be captured.
+    """
+    images = batch["img"]
+    why_not = "the boxes of a batch do not come from the CPU" if targets is None else ""
+    why_not = fixed_loss.not_supported_reason(getattr(model, "criterion", None)) or why_not
+    if targets is not None and not why_not:
+        try:
+            loss = FixedShapeLoss(model.criterion, capacity)
+            off = loss_error(model, loss, batch, targets)
+            if off <= _LOSS_ERROR:
+                extra = [targets, fixed_loss.gains(model.criterion)]
+                return capture(model, images, loss, extra, shared), ""
+            why_not = f"in fixed shapes it is off by {off:.1e}"
+        except Exception as error:  # of another Ultralytics or torch, or there is too little memory
+            why_not = first_line(error)
+    return capture(model, images, None, (), shared), why_not
+
+
+def answer_step(model: Any, step: GraphedStep, batch: dict[str, Any], targets: Tensor | None) -> None:
+    """Let the coming forward with a batch be a replay, if it has the captured shape.
+
+    Args:
+        model: That was captured.
+        step: The graphs.
+        batch: On the model's device.
+        targets: Its boxes on the CPU, padded to the capacity; None if they do not fit.
+    """
+    images = batch["img"]
+    if not step.fits(images):
+        return
+    if not isinstance(step.loss, FixedShapeLoss):
+
+        def predict(x: Any, *args: Any, **kwargs: Any) -> Any:
+            plain = isinstance(x, Tensor) and not args and not kwargs
+            return step(x) if plain and step.fits(x) else NotImplemented
+
+        answer_once(model, "predict", predict)
+    elif targets is not None:
+        names = step.loss.names
+        extra = [_pinned(targets), _pinned(fixed_loss.gains(model.criterion))]
+
+        def loss(given: Any, preds: Any = None) -> Any:
+            if given["img"] is not images or preds is not None:  # DDP hands on another dict
+                return NotImplemented
+            losses, items = step(images, *extra)
+            return losses, dict(zip(names, items.clone(), strict=True))
+
+        answer_once(model, "loss", loss)
+
+
+def loss_error(model: Any, loss: FixedShapeLoss, batch: dict[str, Any], targets: Tensor) -> float:
+    """How far a loss in fixed shapes is from its criterion: the largest relative error of values and gradients.
+
+    Args:
+        model: In training; nothing of it changes.
+        loss: To be compared.
+        batch: On the model's device.
+        targets: Its boxes, padded.
+    """
+    device = batch["img"].device
+    with no_trace(model, device), torch.no_grad():
+        outputs = model.predict(batch["img"])
+    extra = targets.to(device), fixed_loss.gains(model.criterion).to(device)
+
+    def criterion(inputs: Any) -> tuple[Tensor, Tensor]:
+        losses, items = model.criterion(inputs, batch)
+        return losses, torch.stack(list(items.values()))
+
+    wanted = _with_gradients(criterion, outputs)
+    found = _with_gradients(lambda inputs: loss(inputs, *extra), outputs)
+    return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def _with_gradients(loss: Callable[[Any], tuple[Tensor, Tensor]], outputs: Any) -> list[Tensor]:
+    """Losses, loss items, and the gradients of the outputs."""
+    leaves, structure = pytree.tree_flatten(outputs)
+    leaves = [leaf.detach().requires_grad_() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    losses, items = loss(pytree.tree_unflatten(leaves, structure))
+    trained = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    gradients = torch.autograd.grad(losses.sum(), trained, allow_unused=True, materialize_grads=True)
+    return [losses.detach(), items, *gradients]
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """In memory from which a copy to the device goes on while the host does."""
+    return tensor.pin_memory() if torch.cuda.is_initialized() else tensor
