@@ -3,7 +3,8 @@
     python scripts/study_clock.py data.yaml model.yaml imgsz batch [arm ...]      arms: unpatched, eager, graphs
 
 Each phase on the host's clock, without waiting for the GPU: a phase that waits for it has its time. Means of the steps
-from the third epoch on but the first of each, in one process for each arm. Then ten steps under torch's profiler: what
+from the third epoch on but the first of each, in one process for each arm. From graphs the loss is part of the network.
+Then ten steps under torch's profiler: what
 the GPU was busy, and how often the host waited for it.
 """
 
@@ -33,7 +34,8 @@ EPOCHS, PROFILED = 6, 10
 class Clock:
     """Follows a run and keeps the milliseconds of every phase of every step."""
 
-    def __init__(self) -> None:
+    def __init__(self, loss_alone: bool) -> None:
+        self.loss_alone = loss_alone
         self.steps: defaultdict[str, list[float]] = defaultdict(list)
         self.now: dict[str, float] = {}
         self.inside: set[str] = set()
@@ -73,7 +75,7 @@ class Clock:
 
     def on_train_batch_start(self, trainer: Any) -> None:
         criterion = getattr(trainer.model, "criterion", None)
-        if criterion is not None and not hasattr(criterion, "timed"):
+        if self.loss_alone and criterion is not None and not hasattr(criterion, "timed"):
             trainer.model.criterion = self.timed("loss", criterion)
             trainer.model.criterion.timed = True
             if hasattr(criterion, "update"):
@@ -119,7 +121,7 @@ class Clock:
 
 
 def one_arm(data: str, config: str, imgsz: int, batch: int, arm: str) -> dict[str, float]:
-    clock, model = Clock(), YOLO(config)
+    clock, model = Clock(loss_alone=arm != "graphs"), YOLO(config)  # there it is part of the network
     if arm != "unpatched":
         model = patch_model(model, graphs="on" if arm == "graphs" else "off")
     for event in ("on_train_start", "on_train_batch_start", "on_train_batch_end"):

@@ -62,18 +62,21 @@ def main() -> None:
             answer = answer_of(process, before)
             print(json.dumps({"row": name, "arm": arm, **answer}), file=file, flush=True)
             found.setdefault(name, {})[arm] = answer
-            print(name, arm, {key: answer.get(key) for key in ("step_ms", "iteration_ms", "error")}, flush=True)
-    print("\n| row | arm | iteration ms | its step | waiting for the loader | images/s | peak, reserved GiB |")
+            print(
+                name, arm, {key: answer.get(key) for key in ("without_loader_ms", "iteration_ms", "error")}, flush=True
+            )
+    print("\n| row | arm | iteration ms | without the loader | waiting for it | images/s | peak, reserved GiB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, answers_of in found.items():
         for arm, answer in answers_of.items():
             if "error" in answer:
                 print(f"| {name} | {arm} | {answer['error']} | | | | |")
                 continue
-            epochs = answer["epoch_iteration_ms"][2:]
+            epochs, alone = answer["epoch_iteration_ms"][2:], answer["epoch_without_loader_ms"]
+            without = f"{answer['without_loader_ms']:.1f} ({min(alone):.1f}..{max(alone):.1f})"
             print(
                 f"| {name} | {arm} | {answer['iteration_ms']:.1f} ({min(epochs):.1f}..{max(epochs):.1f}) | "
-                f"{answer['step_ms']:.1f} | {answer['wait_ms']:.1f} | {answer['images_per_second']:.0f} | "
+                f"{without} | {answer['wait_ms']:.1f} | {answer['images_per_second']:.0f} | "
                 f"{answer['peak_gib']:.2f}, {answer['reserved_gib']:.2f} |"
             )
 

@@ -27,7 +27,8 @@ def test_a_training_is_measured_from_the_command_line(coco8: str, tmp_path: Path
     assert sample["iteration_ms"] == pytest.approx(statistics.median(sample["epoch_iteration_ms"][2:]))
     assert sample["iterations"] == 2  # three pictures and one
     assert sample["images_per_second"] == pytest.approx(2e3 / sample["iteration_ms"], rel=0.5)
-    assert 1 < sample["step_ms"] < 2 * sample["iteration_ms"]
+    assert 1 < sample["without_loader_ms"] < 2 * sample["iteration_ms"]
+    assert len(sample["epoch_without_loader_ms"]) == 2
     assert 0 < sample["wait_ms"] < sample["iteration_ms"]
     assert 0.1 < sample["peak_gib"] == sample["reserved_gib"] < 32
     assert "losses" not in results["arms"]["eager"]["median"]
@@ -56,14 +57,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def a_trainer(batch: int = 4) -> Any:
-    loader = SimpleNamespace(batch_size=batch, dataset=range(10))
+    class Loader(list[dict[str, int]]):
+        batch_size, dataset = batch, range(10)
+
+    loader = Loader([{"images": 4}, {"images": 4}, {"images": 2}])
     return SimpleNamespace(batch_size=batch, train_loader=loader, tloss={"box": torch.tensor(1.5), "cls": 2.0})
 
 
 def test_figures_are_medians_over_the_warm_epochs(clock: SimpleNamespace) -> None:
-    clocks, trainer = Clocks(TrainJob(batch=4, device="cpu")), a_trainer()
-    for step in (900.0, 500.0, 40.0, 60.0, 50.0):
+    clocks, trainer = Clocks(TrainJob(batch=4, device="cpu", epochs=5)), a_trainer()
+    loader = trainer.train_loader
+    for step in (900.0, 500.0, 40.0, 60.0, 50.0, 33.0, 30.0, 31.0):
         clocks.on_train_epoch_start(trainer)
+        assert (trainer.train_loader is loader) == (step > 35)
         for share in (1.0, 1.0, 0.5):  # ten images: 4, 4 and 2
             clock.ms += 10
             clocks.on_train_batch_start(trainer)
@@ -73,13 +79,23 @@ def test_figures_are_medians_over_the_warm_epochs(clock: SimpleNamespace) -> Non
         clocks.on_train_epoch_end(trainer)
         clock.ms += 7000  # validation
     figures = clocks.figures()
-    assert figures["step_ms"] == pytest.approx(50)  # without the last batch
+    assert figures["without_loader_ms"] == pytest.approx((30 + 2.5 * 31 + 5) / 3)
+    assert len(figures["epoch_without_loader_ms"]) == 3
     assert figures["wait_ms"] == pytest.approx(10)
     assert figures["iteration_ms"] == pytest.approx((3 * 10 + 2.5 * 50 + 5) / 3)
     assert figures["images_per_second"] == pytest.approx(10 / 0.160)
     assert figures["iterations"] == 3
     assert figures["losses"] == [3.5] * 5
     assert figures["epoch_iteration_ms"][0] == pytest.approx((30 + 2.5 * 900 + 5) / 3)
+
+
+def test_batches_from_memory_are_the_first_of_the_loader_every_time() -> None:
+    loader = a_trainer().train_loader
+    held = bench_train.InMemory(loader)
+    for batch in held:
+        batch["images"] = 0  # as the trainer puts its own into it
+    assert list(held) == list(loader)
+    assert (len(held), held.batch_size, held.dataset) == (3, 4, range(10))
 
 
 def test_images_that_the_loader_drops_do_not_count(clock: SimpleNamespace) -> None:
@@ -158,7 +174,7 @@ def test_an_arm_is_a_setting(
     (arguments,) = trained
     assert arguments == train_arguments(job, arm) | {"data": "/there/coco8.yaml", "imgsz": 96}
     assert arguments["compile"] is compiled
-    assert [arguments[name] for name in ("batch", "epochs", "workers", "cache", "seed")] == [8, 5, 2, False, 3]
+    assert [arguments[name] for name in ("batch", "epochs", "workers", "cache", "seed")] == [8, 8, 2, False, 3]
     assert (arguments["mosaic"], arguments["close_mosaic"], arguments["patience"]) == (0.0, 0, 0)
     assert not any(arguments[name] for name in ("val", "save", "plots", "pretrained", "amp"))
     assert patched == ([] if settings is None else [settings])

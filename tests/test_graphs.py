@@ -6,6 +6,8 @@ import copy
 import gc
 import pickle
 import weakref
+from collections.abc import Iterator
+from dataclasses import astuple
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,12 +15,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from ultralytics import RTDETR, YOLO, YOLOWorld
+from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import DEFAULT_CFG
+from ultralytics.utils.loss import v8DetectionLoss
 
 from tests.counting import run_out_of_memory_once
 from tests.test_telemetry import events, of
 from yolo_flash import FlashConfig, FlashConfigError, patch_model
 from yolo_flash import graphed_step as graphed_step_module
+from yolo_flash.fixed_loss import Capacity, FixedShapeLoss
 from yolo_flash.graphed_step import StepGraphs, not_supported_reasons
 from yolo_flash.graphs import FlashGraphError, GraphedStep
 
@@ -95,13 +101,130 @@ def test_losses_are_those_of_eager_steps(tiny_args: dict[str, Any], replays: lis
     assert len(replays) == 1
 
 
+# The loss -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("config", ["yolo12n.yaml", "yolo26n.yaml"])
+def test_the_loss_of_detection_is_in_the_graphs(
+    config: str, tiny_args: dict[str, Any], replays: list[Replay], log: list[str]
+) -> None:
+    model = train({**tiny_args, "epochs": 2}, config, graphs="on")
+    (replay,) = replays
+    assert isinstance(replay.loss, FixedShapeLoss)
+    assert not replay.shared
+    assert len(replay.calls) == 3
+    (told,) = of(events(model), "graphs")
+    assert told["boxes"] == replay.loss.capacity.boxes > 0
+    assert not [line for line in log if "stays outside" in line]
+
+
+def test_another_loss_stays_outside(tiny_args: dict[str, Any], replays: list[Replay], log: list[str]) -> None:
+    class Loss(v8DetectionLoss):
+        pass
+
+    def mine(trainer: Any) -> None:
+        trainer.model.criterion = Loss(trainer.model)
+
+    model = patch_model(YOLO("yolo12n.yaml"), graphs="on")
+    model.add_callback("on_train_start", mine)
+    model.train(**{**tiny_args, "epochs": 2})
+    (replay,) = replays
+    assert replay.loss is None
+    assert len(replay.calls) == 3
+    assert sum("the loss stays outside of them: Loss is not the loss of detection" in line for line in log) == 1
+
+
+class ChangesBoxes(DetectionTrainer):
+    """A user's trainer."""
+
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        batch = super().preprocess_batch(batch)
+        batch["bboxes"] = batch["bboxes"] * 0.5
+        return batch
+
+
+def test_boxes_that_a_trainer_changes_are_those_of_the_loss(tiny_args: dict[str, Any], replays: list[Replay]) -> None:
+    losses: dict[str, list[float]] = {}
+    for mode in ("off", "on"):
+        model = patch_model(YOLO("yolo12n.yaml"), graphs=mode)
+        found = losses[mode] = []
+        model.add_callback("on_train_batch_end", lambda trainer, found=found: found.append(trainer.loss.item()))
+        model.train(trainer=ChangesBoxes, **{**tiny_args, "epochs": 2})
+    assert losses["on"] == losses["off"]
+    assert [replay.loss for replay in replays] == [None]
+
+
+def test_more_boxes_than_there_is_room_for_are_captured_anew_and_then_run_eager(
+    tiny_args: dict[str, Any], replays: list[Replay], monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    """Losses are those of eager steps throughout."""
+    monkeypatch.setattr(Capacity, "grown", lambda mine, other: Capacity(*map(max, astuple(mine), astuple(other))))
+    counts = [2, 5, 9, 4, 20, 21, 22, 3, 30, 8]  # boxes of the first image in each step
+    losses: dict[str, list[float]] = {}
+    for mode in ("off", "on"):
+        left = iter(counts)
+
+        def crowd(trainer: Any, batch: dict[str, Any], left: Iterator[int] = left) -> dict[str, Any]:
+            count = next(left)
+            batch["batch_idx"], batch["cls"] = torch.zeros(count), torch.zeros(count, 1)
+            batch["bboxes"] = torch.linspace(0.2, 0.5, count).view(-1, 1).expand(count, 4).contiguous()
+            return batch
+
+        model = patch_model(YOLO("yolo12n.yaml"), graphs=mode)
+        found = losses[mode] = []
+        model.add_callback("on_train_batch_end", lambda trainer, found=found: found.append(trainer.loss.item()))
+        original = DetectionTrainer.preprocess_batch
+        with monkeypatch.context() as patch:
+            before = StepGraphs.before_transfer
+            patch.setattr(
+                StepGraphs, "before_transfer", lambda s, t, b, crowd=crowd, before=before: before(s, t, crowd(t, b))
+            )
+            model.train(**{**tiny_args, "epochs": 5, "mosaic": 0.0, "plots": False})
+        assert DetectionTrainer.preprocess_batch is original
+    assert losses["on"] == pytest.approx(losses["off"], rel=1e-6)
+    # Captured for 5, 9, 20 and 21 boxes; 22 and 30 run eager.
+    assert [replay.calls for replay in replays] == [[2], [2, 2], [2], [2, 2, 2]]
+    assert [told.get("again") for told in of(events(model), "graphs")] == [
+        None,
+        *(f"a batch had up to {count} boxes an image, {count} in all" for count in (9, 20, 21)),
+    ]
+    assert sum("captured again" in line for line in log) == 3
+
+
+def test_a_batch_of_another_call_is_its_own(replays: list[Replay]) -> None:
+    model, graphs, trainer, batch = with_criterion()
+    for _ in range(2):
+        graphs.before_transfer(trainer, batch)
+        graphs.before_forward(trainer, batch)
+    assert "loss" in vars(model)
+    other = {**batch, "img": torch.rand(2, 3, 32, 32)}
+    model(other)
+    graphs.before_forward(trainer, batch)
+    model(dict(batch))  # as DDP hands it on
+    model(batch)
+    assert replays[0].calls == [2]
+
+
+def with_criterion() -> tuple[Any, StepGraphs, Any, dict[str, Any]]:
+    model: Any = DetectionModel("yolo12n.yaml", verbose=False).train()
+    model.args = DEFAULT_CFG
+    model.criterion = model.init_criterion()
+    graphs, trainer = StepGraphs("on"), a_trainer(model)
+    graphs.prepare(trainer)
+    batch = {
+        "img": torch.rand(2, 3, 32, 32),
+        "batch_idx": torch.tensor([0.0, 1.0]),
+        "cls": torch.zeros(2, 1),
+        "bboxes": torch.full((2, 4), 0.5),
+    }
+    return model, graphs, trainer, batch
+
+
 def test_nothing_of_it_reaches_the_model_a_copy_or_a_checkpoint(
     tiny_args: dict[str, Any], replays: list[Replay]
 ) -> None:
     seen: list[set[str]] = []
 
     def look(trainer: Any) -> None:
-        seen.append({"predict"} & vars(trainer.model).keys())
+        seen.append({"predict", "loss"} & vars(trainer.model).keys())
         copy.deepcopy(trainer.model)
         pickle.dumps(trainer.model)
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,6 +32,7 @@ COMPILE = "compile"  # an arm without the plugin, by Ultralytics' own compile=Tr
 PLUGIN: dict[str, dict[str, Any]] = {"eager": {"graphs": "off"}, "graphs": {"graphs": "on"}, "auto": {"graphs": "auto"}}
 ARMS = (UNPATCHED, COMPILE, *PLUGIN)
 WARMUP_EPOCHS = 2  # in which caches fill, kernels are compiled, the plugin profiles a step and graphs are captured
+_IN_MEMORY = 16  # batches at most
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class TrainJob(BaseJob):
 
     Attributes:
         data: A data set.
-        epochs: Epochs of each process; the first two are not measured.
+        epochs: Epochs of each process; the first two are not measured. As many as are measured follow, whose batches
+            are the first ones of the loader, held in memory: what an iteration takes where the loader is no limit.
         workers: Processes of the data loader; a CPU trains without, as Ultralytics does.
         cache: Where the images are held, `ram` or `disk`; False reads them in every epoch.
         seed: Of weights and augmentation.
@@ -66,7 +69,7 @@ class TrainJob(BaseJob):
     precisions: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32")
     columns: ClassVar[dict[str, str]] = {
         "iteration_ms": "iteration ms",
-        "step_ms": "step ms",
+        "without_loader_ms": "without the loader",
         "wait_ms": "wait ms",
         "images_per_second": "images/s",
         "peak_gib": "peak GiB",
@@ -74,7 +77,7 @@ class TrainJob(BaseJob):
     }
     more_columns: ClassVar[tuple[str, ...]] = (
         *("data", "epochs", "workers", "cache", "seed", "mosaic"),
-        *("iterations", "iteration_ms", "step_ms", "wait_ms", "reserved_gib"),
+        *("iterations", "iteration_ms", "without_loader_ms", "wait_ms", "reserved_gib"),
     )
     at_least: ClassVar[dict[str, int]] = {"batch": 1, "rounds": 1, "epochs": WARMUP_EPOCHS + 1, "workers": 0, "seed": 0}
 
@@ -126,8 +129,7 @@ def bench_train(job: TrainJob) -> list[dict[str, Any]]:
 class Clocks:
     """Follows a training by the events of Ultralytics' trainer, and keeps the times of every epoch.
 
-    CUDA is waited for at the end of an epoch only. The steps are true all the same: the progress bar prints the losses,
-    which waits for the GPU at the end of every iteration, whether or not the bar is shown.
+    CUDA is waited for at the end of an epoch only, so that an iteration is its share of the epoch.
     """
 
     def __init__(self, job: TrainJob) -> None:
@@ -135,6 +137,7 @@ class Clocks:
         self.epochs: list[dict[str, float]] = []
         self._batch = job.batch
         self._amp = job.amp
+        self._with_loader = job.epochs
         self._device = job.torch_device()
         self._starts: list[float] = []
         self._ends: list[float] = []
@@ -156,6 +159,8 @@ class Clocks:
         """
         if trainer.batch_size != self._batch:
             raise torch.OutOfMemoryError
+        if len(self.epochs) == self._with_loader:
+            trainer.train_loader = InMemory(trainer.train_loader)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         self._starts, self._ends = [], [time.perf_counter()]
@@ -174,16 +179,14 @@ class Clocks:
             torch.cuda.synchronize(self._device)
         seconds = time.perf_counter() - self._ends[0]
         loader, losses = trainer.train_loader, trainer.tloss
-        count, size, images = len(self._starts), loader.batch_size, len(loader.dataset)
-        steps = [end - start for start, end in zip(self._starts, self._ends[1:], strict=True)]
+        count, images = len(self._starts), min(len(loader.dataset), len(self._starts) * loader.batch_size)
         waits = [start - end for start, end in zip(self._starts, self._ends, strict=False)]
         peak, reserved = peak_memory_gib(self._device)
         self.epochs.append(
             {
                 "iteration_ms": seconds / count * 1e3,
-                "step_ms": statistics.median(steps[: images // size]) * 1e3,  # the last batch may be smaller
                 "wait_ms": sum(waits) / count * 1e3,
-                "images_per_second": min(images, count * size) / seconds,
+                "images_per_second": images / seconds,
                 "peak_gib": peak,
                 "reserved_gib": reserved,
                 "iterations": count,
@@ -195,19 +198,46 @@ class Clocks:
         """What a process answers.
 
         Returns:
-            Medians over the epochs behind the first two: milliseconds of an iteration (`iteration_ms`, mean over the
-            epoch, from its start), of the step in it (`step_ms`, median of full batches) and of waiting for the loader
-            (`wait_ms`, mean), and `images_per_second`; the highest memory in those epochs, `peak_gib` allocated and
-            `reserved_gib`; the iterations of an epoch; of all epochs `losses` and `epoch_iteration_ms`, as lists.
+            Medians over the epochs with the loader behind the first two: milliseconds of an iteration (`iteration_ms`,
+            mean over the epoch, from its start) and of waiting for the loader in it (`wait_ms`, mean), and
+            `images_per_second`; the highest memory in those epochs, `peak_gib` allocated and `reserved_gib`; the
+            iterations of an epoch. The median `without_loader_ms` of an iteration over the epochs with batches from
+            memory. As lists of all epochs, `losses` with the loader, `epoch_iteration_ms` and
+            `epoch_without_loader_ms`.
         """
-        kept = self.epochs[WARMUP_EPOCHS:]
-        times = ("iteration_ms", "step_ms", "wait_ms", "images_per_second")
+        epochs, from_memory = self.epochs[: self._with_loader], self.epochs[self._with_loader :]
+        kept = epochs[WARMUP_EPOCHS:]
+        times = ("iteration_ms", "wait_ms", "images_per_second")
+        without_loader = [epoch["iteration_ms"] for epoch in from_memory]
         return {
             **{name: statistics.median(epoch[name] for epoch in kept) for name in times},
             **{name: max(epoch[name] for epoch in kept) for name in ("peak_gib", "reserved_gib", "iterations")},
-            "losses": [epoch["loss"] for epoch in self.epochs],
-            "epoch_iteration_ms": [epoch["iteration_ms"] for epoch in self.epochs],
+            "without_loader_ms": statistics.median(without_loader),
+            "losses": [epoch["loss"] for epoch in epochs],
+            "epoch_iteration_ms": [epoch["iteration_ms"] for epoch in epochs],
+            "epoch_without_loader_ms": without_loader,
         }
+
+
+class InMemory:
+    """A data loader whose batches are its first ones, again and again, without its work."""
+
+    def __init__(self, loader: Any) -> None:
+        """Take them."""
+        self._loader = loader
+        self._batches = list(itertools.islice(iter(loader), min(len(loader), _IN_MEMORY)))
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """An epoch; the trainer puts tensors of the device into what it gets."""
+        return (dict(batch) for batch in self._batches)
+
+    def __getattr__(self, name: str) -> Any:
+        """What else the trainer asks of a loader."""
+        return getattr(self._loader, name)
 
 
 def get_ready(job: TrainJob, arm: str) -> Callable[[int], dict[str, Any]]:
@@ -248,7 +278,7 @@ def train_arguments(job: TrainJob, arm: str) -> dict[str, Any]:
     amp: bool | str = "bf16" if job.amp == "bf16" else job.amp == "fp16"
     return {
         "batch": job.batch,
-        "epochs": job.epochs,
+        "epochs": 2 * job.epochs - WARMUP_EPOCHS,  # the latter ones from memory
         "device": str(device.index) if device.type == "cuda" else "cpu",
         "amp": amp if device.type == "cuda" else False,
         "workers": job.workers,

@@ -42,7 +42,7 @@ def capture_step(
         RuntimeError: Not even the network can be captured.
     """
     images = batch["img"]
-    why_not = "the boxes of a batch do not come from the CPU" if targets is None else ""
+    why_not = "the boxes of its batches are not known on the CPU" if targets is None else ""
     why_not = fixed_loss.not_supported_reason(getattr(model, "criterion", None)) or why_not
     if targets is not None and not why_not:
         try:

@@ -92,14 +92,12 @@ def needed(batch: dict[str, Any], images: int, side: tuple[int, int], criterion:
 
 
 def pad_targets(batch: dict[str, Any], images: int, boxes: int) -> Tensor:
-    """Classes and boxes of a batch `[images, boxes, 5]`, class and normalised xywh, in the order of the batch."""
+    """Classes and boxes of a batch `[images, boxes, 5]`, class and normalised xywh; image after image, as it comes."""
     index = batch["batch_idx"].long().view(-1)
     padded = torch.zeros(images, boxes, 5)
     if len(index):
-        order = torch.argsort(index, stable=True)
         counts = torch.bincount(index, minlength=images)
-        within = torch.empty_like(index)
-        within[order] = torch.arange(len(index)) - (counts.cumsum(0) - counts)[index[order]]
+        within = torch.arange(len(index)) - (counts.cumsum(0) - counts)[index]
         padded[index, within] = torch.cat((batch["cls"].float().view(-1, 1), batch["bboxes"].float()), 1)
     return padded
 
@@ -202,7 +200,7 @@ class FixedShapeLoss:
         image, box, anchor = torch.nonzero_static(candidates, size=self.capacity.pairs, fill_value=0).unbind(1)
         overlap = assigner.pair_overlaps((image, box, anchor), boxes, predicted)
         metric = scores[image, anchor, labels[image, box, 0].long()].pow(assigner.alpha) * overlap.pow(assigner.beta)
-        place = candidates.flatten().cumsum(0, dtype=torch.int32).sub_(1).clamp_(min=0)
+        place = candidates.flatten().cumsum(0, dtype=torch.int32).sub_(1).clamp_(0, len(image) - 1)
         overlaps, metrics = (
             torch.where(candidates, values.index_select(0, place).view(candidates.shape), 0)
             for values in (overlap, metric)

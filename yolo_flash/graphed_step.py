@@ -82,7 +82,7 @@ class StepGraphs:
         if self.why_not or outside or not self._full(batch["img"]):
             return
         criterion = getattr(unwrap_model(trainer.model), "criterion", None)
-        known = criterion is not None and not fixed_loss.not_supported_reason(criterion)
+        known = criterion is not None and not fixed_loss.not_supported_reason(criterion) and _boxes_stay(trainer)
         if known and all(batch[name].device.type == "cpu" for name in ("batch_idx", "cls", "bboxes")):
             self._needed = fixed_loss.needed(batch, self._shape[0], self._shape[1:], criterion)
             if self.step is None:
@@ -260,6 +260,12 @@ def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
     if mode == "auto" and args.rect:
         reasons.append("rect=True gives batches of many shapes")
     return reasons
+
+
+def _boxes_stay(trainer: Any) -> bool:
+    """Whether boxes reach the device as the loader gives them: a user's `preprocess_batch` might change them."""
+    classes = [cls for cls in type(trainer).__mro__ if "preprocess_batch" in vars(cls)]
+    return all(cls.__module__.startswith(("ultralytics.", __package__)) for cls in classes[:2])
 
 
 def _now() -> float:
