@@ -397,6 +397,87 @@ def test_graphs_are_free_before_the_final_evaluation_and_after_a_run(
     assert left() is None
 
 
+# A run ----------------------------------------------------------------------------------------------------------------
+def test_a_resumed_run_captures_its_own(tiny_args: dict[str, Any], replays: list[Replay]) -> None:
+    class KilledError(Exception):
+        pass
+
+    def kill(trainer: Any) -> None:
+        if trainer.epoch == 1:
+            raise KilledError
+
+    model = patch_model(YOLO("yolo12n.yaml"), graphs="on")
+    model.add_callback("on_train_epoch_end", kill)
+    with pytest.raises(KilledError):
+        model.train(**{**tiny_args, "epochs": 4})
+    again = patch_model(YOLO(str(model.trainer.last)), graphs="on")
+    again.train(resume=True, **{name: tiny_args[name] for name in ("device", "workers")})
+    assert again.trainer.epoch == 3
+    assert [replay.calls for replay in replays] == [[2] * 3, [2] * 5]  # two epochs, and the three that were left
+    assert of(events(again), "graphs")[-1]["why_not"] == ""
+
+
+def test_recovery_from_nan_keeps_the_graphs(tiny_args: dict[str, Any], replays: list[Replay]) -> None:
+    """The trainer loads weights into the tensors that were captured, and an EMA of which the copy has no graph."""
+    model = patch_model(YOLO("yolo12n.yaml"), graphs="on")
+    spoiled: list[int] = []
+
+    def spoil(trainer: Any) -> None:
+        if trainer.epoch == 1 and not spoiled:
+            spoiled.append(trainer.model.model[0].conv.weight.data_ptr())
+            trainer.loss = torch.tensor(float("nan"))
+
+    model.add_callback("on_train_epoch_end", spoil)
+    model.train(**{**tiny_args, "epochs": 3})
+    (replay,) = replays
+    assert len(replay.calls) == 7  # four epochs of two steps, one of them twice, but for the first step
+    assert spoiled == [model.trainer.model.model[0].conv.weight.data_ptr()]
+
+
+@pytest.mark.parametrize("how", ["time", "stop"])
+def test_a_run_that_ends_early_frees_its_graphs(how: str, tiny_args: dict[str, Any], replays: list[Replay]) -> None:
+    more: dict[str, Any] = {"time": {"time": 1e-9, "epochs": 50}, "patience": {"patience": 1, "epochs": 50}}.get(
+        how, {}
+    )
+    model = patch_model(YOLO("yolo12n.yaml"), graphs="on")
+    epochs: list[int] = []
+
+    def stop(trainer: Any) -> None:
+        epochs.append(trainer.epoch)
+        if how == "time" and len(epochs) == 2:
+            trainer.args.time = 1e-9
+        if how == "stop" and trainer.epoch == 1:
+            trainer.stop = True  # as early stopping does
+
+    model.add_callback("on_train_epoch_end", stop)
+    more = {"time": 1.0} if how == "time" else {}  # hours, until the callback
+    model.train(**{**tiny_args, "epochs": 50, **more})
+    assert 2 <= len(epochs) < 50
+    assert model.trainer._flash_graphs.step is None
+    assert len(replays) == 1
+
+
+def test_two_runs_in_one_process_have_graphs_of_their_own(tiny_args: dict[str, Any], replays: list[Replay]) -> None:
+    model = patch_model(YOLO("yolo12n.yaml"), graphs="on")
+    for _ in range(2):
+        model.train(**{**tiny_args, "epochs": 2})
+    first, second = replays
+    assert first.calls == second.calls == [2] * 3
+    assert first.model is not second.model
+
+
+@pytest.mark.parametrize(("batch", "given"), [(-1, 0.3), (0.8, 0.4), (4, None)])
+def test_auto_batch_leaves_the_graphs_their_memory(
+    batch: float, given: float | None, tiny_args: dict[str, Any], replays: list[Replay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, list[float]] = {"on": [], "off": []}
+    for mode, found in asked.items():
+        estimate = lambda found=found, **keys: found.append(keys["batch"]) or 2  # noqa: E731
+        monkeypatch.setattr("ultralytics.engine.trainer.check_train_batch_size", estimate)
+        train({**tiny_args, "batch": batch}, graphs=mode)
+    assert asked == {"on": [] if given is None else [given], "off": [] if given is None else [batch]}
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 def a_trainer(model: nn.Module, device: str = "cpu", **args: Any) -> Any:
     known = {"compile": False, "multi_scale": 0.0, "rect": False, "imgsz": 32, **args}

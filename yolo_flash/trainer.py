@@ -40,6 +40,7 @@ else:  # the mixins come before a class that is chosen at run time
 
 M = TypeVar("M", bound=nn.Module)
 
+_AUTO_BATCH = 0.6  # the share of memory that batch=-1 fills, see ultralytics/utils/autobatch.py
 _GENERATED = "yolo_flash_generated"  # resolves to no module, so cloudpickle sends the classes to DDP workers by value
 
 
@@ -91,6 +92,15 @@ class FlashTrainerMixin(_TrainerBase):
         hopeless = checks_amp and offline.missing_asset("yolo26n.pt") and not offline.can_download()
         with offline.no_downloads() if hopeless else contextlib.nullcontext():
             super()._setup_train()
+
+    def auto_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Half of the memory where graphs were asked for: they hold as much as the batches beside them may need."""
+        if self._flash_graphs.mode == "on":
+            asked: float = self.args.batch
+            share = asked if asked > 0 else _AUTO_BATCH
+            self.batch_size = share / 2
+            LOGGER.info(f"yolo-flash: the batch is to fill {share / 2:.0%} of the memory and its CUDA graphs as much.")
+        return super().auto_batch(*args, **kwargs)
 
     def _build_train_pipeline(self) -> None:
         """Plan now that the batch size is known, and again after a halving; patch what joined the model."""
