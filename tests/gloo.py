@@ -13,7 +13,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import LOCAL_RANK, RANK
 
 from tests.counting import AttentionCalls
-from yolo_flash import autotune
+from yolo_flash import autotune, graphed_step
 from yolo_flash.backends import AttentionSpec
 from yolo_flash.blocks import FlashBlock
 from yolo_flash.selector import Trial
@@ -65,6 +65,47 @@ def report(trainer: Any) -> None:
 def count_epochs(trainer: Any) -> None:
     """A user's callback, which has to reach the workers."""
     Path(os.environ["REPORT_FOLDER"], f"callback{RANK}.txt").write_text(str(trainer.epoch + 1))
+
+
+class GraphTrainer(GlooTrainer):
+    """The same with graphs that are none: the network and its loss run eager, and are counted."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        graphed_step.not_supported_reasons = lambda trainer, mode: []
+        self.replayed: list[int] = []
+        self._flash_graphs._capture_step = self.capture
+
+    def capture(self, model: Any, images: Any, loss: Any, extra: Any, shared: bool) -> Any:
+        if os.environ.get("NO_GRAPHS_ON") == str(RANK):
+            raise RuntimeError("not on this rank")
+        assert shared
+        return Counting(self.replayed, model, loss, images.shape)
+
+    def final_eval(self) -> None:
+        graphs: Any = self._flash_graphs
+        facts = {"replayed": len(self.replayed), "why_not": graphs.why_not}
+        super().final_eval()
+        Path(os.environ["REPORT_FOLDER"], f"graphs{RANK}.json").write_text(json.dumps(facts))
+
+
+class Counting:
+    """In the place of the graphs."""
+
+    pool_bytes, seconds = 1, 0.5
+
+    def __init__(self, replayed: list[int], model: Any, loss: Any, shape: torch.Size) -> None:
+        self.replayed, self.model, self.loss, self.shape = replayed, model, loss, shape
+
+    def __call__(self, images: torch.Tensor, *extra: torch.Tensor) -> Any:
+        self.replayed.append(len(images))
+        return self.loss(self.model._predict_once(images), *extra)
+
+    def fits(self, images: torch.Tensor) -> bool:
+        return images.shape == self.shape
+
+    def stale(self, model: Any = None) -> bool:
+        return False
 
 
 assert torch.distributed.is_available()

@@ -11,7 +11,7 @@ import torch
 from packaging.version import Version
 from ultralytics import YOLO
 
-from tests.gloo import GlooTrainer, count_epochs
+from tests.gloo import GlooTrainer, GraphTrainer, count_epochs
 from tests.test_patch import patched_layers
 from yolo_flash import FlashConfig, patch_model
 
@@ -61,3 +61,29 @@ def test_all_ranks_choose_by_the_numbers_of_rank_0(
         assert facts["ms"] == [{"stock": 2.0, "sdpa_flash": 1.0}] * 16
         assert {backend for _, _, backend, _ in facts["plan"]} == {"sdpa_flash"}
         assert facts["backward"] == 8
+
+
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.6"), reason="gloo cannot gather what Ultralytics' validator hands it"
+)
+def test_ranks_run_from_graphs_or_none_does(
+    tiny_args: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights after training are those of eager ranks, and the same on both."""
+    weights: dict[str, list[float]] = {}
+    for case, mode, without in (("eager", "off", ""), ("graphs", "on", ""), ("one cannot", "auto", "1")):
+        folder = tmp_path / case
+        folder.mkdir()
+        monkeypatch.setenv("REPORT_FOLDER", str(folder))
+        monkeypatch.setenv("NO_GRAPHS_ON", without)
+        model = patch_model(YOLO("yolo12n.yaml"), graphs=mode)
+        # Four images a step on two ranks: one step an epoch, of which the first runs eager, under auto the first four.
+        model.train(trainer=GraphTrainer, **{**tiny_args, "batch": 4, "imgsz": 32, "epochs": 5})
+        told = [json.loads((folder / f"graphs{rank}.json").read_text()) for rank in (0, 1)]
+        assert [facts["replayed"] for facts in told] == {"graphs": [4, 4]}.get(case, [0, 0])
+        if case == "one cannot":
+            assert [facts["why_not"] for facts in told] == ["another rank cannot", "RuntimeError: not on this rank"]
+        weights[case] = [json.loads((folder / f"rank{rank}.json").read_text())["weights"] for rank in (0, 1)]
+        assert weights[case][0] == weights[case][1]
+    assert weights["graphs"] == pytest.approx(weights["eager"], rel=1e-6)
+    assert weights["one cannot"] == weights["eager"]

@@ -436,9 +436,6 @@ def test_recovery_from_nan_keeps_the_graphs(tiny_args: dict[str, Any], replays: 
 
 @pytest.mark.parametrize("how", ["time", "stop"])
 def test_a_run_that_ends_early_frees_its_graphs(how: str, tiny_args: dict[str, Any], replays: list[Replay]) -> None:
-    more: dict[str, Any] = {"time": {"time": 1e-9, "epochs": 50}, "patience": {"patience": 1, "epochs": 50}}.get(
-        how, {}
-    )
     model = patch_model(YOLO("yolo12n.yaml"), graphs="on")
     epochs: list[int] = []
 

@@ -61,6 +61,7 @@ Settings (flash.KEY=VALUE; also YOLO_FLASH_KEY in the environment, or a `flash:`
   flash.enabled=false             stock attention; so does YOLO_FLASH=0
   flash.autotune=false            choose by rules instead of measuring before the first step
   flash.graphs=auto               or on, off: run the training step from CUDA graphs
+  flash.graphs_predict=true       run the network of predict from CUDA graphs
   flash.log=false                 no plan in the log
 
 In Python: from yolo_flash import patch_model; patch_model(YOLO("yolo12n.yaml")).train(data="coco8.yaml")

@@ -33,6 +33,7 @@ class FlashConfig:
         deterministic: `strict` trains with reproducible backends only, `prefer` with the fastest.
         autotune: Choose by measuring the backends on this machine, before the first step; False chooses by rules.
         graphs: Run the training step from CUDA graphs: `on`, `off`, or `auto`, where it pays.
+        graphs_predict: Run the network of `predict` from CUDA graphs, for image shapes that come again.
         log: Say what runs: plan, kernels, memory and speed, in the log and in the run folder.
 
     Raises:
@@ -45,6 +46,7 @@ class FlashConfig:
     deterministic: Literal["prefer", "strict"] = "prefer"
     autotune: bool = True
     graphs: Literal["off", "on", "auto"] = "off"
+    graphs_predict: bool = False
     log: bool = True
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from . import autotune, offline
 from .backends import AttentionSpec, BackendNotSupportedError
 from .blocks import FlashBlock
 from .config import FlashConfig, known_keys
+from .graphed_predict import predictor_class
 from .graphed_step import StepGraphs
 from .graphs import EarlyCopy
 from .guard import is_out_of_memory
@@ -268,6 +269,12 @@ class FlashModelMixin(StockPickle, _ModelBase):
             return super().train(trainer=base, **kwargs)
         finally:
             _patch_inner(self)
+
+    def predict(self, source: Any = None, stream: bool = False, predictor: Any = None, **kwargs: Any) -> Any:
+        """As `YOLO.predict`, with the network from CUDA graphs if `flash.graphs_predict` says so."""
+        if self._flash_config.enabled and self._flash_config.graphs_predict:
+            predictor = predictor_class(predictor or self._smart_load("predictor"))
+        return super().predict(source, stream, predictor, **kwargs)
 
     def export(self, **kwargs: Any) -> Any:
         """As `YOLO.export`, of the stock model."""

@@ -1,0 +1,152 @@
+"""Prediction from CUDA graphs: the network of Ultralytics' predictor, captured for image shapes that come again."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from ultralytics.utils import LOGGER
+
+from .graphs import has_hooks
+from .measuring import first_line, relative_error
+
+if TYPE_CHECKING:
+    from ultralytics.engine.predictor import BasePredictor as _PredictorBase
+else:  # the mixin comes before a class that is chosen at run time
+    _PredictorBase = object
+
+_KEPT = 4  # graphs at once, those used last: each holds the memory of a forward
+_ERROR = 1e-3  # of a replay against the network itself; 0 where it chooses the same kernels
+
+
+class PredictGraphs:
+    """Graphs of one network in inference, by the shape of the images; a shape is captured when it comes a second time.
+
+    Attributes:
+        why_not: Why nothing is captured any more; empty while it is.
+    """
+
+    def __init__(self, capture: Callable[..., CapturedForward] | None = None) -> None:
+        """Start without graphs.
+
+        Args:
+            capture: Gives what is called in the place of a network, for images.
+        """
+        self.why_not = ""
+        self._capture = capture or CapturedForward
+        self._seen: set[Any] = set()
+        self._graphs: OrderedDict[Any, CapturedForward] = OrderedDict()
+
+    def __call__(self, network: nn.Module, images: Tensor) -> Any:
+        """What the network gives, by replay where there is a graph."""
+        inner = _inner(network)
+        if any(map(has_hooks, inner.modules())):  # a tracker's, say, which reads features
+            return network(images)
+        key = (*images.shape, images.dtype, images.device, *_head(inner))
+        graph = self._graphs.get(key)
+        if graph is None and not self.why_not:
+            if key in self._seen:
+                graph = self._add(key, network, images)
+            elif len(self._seen) < 1024:  # a folder of images of all shapes
+                self._seen.add(key)
+        if graph is None:
+            return network(images)
+        self._graphs.move_to_end(key)
+        return graph(images)
+
+    def _add(self, key: Any, network: nn.Module, images: Tensor) -> CapturedForward | None:
+        try:
+            graph = self._capture(network, images)
+            found, wanted = (
+                [leaf for leaf in pytree.tree_leaves(run(images)) if isinstance(leaf, Tensor)]
+                for run in (graph, network)
+            )
+            off = max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
+            if not off <= _ERROR:
+                raise ValueError(f"a replay is off by {off:.1e}")
+        except Exception as error:
+            self.why_not = first_line(error)
+            self._graphs.clear()
+            LOGGER.warning(f"yolo-flash: prediction goes on without CUDA graphs: {self.why_not}")
+            return None
+        self._graphs[key] = graph
+        if len(self._graphs) > _KEPT:
+            self._graphs.popitem(last=False)
+        return graph
+
+
+class CapturedForward:
+    """A network's forward in inference, for images of one shape."""
+
+    def __init__(self, network: nn.Module, images: Tensor) -> None:
+        """Warm up and capture.
+
+        Raises:
+            RuntimeError: The network does something that cannot be captured.
+        """
+        self._images = images.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.device(images.device), torch.cuda.stream(side):
+            for _ in range(3):
+                network(self._images)
+            side.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+                self._outputs = network(self._images)
+        # The head makes anchors for a shape and lets them go when another comes: the graph still reads these.
+        modules = _inner(network).modules()
+        self._read = [value for module in modules for value in vars(module).values() if isinstance(value, Tensor)]
+
+    def __call__(self, images: Tensor) -> Any:
+        """Outputs in memory of their own."""
+        self._images.copy_(images)
+        self._graph.replay()
+        return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self._outputs)
+
+
+class FlashPredictorMixin(_PredictorBase):
+    """Runs the network of a predictor from graphs; first base of a class generated for each predictor."""
+
+    _flash_graphs: PredictGraphs
+
+    def setup_model(self, *args: Any, **kwargs: Any) -> None:
+        """Begin without graphs: the network is another one."""
+        self._flash_graphs = PredictGraphs()
+        super().setup_model(*args, **kwargs)
+
+    def inference(self, im: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the predictor does it; plain forwards of a PyTorch model on a GPU by replay."""
+        model: Any = self.model
+        special = args or kwargs or self.args.augment or self.args.embed or self.args.visualize
+        if special or not _has_graphs(im) or getattr(model, "format", "") != "pt":
+            return super().inference(im, *args, **kwargs)
+        return self._flash_graphs(model, im)
+
+
+def _has_graphs(images: Tensor) -> bool:
+    return images.is_cuda and not torch.version.hip
+
+
+@functools.lru_cache
+def predictor_class(base: type) -> type:
+    """Our predictor on top of `base`, any predictor class of Ultralytics or of a user."""
+    return base if issubclass(base, FlashPredictorMixin) else type(base.__name__, (FlashPredictorMixin, base), {})
+
+
+def _inner(network: Any) -> nn.Module:
+    """The model in Ultralytics' AutoBackend, which is none of its submodules."""
+    model = getattr(network, "model", None)
+    return model if isinstance(model, nn.Module) else network
+
+
+def _head(model: Any) -> tuple[Any, ...]:
+    """The settings of the model's head, such as `max_det`, some of which a call of `predict` sets."""
+    layers = getattr(model, "model", None)
+    values = vars(layers[-1]) if isinstance(layers, nn.Sequential) else {}
+    return tuple((name, value) for name, value in values.items() if isinstance(value, (bool, int, float, str)))
