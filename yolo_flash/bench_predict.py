@@ -19,9 +19,10 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 from ultralytics.utils.torch_utils import init_seeds
 
 from .backends import BACKENDS
-from .bench_process import UNPATCHED, Job, serve
+from .bench_process import GRAPHS, UNPATCHED, Job, serve
 from .bench_rounds import bench
 from .config import FlashConfig
+from .graphed_predict import PredictGraphs
 from .machine import Machine, detect
 from .patch import patch_modules
 from .planning import Shot, make_plan
@@ -33,6 +34,7 @@ class PredictJob(Job):
     """What `bench predict` measures: a model of any task.
 
     Without `arms`, `unpatched`, which is stock Ultralytics, and all backends that can run the model here, and `auto`.
+    On an NVIDIA GPU there is also `graphs`: `auto`, with the network from a CUDA graph.
     `amp` is `fp32`, as Ultralytics predicts by default, or `fp16`, its `quantize=16`.
     """
 
@@ -90,13 +92,14 @@ class Prediction:
         init_seeds(0, deterministic=False)
         model: Any = YOLO(job.model).model
         if arm != UNPATCHED:
-            patch_modules(model, FlashConfig(backend=arm))
+            patch_modules(model, FlashConfig(backend="auto" if arm == GRAPHS else arm))
         half: dict[str, Any] = {"quantize": 16} if "quantize" in DEFAULT_CFG_DICT else {"half": True}
         predictor = BasePredictor(overrides={"verbose": False} | (half if job.amp == "fp16" else {}))
         device = job.torch_device()
         predictor.args.device = device if device.type == "cuda" else "cpu"  # a string sets the threads, as predict does
         predictor.setup_model(model, verbose=False)
         self.network: Any = predictor.model
+        self.graphs = PredictGraphs() if arm == GRAPHS else None
         self.device = device
 
     def parts(self, imgsz: int, batch: int) -> dict[str, Callable[[], None]]:
@@ -106,7 +109,12 @@ class Prediction:
 
         def forward() -> None:
             with torch.inference_mode():
-                self.network(images)
+                if self.graphs is None:
+                    self.network(images)
+                else:
+                    self.graphs(self.network, images)
+                    if self.graphs.why_not:
+                        raise RuntimeError(self.graphs.why_not)
 
         return {"kernel_ms": forward}
 

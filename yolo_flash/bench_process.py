@@ -27,6 +27,7 @@ from .measuring import GIB
 from .telemetry import peak_memory_gib
 
 UNPATCHED = "unpatched"  # an arm without the plugin
+GRAPHS = "graphs"  # an arm with the backends of `auto`, from CUDA graphs
 _READY, _GO = "ready", "go\n"  # what a process says that has warmed up, and what the parent says when its turn comes
 
 
@@ -110,6 +111,17 @@ class Job(BaseJob):
     steps: int = 10
 
     at_least: ClassVar[dict[str, int]] = {"batch": 1, "rounds": 1, "steps": 1}
+
+    def check_arm(self, arm: str) -> None:
+        """As in `BaseJob`; `graphs` is no backend, and needs a GPU.
+
+        Raises:
+            ValueError: The arm does not exist, or there is no GPU.
+        """
+        if arm != GRAPHS:
+            super().check_arm(arm)
+        elif self.torch_device().type != "cuda":
+            raise ValueError("the arm graphs needs an NVIDIA GPU.")
 
 
 class Subject(Protocol):

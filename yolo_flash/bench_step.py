@@ -18,14 +18,13 @@ from ultralytics.cfg import get_cfg
 from ultralytics.utils.torch_utils import ModelEMA, init_seeds
 
 from . import fixed_loss
-from .bench_process import UNPATCHED, Job, serve
+from .bench_process import GRAPHS, UNPATCHED, Job, serve
 from .capture import answer_step, capture_step
 from .config import FlashConfig
 from .fixed_loss import Capacity
 from .graphs import GraphedStep
 from .patch import patch_modules
 
-GRAPHS = "graphs"  # an arm with the backends of `auto`, whose network and loss run from CUDA graphs
 NCHW = "nchw"  # an arm without the plugin and without channels_last, in which Ultralytics trains on CUDA
 
 
@@ -63,17 +62,6 @@ class StepJob(Job):
         super().__post_init__()
         if not self.arms:
             raise ValueError(f"arms must name at least one of {', '.join(self.stock_arms)}, auto or a backend.")
-
-    def check_arm(self, arm: str) -> None:
-        """As in `Job`; `graphs` is no backend, and needs a GPU.
-
-        Raises:
-            ValueError: The arm does not exist, or cannot run on the device.
-        """
-        if arm != GRAPHS:
-            super().check_arm(arm)
-        elif self.torch_device().type != "cuda":
-            raise ValueError("the arm graphs needs an NVIDIA GPU.")
 
 
 class Step:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from ultralytics import YOLO
+from ultralytics import ASSETS, YOLO
+from ultralytics.cfg import get_cfg
 
 from tests.counting import randomise, run_out_of_memory_once
 from tests.test_patch import load_without_plugin, patched_layers
 from tests.test_telemetry import events
 from yolo_flash import FlashConfig, patch_model
+from yolo_flash.capture import answer_step, capture_step
+from yolo_flash.fixed_loss import Capacity, needed, pad_targets
+from yolo_flash.graphed_predict import FlashPredictorMixin
 from yolo_flash.graphed_step import FlashGraphError
-from yolo_flash.graphs import GraphedStep
+from yolo_flash.graphs import EarlyCopy, GraphedStep
 from yolo_flash.patch import patch_modules
 
 pytestmark = [
@@ -197,6 +202,113 @@ def test_a_backward_after_another_replay_is_refused() -> None:
         sum(out.float().sum() for out in outputs if out.requires_grad).backward()  # type: ignore[union-attr]
 
 
+# With the loss --------------------------------------------------------------------------------------------------------
+def a_batch(of_image: list[int], seed: int, images: int = 4, side: int = 128) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Boxes on the CPU, and the whole batch on the device."""
+    source = torch.Generator().manual_seed(seed)
+    count = len(of_image)
+    boxes = {
+        "batch_idx": torch.tensor(of_image, dtype=torch.float32),
+        "cls": torch.randint(0, 80, (count, 1), generator=source).float(),
+        "bboxes": torch.rand(count, 4, generator=source) * 0.4 + 0.3,
+    }
+    pictures = torch.rand(images, 3, side, side, generator=source)
+    return boxes, {**{name: value.cuda() for name, value in boxes.items()}, "img": pictures.cuda()}
+
+
+def with_loss(
+    model: Any, dtype: torch.dtype, shared: bool = False
+) -> tuple[Callable[[dict[str, Any], dict[str, Any]], Any], GraphedStep]:
+    """Forward of a batch by replay."""
+    model.args = get_cfg()
+    model.criterion = model.init_criterion()
+    boxes, batch = a_batch([0] * 9 + [1] * 4 + [3] * 7, 0)
+    capacity = Capacity().grown(needed(boxes, 4, (128, 128), model.criterion))
+    with autocast(dtype):
+        targets = pad_targets(boxes, 4, capacity.boxes)
+        captured, why_not = capture_step(model, batch, targets, capacity, shared)
+    assert why_not == ""
+
+    def run(boxes: dict[str, Any], batch: dict[str, Any]) -> Any:
+        assert capacity.holds(needed(boxes, 4, (128, 128), model.criterion))
+        answer_step(model, captured, batch, pad_targets(boxes, 4, capacity.boxes))
+        return model(batch)
+
+    return run, captured
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("config", ["yolo12n.yaml", "yolo26n.yaml"])
+def test_replays_with_their_loss_are_eager_steps(config: str, dtype: torch.dtype, shared: bool) -> None:
+    """Losses, loss items and accumulated gradients, each as near to eager as eager is to itself."""
+    first = network(config)
+    second, third = copy.deepcopy(first), copy.deepcopy(first)
+    replay, _ = with_loss(third, dtype, shared)
+    for model in (first, second):
+        model.args = get_cfg()
+    crowds = [[0] * 9 + [1] * 4 + [3] * 7, [2], [], [0] * 12 + [1] * 2]
+    for seed, of_image in enumerate(crowds):
+        if seed % 2 == 0:
+            for model in (first, second, third):
+                model.zero_grad()
+        boxes, batch = a_batch(of_image, seed)
+        found = []
+        for run in (lambda *given: first(given[1]), lambda *given: second(given[1]), replay):
+            with autocast(dtype):
+                losses, items = run(boxes, batch)
+            (losses.sum() * 32).backward()
+            found.append(torch.cat((losses.detach(), torch.stack(list(items.values())))))
+        assert list(items) == list(first(batch)[1])
+        eager, again, replayed = found
+        assert off(replayed, eager) <= max(2 * off(again, eager), 1e-5)
+        if seed % 2:
+            noise = off(gradients(second), gradients(first))
+            assert off(gradients(third), gradients(first)) <= max(2 * noise, 1e-5)
+
+
+def test_hooks_of_parameters_are_called() -> None:
+    model = network()
+    replay, _ = with_loss(model, torch.float16)
+    weight = model.model[0].conv.weight
+    seen: list[Tensor] = []
+    handles = [
+        weight.register_hook(lambda gradient: seen.append(gradient.clone())),
+        model.model[1].conv.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone())),
+    ]
+    replay(*a_batch([0, 1], 1))[0].sum().backward()
+    assert len(seen) == 2
+    assert any(torch.equal(value, weight.grad) for value in seen)
+    for handle in handles:
+        handle.remove()
+    replay(*a_batch([0, 1], 1))[0].sum().backward()
+    assert len(seen) == 2
+
+
+def test_a_second_backward_is_refused() -> None:
+    model = network()
+    replay, _ = with_loss(model, torch.float16)
+    losses, _ = replay(*a_batch([0, 1], 1))
+    losses.sum().backward(retain_graph=True)
+    with pytest.raises(FlashGraphError, match="differentiated twice"):
+        losses.sum().backward()
+
+
+def test_numbers_are_on_the_cpu_before_later_work_is_done() -> None:
+    values = {"box": torch.tensor(1.5, device="cuda"), "cls": torch.tensor(2.5, device="cuda")}
+    assert EarlyCopy.possible(values)
+    copied = EarlyCopy(values)
+    torch.cuda._sleep(10**9)  # half a second
+    values["box"].fill_(7)
+    found = copied.read()
+    assert not torch.cuda.current_stream().query()
+    assert {name: float(value) for name, value in found.items()} == {"box": 1.5, "cls": 2.5}
+    assert {value.device.type for value in found.values()} == {"cpu"}
+    assert not EarlyCopy.possible({"box": 1.5})
+    assert not EarlyCopy.possible(None)
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
 def train(args: dict[str, Any], model: str = "yolo12n.yaml", **settings: Any) -> tuple[Any, list[float], list[Any]]:
     """A run of eight steps; the wrapper, its loss at every epoch, and its events."""
     losses: list[float] = []
@@ -207,8 +319,10 @@ def train(args: dict[str, Any], model: str = "yolo12n.yaml", **settings: Any) ->
     return yolo, losses, events(yolo)
 
 
-@pytest.mark.parametrize("amp", [True, "bf16", False], ids=["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("model", ["yolo12n.yaml", "yolo26n.yaml"])
+@pytest.mark.parametrize(
+    ("model", "amp"),
+    [("yolo12n.yaml", True), ("yolo12n.yaml", "bf16"), ("yolo12n.yaml", False), ("yolo26n.yaml", True)],
+)
 def test_a_run_from_graphs_is_a_run(model: str, amp: Any, tiny_args: dict[str, Any]) -> None:
     arguments = {**tiny_args, "amp": amp, "epochs": 4}
     eager = train(arguments, model, graphs="off")[1]
@@ -218,6 +332,7 @@ def test_a_run_from_graphs_is_a_run(model: str, amp: Any, tiny_args: dict[str, A
     (told,) = [event for event in written if event["event"] == "graphs"]
     assert told["why_not"] == ""
     assert told["pool_bytes"] > 0
+    assert told["boxes"] > 0
     first, second = [event for event in written if event["event"] == "kernels"]
     assert (first["graphs"], second["graphs"]) == (False, True)
     launched = first["counts"].keys() & second["counts"].keys()  # of kernels; operators are Python's
@@ -272,3 +387,33 @@ def test_validation_without_memory_frees_the_graphs(tiny_args: dict[str, Any], m
     yolo.train(**{**tiny_args, "device": 0, "imgsz": 128, "epochs": 3})
     assert failed == [True]
     assert "validation" in yolo.trainer._flash_graphs.why_not
+
+
+def test_a_segmentation_runs_from_graphs_without_its_loss(coco8: str, tiny_args: dict[str, Any]) -> None:
+    """Of other tasks the network alone is captured."""
+    model = YOLO("yolo11n-seg.yaml").model.cuda().train()
+    captured = capture(model, torch.rand(2, 3, 64, 64, device="cuda"), torch.float16)
+    outputs = [out for out in flat(captured(torch.rand(2, 3, 64, 64, device="cuda"))) if out.requires_grad]
+    sum(out.float().mean() for out in outputs).backward()  # type: ignore[union-attr]
+    assert gradients(model).isfinite().all()
+
+
+# Prediction -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("config", ["yolo12n.yaml", "yolo26n.yaml", "yolo11n-seg.yaml"])
+def test_predictions_from_graphs_are_those_without(config: str, half: bool) -> None:
+    torch.manual_seed(0)
+    model = patch_model(YOLO(config))
+    say: dict[str, Any] = {"conf": 1e-5, "verbose": False, "device": 0, "quantize": 16 if half else None}
+    pictures = [str(ASSETS / name) for name in ("bus.jpg", "zidane.jpg")] * 3
+    wanted = [result.boxes.data for result in model.predict(pictures, imgsz=320, **say)]
+    patch_model(model, graphs_predict=True)
+    for side in (320, 160, 320):  # the head's anchors are other ones in between
+        found = [result.boxes.data for result in model.predict(pictures, imgsz=side, **say)]
+        if side == 320:
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a, b)
+    predictor: Any = model.predictor
+    assert isinstance(predictor, FlashPredictorMixin)
+    assert predictor._flash_graphs.why_not == ""
+    assert len(predictor._flash_graphs._graphs) == 4  # two shapes of pictures at two sizes
