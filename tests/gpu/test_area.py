@@ -41,7 +41,6 @@ def flash(qkv: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     groups, tokens, heads, width = qkv.shape
     spec = AttentionSpec(groups, heads, tokens, tokens, dim, width - 2 * dim, qkv.dtype, "nhwc")
     run = BACKENDS["sdpa_flash"].run
-    assert run is not None
     return run(qkv, spec)
 
 

@@ -89,7 +89,7 @@ def area_attention(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
         ValueError: `qkv` has another shape, or a head_dim is above 128.
         NotImplementedError: In a second backward, through the gradients of the first.
     """
-    out, image, _ = torch.ops.yolo_flash.area_attention(qkv, head_dim)
+    out, image, _ = call("area_attention", qkv, head_dim)
     return out, image
 
 
@@ -122,6 +122,12 @@ def _backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dimage: Tenso
     return dqkv
 
 
+def try_backward(qkv: Tensor, head_dim: int) -> None:
+    """Let a backward that cannot run be noticed before its forward: see `_try_backward`."""
+    if qkv.is_cuda and type(qkv) is Tensor and qkv.numel():  # neither in Triton's interpreter nor under a tracer
+        _try_backward(qkv.shape[1], qkv.shape[3], head_dim, qkv.dtype, qkv.device)
+
+
 @functools.lru_cache(maxsize=256)
 def _try_backward(seq_len: int, packed: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
     """Compile and run the backward on one head, once for a shape.
@@ -138,8 +144,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor, Te
     out, _, lse = output
     ctx.save_for_backward(qkv, out, lse)
     ctx.mark_non_differentiable(lse)
-    if qkv.is_cuda and type(qkv) is Tensor and qkv.numel():  # neither in Triton's interpreter nor under a tracer
-        _try_backward(qkv.shape[1], qkv.shape[3], ctx.head_dim, qkv.dtype, qkv.device)
+    try_backward(qkv, ctx.head_dim)
     ctx.set_materialize_grads(False)
 
 
@@ -149,7 +154,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dimage: Tensor | None, dlse: N
         return None, None
     dout = torch.zeros_like(out) if dout is None else dout
     dimage = torch.zeros_like(out) if dimage is None else dimage
-    return torch.ops.yolo_flash.area_attention_backward(qkv, out, lse, dout, dimage, ctx.head_dim), None
+    return call("area_attention_backward", qkv, out, lse, dout, dimage, ctx.head_dim), None
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> Any:
@@ -168,6 +173,18 @@ torch.library.register_fake(
 )
 torch.library.register_autograd("yolo_flash::area_attention", _differentiate, setup_context=_save, lib=_library)
 torch.library.register_autograd("yolo_flash::area_attention_backward", _refuse, lib=_library)
+
+_operators = {
+    name: getattr(torch.ops.yolo_flash, name).default for name in ("area_attention", "area_attention_backward")
+}
+
+
+def call(name: str, *args: Any) -> Any:
+    """Call an operator; without gradients past what autograd has registered for it, which is slow Python."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _operators[name](*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _operators[name](*args)
 
 
 # Launch ---------------------------------------------------------------------------------------------------------------
