@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -201,20 +202,53 @@ def launch(kernel: Kernel, qkv: Tensor, head_dim: int, tensors: tuple[Tensor, ..
     if qkv.numel() == 0:
         return
     device = qkv.device.index
-    sizes = tuple(qkv.shape)
-    function, grid, scalars, constants = _prepare(kernel, sizes, head_dim, device, tiles)
+    kinds = tuple((t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
+    start = _prepare(kernel, qkv.shape, head_dim, device, kinds, tiles)
     if device is None or device == torch.cuda.current_device():
-        function[grid](*tensors, *scalars, **constants)
+        start(tensors)
     else:
         with torch.cuda.device(device):
-            function[grid](*tensors, *scalars, **constants)
+            start(tensors)
+
+
+class _Launcher:
+    """Starts one kernel on tensors of the same shapes, dtypes and alignments, on one device.
+
+    The first launch is Triton's, which compiles. Triton looks at every argument again in each of its launches, which
+    takes the host longer than the kernel takes the GPU: the others call the compiled kernel.
+    """
+
+    def __init__(
+        self,
+        function: Any,
+        programs: int,
+        scalars: tuple[int, int, float],
+        constants: dict[str, Any],
+        options: dict[str, int],
+    ) -> None:
+        self._function, self._grid = function, (programs, 1, 1)
+        self._arguments = (*scalars, *constants.values())  # in the order of the kernels' signatures
+        self._options = options
+        self._run: Callable[..., object] | None = None
+
+    def __call__(self, tensors: tuple[Tensor, ...]) -> None:
+        if self._run is not None:
+            self._run(*tensors, *self._arguments)
+            return
+        compiled = self._function[self._grid](*tensors, *self._arguments, **self._options)
+        self._run = None if compiled is None else compiled[self._grid]  # Triton's interpreter compiles nothing
 
 
 @functools.lru_cache(maxsize=1024)
 def _prepare(
-    kernel: Kernel, sizes: tuple[int, ...], head_dim: int, device: int | None, tiles: Tiles | None
-) -> tuple[Any, tuple[int], tuple[int, int, float], dict[str, Any]]:
-    """The kernel's function, its grid, its scalar arguments and its constants."""
+    kernel: Kernel,
+    sizes: tuple[int, ...],
+    head_dim: int,
+    device: int | None,
+    kinds: tuple[tuple[torch.dtype, bool], ...],
+    tiles: Tiles | None,
+) -> _Launcher:
+    """The launcher of a kernel for all that Triton compiles it for: `kinds` are dtype and alignment of each tensor."""
     import triton
 
     from . import area_triton
@@ -236,13 +270,13 @@ def _prepare(
         "TAIL": _tail(seq_len, tiles.block),
         "STAGES": tiles.num_stages,
         "PTX": not interpreted,
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
     }
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     if tiles.max_registers is not None:
-        constants["maxnreg"] = tiles.max_registers
-    grid = (-(-seq_len // tiles.rows) * groups * num_heads,)
-    return function, grid, (seq_len, num_heads, math.log2(math.e) * head_dim**-0.5), constants
+        options["maxnreg"] = tiles.max_registers
+    programs = -(-seq_len // tiles.rows) * groups * num_heads
+    scalars = seq_len, num_heads, math.log2(math.e) * head_dim**-0.5
+    return _Launcher(function, programs, scalars, constants, options)
 
 
 def _tail(seq_len: int, tile: int) -> int:
