@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .kernels import area
 from .machine import Machine, cudnn_release, dotted, release
@@ -250,12 +249,12 @@ def _attend(
     copies with zero channels up to `dim_qk` and `dim_v`: zeros change neither a score nor a channel that is kept. The
     scale is that of the true head_dim.
     """
-    q, k, v = packed.split([spec.head_dim, spec.head_dim, spec.head_dim_v], dim=-1)
-    image = v.contiguous()
     if dim_qk > spec.head_dim:
-        q, k = pad(q, (0, dim_qk - spec.head_dim)), pad(k, (0, dim_qk - spec.head_dim))
-    if dim_v > spec.head_dim_v:
-        v = pad(v, (0, dim_v - spec.head_dim_v))
+        both, v = packed.split([2 * spec.head_dim, spec.head_dim_v], dim=-1)
+        q, k = _widen(both.unflatten(-1, (2, spec.head_dim)), dim_qk).unbind(-2)
+    else:
+        q, k, v = packed.split([spec.head_dim, spec.head_dim, spec.head_dim_v], dim=-1)
+    image, v = v.contiguous(), _widen(v, dim_v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out, *rest = op(q, k, v, *args, scale=spec.head_dim**-0.5)
     return _narrow(out, spec.head_dim_v).contiguous(), image, q, k, v, out, *rest
@@ -271,11 +270,15 @@ def _differentiate(
 ) -> Tensor:
     """Call the aten operator that autograd would call, without a graph; the gradient of the packed tensor."""
     q, k, v, out, *_ = kept
-    if out.shape[-1] > spec.head_dim_v:
-        dout = pad(dout, (0, out.shape[-1] - spec.head_dim_v))
+    dout = _widen(dout, out.shape[-1])
     grads = op(dout.transpose(1, 2), q, k, v, *args, scale=spec.head_dim**-0.5)
     dq, dk, through_scores = map(_narrow, grads, (spec.head_dim, spec.head_dim, spec.head_dim_v))
     return torch.cat((dq, dk, through_scores + dv), dim=-1)
+
+
+def _widen(t: Tensor, dim: int) -> Tensor:
+    """Zero channels behind those of `t`, up to `dim`."""
+    return t if t.shape[-1] == dim else torch.constant_pad_nd(t, (0, dim - t.shape[-1]))
 
 
 def _narrow(t: Tensor, dim: int) -> Tensor:
