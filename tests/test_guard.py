@@ -18,7 +18,7 @@ from tests.counting import AttentionCalls
 from tests.test_blocks import LAYOUTS, channels, make, patched
 from yolo_flash import FlashConfig, FlashKernelError
 from yolo_flash.backends import BACKENDS, AttentionSpec
-from yolo_flash.machine import detect
+from yolo_flash.machine import detect, release
 from yolo_flash.patch import patch_modules
 from yolo_flash.runtime import Runtime
 from yolo_flash.selector import Trial
@@ -61,6 +61,8 @@ class Backwards(TorchDispatchMode):
 )
 def test_the_backward_operator_is_called_as_autograd_calls_it(name: str, device: str, dims: tuple[int, int]) -> None:
     """On meta tensors the operators are those of a GPU."""
+    if name == "sdpa_cudnn" and release(torch.__version__) < (2, 6):
+        pytest.skip("the backend refuses this torch")
     backend, dtype = BACKENDS[name], torch.float32 if device == "cpu" else torch.float16
     assert backend.forward is not None
     assert backend.backward is not None
@@ -219,7 +221,7 @@ def test_a_plan_is_found_again_and_never_stale() -> None:
     runtime, x = block._flash_runtime, torch.randn(4, 64, 16, 16)
     spec, backend = block._plan(x)
     assert backend == "sdpa_flash"
-    assert spec == block._spec(x)
+    assert spec == AttentionSpec(*block._spec_fields(x))
     assert block._plan(x)[0] is spec
 
     with torch.no_grad():

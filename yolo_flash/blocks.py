@@ -63,17 +63,11 @@ class FlashBlock(StockPickle):
             spec, backend = runtime.plan(fields, choice, x.device)
         return None if BACKENDS[backend].forward is None else (spec, backend)
 
-    def _spec(self, x: Tensor) -> AttentionSpec | None:
-        fields = self._spec_fields(x)
-        return None if fields is None else AttentionSpec(*fields)
-
     def _spec_fields(self, x: Tensor) -> tuple[Any, ...] | None:
         batch, _, height, width = x.shape
-        return _spec_fields(
-            *(self, type(self), batch, height * width, _compute_dtype(x)),
-            *(memory_format(x) is torch.channels_last, torch.is_grad_enabled()),
-            torch.are_deterministic_algorithms_enabled(),
-        )
+        nhwc = memory_format(x) is torch.channels_last
+        modes = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
+        return _spec_fields(self, type(self), batch, height * width, _compute_dtype(x), nhwc, *modes)
 
 
 class FlashAAttn(FlashBlock, AAttn):
