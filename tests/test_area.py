@@ -5,6 +5,7 @@ The interpreter multiplies no bfloat16, and float32, which the kernels take but 
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -198,6 +199,72 @@ def test_the_backward_is_tried_once_on_one_head() -> None:
     for _ in range(2):
         area._try_backward(33, 96, 32, HALF, torch.device(DEVICE))
     assert area._try_backward.cache_info().misses == 1
+
+
+def test_a_second_launch_goes_to_the_compiled_kernel() -> None:
+    """With every argument, in order: a kernel has no keywords any more."""
+    launches: list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    class Kernel:
+        def __init__(self, name: str, compiled: Any) -> None:
+            self.name, self.compiled = name, compiled
+
+        def __getitem__(self, grid: Any) -> Any:
+            def run(*args: Any, **options: Any) -> Any:
+                launches.append((self.name, grid, args, options))
+                return self.compiled
+
+            return run
+
+    tensors = (torch.ones(1),)
+    start = area._Launcher(Kernel("jit", Kernel("compiled", None)), 5, (1, 2, 0.5), {"DIM": 32}, {"num_warps": 4})
+    for _ in range(3):
+        start(tensors)
+    arguments = (*tensors, 1, 2, 0.5, 32)
+    assert launches == [
+        ("jit", (5, 1, 1), arguments, {"num_warps": 4}),
+        ("compiled", (5, 1, 1), arguments, {}),
+        ("compiled", (5, 1, 1), arguments, {}),
+    ]
+
+
+@pytest.mark.parametrize("kernel", ["area_forward", "area_backward_q", "area_backward_kv"])
+def test_arguments_are_in_the_order_of_the_signature(kernel: area.Kernel) -> None:
+    from yolo_flash.kernels import area_triton
+
+    names = list(inspect.signature(getattr(area_triton, kernel).fn).parameters)
+    shape = (2, 100, 3, 2 * 24 + 40)
+    start = area._prepare(kernel, shape, 24, 0 if DEVICE == "cuda" else None, (), area.Tiles(64, 32, 4, 3))
+    assert dict(zip(names[-13:], start._arguments, strict=True)) == {
+        "seq_len": 100,
+        "num_heads": 3,
+        "scale": math.log2(math.e) * 24**-0.5,
+        "DIM": 24,
+        "DIM_V": 40,
+        "WIDTH": 32,
+        "WIDTH_V": 64,
+        "ROWS": 64,
+        "ROWS_TAIL": 64,
+        "BLOCK": 32,
+        "TAIL": 16,
+        "STAGES": 3,
+        "PTX": DEVICE == "cuda",
+    }
+
+
+def test_what_triton_compiles_apart_has_launchers_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled kernel reads any memory as that which it was compiled for."""
+    prepared: list[Any] = []
+
+    def remember(key: Any) -> Any:
+        prepared.append(key)
+        return lambda tensors: None
+
+    monkeypatch.setattr(area, "_prepare", lambda *key: remember(key))
+    memory = torch.zeros(2 * 96 + 1, dtype=HALF, device=DEVICE)
+    for qkv in (memory[:-1], memory[1:], memory[:-1].float()):
+        area.launch("area_forward", qkv.view(1, 2, 1, 96), 32, (qkv,))
+    assert [key[4] for key in prepared] == [((HALF, True),), ((HALF, False),), ((torch.float32, True),)]
 
 
 def test_the_statistics_are_the_logarithms_of_the_sums() -> None:

@@ -37,7 +37,7 @@ def another_arm(monkeypatch: pytest.MonkeyPatch) -> Install:
     """Let `sdpa_cudnn` run on the CPU, by this function and within these limits."""
 
     def install(run: Run, limits: Callable[[AttentionSpec, Machine], Iterator[str]] = lambda *_: iter(())) -> None:
-        backend = dataclasses.replace(BACKENDS["sdpa_cudnn"], run=run, limits=limits)
+        backend = dataclasses.replace(BACKENDS["sdpa_cudnn"], forward=run, backward=None, limits=limits)
         monkeypatch.setitem(BACKENDS, "sdpa_cudnn", backend)
 
     return install
@@ -134,7 +134,6 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 # Arms -----------------------------------------------------------------------------------------------------------------
 def flash(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     run = BACKENDS["sdpa_flash"].run
-    assert run is not None
     return run(packed, spec)
 
 

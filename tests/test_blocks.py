@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -120,7 +121,6 @@ def test_no_copy_of_q_k_and_v_in_channels_last(monkeypatch: pytest.MonkeyPatch) 
     block: Any = patched(make("area4")).to(memory_format=torch.channels_last)
     storages = []
     run_flash = backends_module.BACKENDS["sdpa_flash"].run
-    assert run_flash is not None
 
     def spy(packed: Tensor, spec: backends_module.AttentionSpec) -> tuple[Tensor, Tensor]:
         storages.append(packed.untyped_storage().data_ptr())
@@ -149,7 +149,7 @@ def test_the_layout_of_a_slice_of_channels_is_seen() -> None:
     block: Any = patched(make("psa"))
     for layout, name in ((torch.channels_last, "nhwc"), (torch.contiguous_format, "nchw")):
         x = torch.randn(2, 256, 5, 6).to(memory_format=layout)[:, 128:]
-        spec = block._spec(x)
+        spec = block._plan(x)[0]
         assert spec.layout == name
         with torch.no_grad():
             assert block.qkv(x).is_contiguous(memory_format=layout)
@@ -164,20 +164,15 @@ def test_gradients_arrive_in_the_layout_that_each_neighbour_needs(
     """The flash backward reads garbage, and BatchNorm's may, from a gradient that lies otherwise."""
     block: Any = patched(make(kind)).to(memory_format=LAYOUTS[layout])
     flash = backends_module.BACKENDS["sdpa_flash"]
-    last_strides: list[int] = []
+    contiguous: list[bool] = []
     in_layout: list[bool] = []
 
-    def spy(packed: Tensor, spec: backends_module.AttentionSpec) -> tuple[Tensor, Tensor]:
-        out, v = flash.run(packed, spec)  # type: ignore[misc]
-        for result in (out, v):
-            result.register_hook(lambda grad: last_strides.append(grad.stride(-1)))
-        return out, v
+    def spy(packed: Tensor, kept: Any, dout: Tensor, dv: Tensor, spec: backends_module.AttentionSpec) -> Tensor:
+        assert flash.backward is not None
+        contiguous.extend((dout.is_contiguous(), dv.is_contiguous()))
+        return flash.backward(packed, kept, dout, dv, spec)
 
-    monkeypatch.setitem(
-        backends_module.BACKENDS,
-        "sdpa_flash",
-        backends_module.Backend("sdpa_flash", flash.limits, spy, flash.reproducible),
-    )
+    monkeypatch.setitem(backends_module.BACKENDS, "sdpa_flash", dataclasses.replace(flash, backward=spy))
     for convolution in (block.qkv, block.pe):
         convolution.register_forward_hook(
             lambda module, args, out: (
@@ -187,7 +182,7 @@ def test_gradients_arrive_in_the_layout_that_each_neighbour_needs(
         )
     x = torch.randn(batch, channels(block), 8, 6).to(memory_format=LAYOUTS[layout])
     block(x).square().sum().backward()
-    assert last_strides == [1, 1]
+    assert contiguous == [True, True]
     assert in_layout == [True, True]
 
 
@@ -218,12 +213,12 @@ def test_a_lack_of_memory_by_any_name_is_left_to_the_trainer(message: str, monke
 def test_the_determinism_that_torch_is_asked_for_reaches_the_spec() -> None:
     block: Any = patched(make("area1"))
     x = torch.randn(2, 64, 8, 8)
-    assert block._spec(x).deterministic is False
+    assert block._plan(x)[0].deterministic is False
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        assert block._spec(x).deterministic is True
+        assert block._plan(x)[0].deterministic is True
         with torch.no_grad():
-            assert block._spec(x).deterministic is False  # it matters to the backward alone
+            assert block._plan(x)[0].deterministic is False  # it matters to the backward alone
     finally:
         torch.use_deterministic_algorithms(False)
 

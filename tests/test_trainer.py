@@ -107,14 +107,14 @@ class Decided(Phases):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.decided: Counter[tuple[str, str]] = Counter()
-        choose = FlashBlock._choose
+        choose = FlashBlock._plan
 
-        def spy(block: FlashBlock, spec: AttentionSpec, device: torch.device) -> str:
-            backend = choose(block, spec, device)
-            self.decided[self.phase, backend] += 1
-            return backend
+        def spy(block: FlashBlock, x: torch.Tensor) -> tuple[AttentionSpec, str] | None:
+            plan = choose(block, x)
+            self.decided[self.phase, "stock" if plan is None else plan[1]] += 1
+            return plan
 
-        monkeypatch.setattr(FlashBlock, "_choose", spy)
+        monkeypatch.setattr(FlashBlock, "_plan", spy)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         fused = "_scaled_dot_product" in func.name() or "area_attention" in func.name()
@@ -374,10 +374,9 @@ class _FailingBackward(torch.autograd.Function):
 
 def cudnn_with_a_failing_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     flash = backends_module.BACKENDS["sdpa_flash"]
-    assert flash.run is not None
 
     def run(packed: torch.Tensor, spec: backends_module.AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        return flash.run(_FailingBackward.apply(packed) if packed.requires_grad else packed, spec)  # type: ignore[misc]
+        return flash.run(_FailingBackward.apply(packed) if packed.requires_grad else packed, spec)
 
     broken = backends_module.Backend("sdpa_cudnn", lambda spec, machine: iter(()), run, lambda machine: True)
     monkeypatch.setitem(backends_module.BACKENDS, "sdpa_cudnn", broken)

@@ -88,7 +88,7 @@ class _Arm:
                 )
             )
         block.qkv, block.pe, block.proj = _Given(), _Faint(spec.seq_len_k), nn.Identity()
-        if BACKENDS[backend].run is not None:
+        if BACKENDS[backend].forward is not None:
             runtime = Runtime(FlashConfig(backend=backend))
             become(block, BLOCKS[type(block)], layer="", choice=backend, runtime=runtime)
         self.block = block.train(spec.training)

@@ -8,13 +8,12 @@ switches of the whole process, and two threads would see each other's. The price
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .kernels import area
 from .machine import Machine, cudnn_release, dotted, release
@@ -92,18 +91,27 @@ class Backend:
     Attributes:
         name: As written in YAML and in logs.
         limits: Yields, for a spec and a machine, why the backend cannot run; nothing when it can. Never touches a GPU.
-        run: `(packed, spec) -> (out, v)` with packed `[batch, seq_len, num_heads, 2*head_dim + head_dim_v]`, of any
-            strides but unit last, and out and v both contiguous `[batch, seq_len, num_heads, head_dim_v]`. None for
-            `stock`, which is the block's own forward.
+        forward: `(packed, spec) -> (out, v, *kept)` with packed `[batch, seq_len, num_heads, 2*head_dim + head_dim_v]`,
+            of any strides but unit last, and out and v both contiguous `[batch, seq_len, num_heads, head_dim_v]`.
+            Autograd can differentiate it. None for `stock`, which is the block's own forward.
         reproducible: Whether the backward gives the same bits every time, on a machine.
         operators: Names of the operators, one of which each forward calls: a profile proves the backend by them.
+        backward: `(packed, kept, dout, dv, spec) -> gradient of packed`, contiguous as are dout and dv; kept are the
+            tensors among what the forward gave behind v. None: autograd runs the forward again for its gradient.
     """
 
     name: str
     limits: Callable[[AttentionSpec, Machine], Iterator[str]]
-    run: Callable[[Tensor, AttentionSpec], tuple[Tensor, Tensor]] | None
+    forward: Callable[[Tensor, AttentionSpec], tuple[Any, ...]] | None
     reproducible: Callable[[Machine], bool]
     operators: tuple[str, ...] = ()
+    backward: Callable[[Tensor, Sequence[Any], Tensor, Tensor, AttentionSpec], Tensor] | None = None
+
+    def run(self, packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        """Attention and v, as `forward` gives them."""
+        assert self.forward is not None
+        out, v, *_ = self.forward(packed, spec)
+        return out, v
 
     @property
     def fused(self) -> bool:
@@ -233,52 +241,114 @@ def _aotriton_limits(machine: Machine) -> Iterator[str]:
 
 # Runs -----------------------------------------------------------------------------------------------------------------
 def _attend(
-    packed: Tensor, spec: AttentionSpec, dim_qk: int, dim_v: int, op: Callable[..., tuple[Tensor, ...]], *args: object
-) -> tuple[Tensor, Tensor]:
-    """Call an aten operator on the packed tensor; both results as `Backend.run` promises.
+    packed: Tensor, spec: AttentionSpec, dim_qk: int, dim_v: int, op: Callable[..., tuple[Any, ...]], *args: object
+) -> tuple[Any, ...]:
+    """Call an aten operator on the packed tensor: what `Backend.forward` promises, kept is what `_differentiate` needs.
 
     The operator gets views `[batch, num_heads, seq_len, dim]` of the packed tensor, or, where it needs other head dims,
     copies with zero channels up to `dim_qk` and `dim_v`: zeros change neither a score nor a channel that is kept. The
     scale is that of the true head_dim.
     """
-    q, k, v = packed.split([spec.head_dim, spec.head_dim, spec.head_dim_v], dim=-1)
-    image = v.contiguous()
     if dim_qk > spec.head_dim:
-        q, k = pad(q, (0, dim_qk - spec.head_dim)), pad(k, (0, dim_qk - spec.head_dim))
-    if dim_v > spec.head_dim_v:
-        v = pad(v, (0, dim_v - spec.head_dim_v))
-    out = op(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *args, scale=spec.head_dim**-0.5)[0]
-    return out.transpose(1, 2)[..., : spec.head_dim_v].contiguous(), image
+        both, v = packed.split([2 * spec.head_dim, spec.head_dim_v], dim=-1)
+        q, k = _widen(both.unflatten(-1, (2, spec.head_dim)), dim_qk).unbind(-2)
+    else:
+        q, k, v = packed.split([spec.head_dim, spec.head_dim, spec.head_dim_v], dim=-1)
+    image, v = v.contiguous(), _widen(v, dim_v)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out, *rest = op(q, k, v, *args, scale=spec.head_dim**-0.5)
+    return _narrow(out, spec.head_dim_v).contiguous(), image, q, k, v, out, *rest
+
+
+def _differentiate(
+    kept: Sequence[Any],
+    dout: Tensor,
+    dv: Tensor,
+    spec: AttentionSpec,
+    op: Callable[..., tuple[Any, ...]],
+    *args: object,
+) -> Tensor:
+    """Call the aten operator that autograd would call, without a graph; the gradient of the packed tensor."""
+    q, k, v, out, *_ = kept
+    dout = _widen(dout, out.shape[-1])
+    grads = op(dout.transpose(1, 2), q, k, v, *args, scale=spec.head_dim**-0.5)
+    dq, dk, through_scores = map(_narrow, grads, (spec.head_dim, spec.head_dim, spec.head_dim_v))
+    return torch.cat((dq, dk, through_scores + dv), dim=-1)
+
+
+def _widen(t: Tensor, dim: int) -> Tensor:
+    """Zero channels behind those of `t`, up to `dim`."""
+    return t if t.shape[-1] == dim else torch.constant_pad_nd(t, (0, dim - t.shape[-1]))
+
+
+def _narrow(t: Tensor, dim: int) -> Tensor:
+    """`[batch, num_heads, seq_len, dim or more]` -> `[batch, seq_len, num_heads, dim]`."""
+    t = t.transpose(1, 2)
+    return t if t.shape[-1] == dim else t[..., :dim]
 
 
 def _multiple_of_8(dim: int) -> int:
     return -(-dim // 8) * 8
 
 
-def _run_math(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    return _attend(packed, spec, spec.head_dim, spec.head_dim_v, aten._scaled_dot_product_attention_math)
+def _math(packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:
+    return _attend(packed, spec, spec.head_dim, spec.head_dim_v, aten._scaled_dot_product_attention_math.default)
 
 
-def _run_flash(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+def _flash(packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:
     dim = max(spec.head_dim, spec.head_dim_v)  # the kernels know one head_dim for all three
     if packed.device.type == "cpu":
-        return _attend(packed, spec, dim, dim, aten._scaled_dot_product_flash_attention_for_cpu)
+        return _attend(packed, spec, dim, dim, aten._scaled_dot_product_flash_attention_for_cpu.default)
     dim = _multiple_of_8(dim)
-    return _attend(packed, spec, dim, dim, aten._scaled_dot_product_flash_attention)
+    return _attend(packed, spec, dim, dim, aten._scaled_dot_product_flash_attention.default)
 
 
-def _run_efficient(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+def _flash_backward(packed: Tensor, kept: Sequence[Any], dout: Tensor, dv: Tensor, spec: AttentionSpec) -> Tensor:
+    out, lse, *rest = kept[3:]
+    if packed.device.type == "cpu":
+        op = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+        return _differentiate(kept, dout, dv, spec, op, out, lse, 0.0, False)
+    op = aten._scaled_dot_product_flash_attention_backward.default
+    starts_q, starts_k, seed, offset, _ = rest
+    sizes = spec.seq_len_q, spec.seq_len_k
+    return _differentiate(kept, dout, dv, spec, op, out, lse, starts_q, starts_k, *sizes, 0.0, False, seed, offset)
+
+
+def _efficient(packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:
     dims = _multiple_of_8(spec.head_dim), _multiple_of_8(spec.head_dim_v)
-    return _attend(packed, spec, *dims, aten._scaled_dot_product_efficient_attention, None, spec.training)
+    return _attend(packed, spec, *dims, aten._scaled_dot_product_efficient_attention.default, None, spec.training)
 
 
-def _run_cudnn(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+def _efficient_backward(packed: Tensor, kept: Sequence[Any], dout: Tensor, dv: Tensor, spec: AttentionSpec) -> Tensor:
+    out, lse, seed, offset = kept[3:]
+    op = aten._scaled_dot_product_efficient_attention_backward.default
+    wanted = [True, True, True, False]  # there is no bias
+    return _differentiate(kept, dout, dv, spec, op, None, out, lse, seed, offset, 0.0, wanted)
+
+
+def _cudnn(packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:
     dims = _multiple_of_8(spec.head_dim), _multiple_of_8(spec.head_dim_v)
-    return _attend(packed, spec, *dims, aten._scaled_dot_product_cudnn_attention, None, spec.training)
+    return _attend(packed, spec, *dims, aten._scaled_dot_product_cudnn_attention.default, None, spec.training)
 
 
-def _run_triton_area(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    return area.area_attention(packed, spec.head_dim)
+def _cudnn_backward(packed: Tensor, kept: Sequence[Any], dout: Tensor, dv: Tensor, spec: AttentionSpec) -> Tensor:
+    out, lse, starts_q, starts_k, seed, offset, _ = kept[3:]
+    op = aten._scaled_dot_product_cudnn_attention_backward.default
+    sizes = spec.seq_len_q, spec.seq_len_k
+    args = (out, lse, seed, offset, None, starts_q, starts_k, *sizes, 0.0, False)
+    return _differentiate(kept, dout, dv, spec, op, *args)
+
+
+def _triton_area(packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:
+    if spec.training and not torch.compiler.is_compiling():
+        area.try_backward(packed, spec.head_dim)
+    out, image, lse = area.call("area_attention", packed, spec.head_dim)
+    return out, image, out, lse
+
+
+def _triton_area_backward(packed: Tensor, kept: Sequence[Any], dout: Tensor, dv: Tensor, spec: AttentionSpec) -> Tensor:
+    grad: Tensor = area.call("area_attention_backward", packed, *kept, dout, dv, spec.head_dim)
+    return grad
 
 
 def _always(machine: Machine) -> bool:
@@ -294,23 +364,39 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("stock", _no_limits, None, _always),
-        Backend("sdpa_math", _packed_limits, _run_math, _always, ("aten::_scaled_dot_product_attention_math",)),
+        Backend("sdpa_math", _packed_limits, _math, _always, ("aten::_scaled_dot_product_attention_math",)),
         Backend(
             "sdpa_flash",
             _flash_limits,
-            _run_flash,
+            _flash,
             _on_cpu,
             ("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu"),
+            _flash_backward,
         ),
         Backend(
             "sdpa_efficient",
             _efficient_limits,
-            _run_efficient,
+            _efficient,
             _on_cpu,
             ("aten::_scaled_dot_product_efficient_attention",),
+            _efficient_backward,
         ),
-        Backend("sdpa_cudnn", _cudnn_limits, _run_cudnn, _on_cpu, ("aten::_scaled_dot_product_cudnn_attention",)),
-        Backend("triton_area", _triton_area_limits, _run_triton_area, _always, ("yolo_flash::area_attention",)),
+        Backend(
+            "sdpa_cudnn",
+            _cudnn_limits,
+            _cudnn,
+            _on_cpu,
+            ("aten::_scaled_dot_product_cudnn_attention",),
+            _cudnn_backward,
+        ),
+        Backend(
+            "triton_area",
+            _triton_area_limits,
+            _triton_area,
+            _always,
+            ("yolo_flash::area_attention",),
+            _triton_area_backward,
+        ),
     )
 }
 

@@ -187,7 +187,6 @@ def _caller(row: Row, packed: Tensor, upstream: list[Tensor]) -> Call:
     """One call of an arm: `() -> (out, v)`, or `(out, v, gradient of packed)` with the backward."""
     spec = SHAPES[row["shape"]].spec(packed.dtype, row["mode"])
     run = _run_peer if row["arm"] == PEER else BACKENDS[row["arm"]].run
-    assert run is not None  # `stock` is no arm
 
     def forward() -> tuple[Tensor, ...]:
         with torch.no_grad():

@@ -1,8 +1,13 @@
-"""A backend whose backward may fail: an error there is answered as one in the forward is, by another backend."""
+"""Attention on an image as one node of autograd, in which a backend may fail: another one answers, in either direction.
+
+The node calls the backend's own operator for its gradient: with a graph of autograd inside, and a node for every change
+of layout around it, the host took twice as long.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,38 +21,46 @@ class FlashKernelError(Exception):
     """A backend asked for by name raised. Not a RuntimeError, which the trainer might take for out of memory."""
 
 
-def attend(
-    packed: Tensor, spec: AttentionSpec, backend: str, *, layer: str, choice: str, runtime: Runtime
-) -> tuple[Tensor, Tensor]:
-    """Run a backend, and its backward under guard.
+class Job(NamedTuple):
+    """What a block wants computed.
+
+    Attributes:
+        spec: The problem.
+        backend: Name of the backend.
+        layer: Name of the layer, for messages.
+        choice: `auto`, or the name that was asked for.
+        runtime: Told of a failure.
+    """
+
+    spec: AttentionSpec
+    backend: str
+    layer: str
+    choice: str
+    runtime: Runtime
+
+
+def attend(qkv: Tensor, job: Job) -> tuple[Tensor, Tensor]:
+    """Run a backend on the output of a 1x1 convolution, forward and backward under guard.
 
     Torch's kernels raise in their backward what Ultralytics' trainer takes for out of memory, and halves the batch.
     Here the gradient is computed again by unfused attention, and the backend is left out from then on; if it was asked
     for by name, FlashKernelError says so.
 
     Args:
-        packed: Queries, keys and values, as for `Backend.run`.
-        spec: The problem.
-        backend: Its name.
-        layer: Name of the layer, for messages.
-        choice: `auto`, or the name that was asked for.
-        runtime: Told of a failure.
+        qkv: `[images, channels, height, width]`, channels_last or contiguous, packed head by head.
+        job: What to compute.
 
     Returns:
-        As `Backend.run`.
+        Attention and v, both `[images, num_heads * head_dim_v, height, width]` in the memory format of `qkv`. Gradients
+        reach the backend and `qkv` in the layout that each expects, see `_Relayout`.
     """
-    plain = not (packed.requires_grad and torch.is_grad_enabled()) or torch._C._are_functorch_transforms_active()
-    if plain or not BACKENDS[backend].fused:
-        return run(packed, spec, backend)
-    out, image = _Guarded.apply(packed, spec, backend, layer, choice, runtime)
-    return out, image
-
-
-def run(packed: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor]:
-    """Run a backend as it is, or, for `stock`, whose forward begins before the packed tensor, unfused attention."""
-    function = BACKENDS[backend].run or BACKENDS["sdpa_math"].run
-    assert function is not None
-    return function(packed, spec)
+    if torch.compiler.is_compiling():
+        return _run(qkv, job.spec, job.backend)
+    one_node = qkv.requires_grad and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    if one_node and BACKENDS[job.backend].fused:
+        out, image = _Attention.apply(qkv, job)
+        return out, image
+    return _answered(job, qkv.device, lambda backend: _run(qkv, job.spec, backend))[1]
 
 
 def refuse(layer: str, spec: AttentionSpec, backend: str, error: Exception, where: str = "") -> FlashKernelError:
@@ -64,38 +77,123 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text.lower() or "ALLOC_FAILED" in text
 
 
-class _Guarded(torch.autograd.Function):
-    """The backend's own graph, kept inside of one node."""
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The format that a convolution of `x` gives: by the order of strides, since PSA's input is a slice of channels."""
+    nhwc = x.stride(1) == 1 and x.stride(3) >= x.shape[1]
+    return torch.channels_last if nhwc else torch.contiguous_format
+
+
+# One node -------------------------------------------------------------------------------------------------------------
+class _Attention(torch.autograd.Function):
+    """The whole of it: layouts, backend, errors."""
 
     @staticmethod
-    def forward(
-        ctx: Any, packed: Tensor, spec: AttentionSpec, backend: str, layer: str, choice: str, runtime: Runtime
-    ) -> tuple[Tensor, ...]:
-        ctx.job = spec, backend, layer, choice, runtime
-        ctx.save_for_backward(packed)
-        ctx.inner = _graph(packed, spec, backend)
-        return tuple(t.detach() for t in ctx.inner[1])
+    def forward(ctx: Any, qkv: Tensor, job: Job) -> tuple[Tensor, Tensor]:
+        ctx.layout = layout = memory_format(qkv)
+        packed = _pack(qkv.contiguous(memory_format=torch.channels_last), job.spec)
+        backend, (out, image, *kept) = _answered(job, qkv.device, lambda name: _forward(name)(packed, job.spec))
+        ctx.job = job if backend == job.backend else job._replace(backend=backend)
+        ctx.save_for_backward(packed, *(t for t in kept if not isinstance(t, int)))
+        return _unpack(out, qkv).contiguous(memory_format=layout), _unpack(image, qkv).contiguous(memory_format=layout)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (packed,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        packed, *kept = ctx.saved_tensors
         spec, backend, layer, choice, runtime = ctx.job
-        inner, ctx.inner = ctx.inner, None  # what it holds is freed now, and not when the loss is
-        try:  # a second backward of a retained graph builds it once more
-            leaf, results = inner or _graph(packed, spec, backend)
-            return *torch.autograd.grad(results, leaf, grads), *[None] * 5
+        dout, dimage = (_pack(grad.contiguous(memory_format=torch.channels_last), spec) for grad in grads)
+        differentiate = BACKENDS[backend].backward
+        try:
+            if differentiate is None:
+                grad = _by_autograd(packed, dout, dimage, spec, backend)
+            else:
+                grad = differentiate(packed, kept, dout, dimage, spec)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             if choice != "auto":
                 raise refuse(layer, spec, backend, error, "the backward of ") from error
             runtime.fail(layer, spec, backend, error)
-        leaf, results = _graph(packed, spec, "sdpa_math")
-        return *torch.autograd.grad(results, leaf, grads), *[None] * 5
+            grad = _by_autograd(packed, dout, dimage, spec, "sdpa_math")
+        return _unpack(grad, grads[0]).contiguous(memory_format=ctx.layout), None
 
 
-def _graph(packed: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _by_autograd(packed: Tensor, dout: Tensor, dimage: Tensor, spec: AttentionSpec, backend: str) -> Tensor:
+    """The gradient of the packed tensor, through a graph that is built here."""
     with torch.enable_grad():
         leaf = packed.detach().requires_grad_()
-        return leaf, run(leaf, spec, backend)
+        out, image, *_ = _forward(backend)(leaf, spec)
+    return torch.autograd.grad((out, image), leaf, (dout, dimage))[0]
+
+
+def _answered(job: Job, device: torch.device, run: Callable[[str], Any]) -> tuple[str, Any]:
+    """The backend that ran and what it gave; when `auto` chose one that raises, the next one runs instead."""
+    spec, backend, layer, choice, runtime = job
+    while True:
+        try:
+            return backend, run(backend)
+        except Exception as error:
+            if is_out_of_memory(error):  # the trainer halves the batch
+                raise
+            if choice != "auto":
+                raise refuse(layer, spec, backend, error) from error
+            if backend in ("stock", "sdpa_math"):
+                raise
+            runtime.fail(layer, spec, backend, error)
+            following = runtime.decide(spec, "auto", device).backend
+            backend = "sdpa_math" if following == backend else following
+
+
+# As a graph of autograd -----------------------------------------------------------------------------------------------
+def _run(qkv: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor]:
+    """The same, in operators that torch differentiates, compiles and transforms."""
+    layout = memory_format(qkv)
+    packed = _pack(_relayout(qkv, torch.channels_last, back=layout), spec)
+    out, image, *_ = _forward(backend)(packed, spec)
+    out, image = (_relayout(_unpack(t, qkv), layout, back=torch.channels_last) for t in (out, image))
+    return out, image
+
+
+def _forward(backend: str) -> Callable[[Tensor, AttentionSpec], tuple[Any, ...]]:
+    """Of the backend, or, for `stock`, whose forward begins before the packed tensor, of unfused attention."""
+    function = BACKENDS[backend].forward or BACKENDS["sdpa_math"].forward
+    assert function is not None
+    return function
+
+
+def _pack(image: Tensor, spec: AttentionSpec) -> Tensor:
+    """`[images, channels, height, width]` in channels_last -> `[groups, seq_len, num_heads, channels of a head]`."""
+    return image.permute(0, 2, 3, 1).reshape(spec.batch, spec.seq_len_q, spec.num_heads, -1)
+
+
+def _unpack(t: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_pack`, for the images of another tensor."""
+    images, _, height, width = like.shape
+    return t.view(images, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _relayout(x: Tensor, layout: torch.memory_format, back: torch.memory_format) -> Tensor:
+    """`x` in a memory format, its gradient in another: a copy only where `x` lies differently."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Relayout.apply(x, layout, back)
+    return x.contiguous(memory_format=layout)
+
+
+class _Relayout(torch.autograd.Function):
+    """Hands each neighbour the layout that it expects.
+
+    The CPU's flash backward reads garbage from a gradient whose last stride is not 1 (pytorch pull 187506), and
+    BatchNorm's CPU backward in torch 2.14.1 is wrong for a gradient that lies differently from its output.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, layout: torch.memory_format, back: torch.memory_format) -> Tensor:
+        return x.contiguous(memory_format=layout).view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.back = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.contiguous(memory_format=ctx.back), None, None

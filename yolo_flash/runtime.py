@@ -36,6 +36,7 @@ class Runtime:
         self.config = config
         self.planned_sizes: dict[tuple[str, bool], tuple[int, int]] = {}
         self._decisions: dict[tuple[AttentionSpec, str, torch.device], Decision] = {}
+        self._plans: dict[tuple[tuple[Any, ...], str, torch.device], tuple[AttentionSpec, str]] = {}
         self.failed: dict[str, str] = {}
         self.trials: Mapping[AttentionSpec, Mapping[str, Trial]] = {}
         self._measured_on: Machine | None = None
@@ -50,7 +51,7 @@ class Runtime:
         """Decide by these trials from now on, on the machine where they ran; earlier decisions are forgotten."""
         self.trials, self._measured_on = trials, machine
         self.unplanned.clear()
-        self._decisions.clear()
+        self._forget()
 
     def decide(self, spec: AttentionSpec, choice: str, device: torch.device) -> Decision:
         """Return the decision for a spec, taken by the rules when it is new.
@@ -62,12 +63,31 @@ class Runtime:
         decision = self._decisions.get(key)
         if decision is None:
             if len(self._decisions) >= _MAX_DECISIONS:
-                self._decisions.clear()
+                self._forget()
             decision = self.select(spec, choice, detect(device))
             self._decisions[key] = decision
             if choice == "auto" and self.trials and spec not in self.trials:
                 self.unplanned.add(spec)
         return decision
+
+    def plan(self, fields: tuple[Any, ...], choice: str, device: torch.device) -> tuple[AttentionSpec, str]:
+        """A spec and the backend that `decide` takes for it, at less cost: every block asks in every step.
+
+        Args:
+            fields: Of the spec, in their order. They are hashed in C, a spec is not.
+            choice: `auto` or a backend's name.
+            device: Where it runs.
+
+        Raises:
+            BackendNotSupportedError: `choice` names a backend that cannot run the spec.
+        """
+        key = (fields, choice, device)
+        plan = self._plans.get(key)
+        if plan is None:
+            spec = AttentionSpec(*fields)
+            plan = spec, self.decide(spec, choice, device).backend
+            self._plans[key] = plan  # of which there are no more than decisions: they are forgotten together
+        return plan
 
     @torch.compiler.assume_constant_result
     def decide_for_compile(self, layer: str, choice: str, spec_parts: tuple[Any, ...], device: str) -> str:
@@ -122,4 +142,8 @@ class Runtime:
                 f"{type(error).__name__}: {error}"
             )
         self.failed[backend] = f"raised in this run: {type(error).__name__}: {error}"
+        self._forget()
+
+    def _forget(self) -> None:
         self._decisions.clear()
+        self._plans.clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,7 +90,7 @@ def area_attention(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
         ValueError: `qkv` has another shape, or a head_dim is above 128.
         NotImplementedError: In a second backward, through the gradients of the first.
     """
-    out, image, _ = torch.ops.yolo_flash.area_attention(qkv, head_dim)
+    out, image, _ = call("area_attention", qkv, head_dim)
     return out, image
 
 
@@ -122,6 +123,12 @@ def _backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dimage: Tenso
     return dqkv
 
 
+def try_backward(qkv: Tensor, head_dim: int) -> None:
+    """Let a backward that cannot run be noticed before its forward: see `_try_backward`."""
+    if qkv.is_cuda and type(qkv) is Tensor and qkv.numel():  # neither in Triton's interpreter nor under a tracer
+        _try_backward(qkv.shape[1], qkv.shape[3], head_dim, qkv.dtype, qkv.device)
+
+
 @functools.lru_cache(maxsize=256)
 def _try_backward(seq_len: int, packed: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
     """Compile and run the backward on one head, once for a shape.
@@ -138,8 +145,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor, Te
     out, _, lse = output
     ctx.save_for_backward(qkv, out, lse)
     ctx.mark_non_differentiable(lse)
-    if qkv.is_cuda and type(qkv) is Tensor and qkv.numel():  # neither in Triton's interpreter nor under a tracer
-        _try_backward(qkv.shape[1], qkv.shape[3], ctx.head_dim, qkv.dtype, qkv.device)
+    try_backward(qkv, ctx.head_dim)
     ctx.set_materialize_grads(False)
 
 
@@ -149,7 +155,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dimage: Tensor | None, dlse: N
         return None, None
     dout = torch.zeros_like(out) if dout is None else dout
     dimage = torch.zeros_like(out) if dimage is None else dimage
-    return torch.ops.yolo_flash.area_attention_backward(qkv, out, lse, dout, dimage, ctx.head_dim), None
+    return call("area_attention_backward", qkv, out, lse, dout, dimage, ctx.head_dim), None
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> Any:
@@ -169,6 +175,18 @@ torch.library.register_fake(
 torch.library.register_autograd("yolo_flash::area_attention", _differentiate, setup_context=_save, lib=_library)
 torch.library.register_autograd("yolo_flash::area_attention_backward", _refuse, lib=_library)
 
+_operators = {
+    name: getattr(torch.ops.yolo_flash, name).default for name in ("area_attention", "area_attention_backward")
+}
+
+
+def call(name: str, *args: Any) -> Any:
+    """Call an operator; without gradients past what autograd has registered for it, which is slow Python."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _operators[name](*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _operators[name](*args)
+
 
 # Launch ---------------------------------------------------------------------------------------------------------------
 def launch(kernel: Kernel, qkv: Tensor, head_dim: int, tensors: tuple[Tensor, ...], tiles: Tiles | None = None) -> None:
@@ -184,20 +202,53 @@ def launch(kernel: Kernel, qkv: Tensor, head_dim: int, tensors: tuple[Tensor, ..
     if qkv.numel() == 0:
         return
     device = qkv.device.index
-    sizes = tuple(qkv.shape)
-    function, grid, scalars, constants = _prepare(kernel, sizes, head_dim, device, tiles)
+    kinds = tuple((t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
+    start = _prepare(kernel, qkv.shape, head_dim, device, kinds, tiles)
     if device is None or device == torch.cuda.current_device():
-        function[grid](*tensors, *scalars, **constants)
+        start(tensors)
     else:
         with torch.cuda.device(device):
-            function[grid](*tensors, *scalars, **constants)
+            start(tensors)
+
+
+class _Launcher:
+    """Starts one kernel on tensors of the same shapes, dtypes and alignments, on one device.
+
+    The first launch is Triton's, which compiles. Triton looks at every argument in each of its launches, which takes
+    6 us in version 3.8: later ones call the compiled kernel, in a tenth of that.
+    """
+
+    def __init__(
+        self,
+        function: Any,
+        programs: int,
+        scalars: tuple[int, int, float],
+        constants: dict[str, Any],
+        options: dict[str, int],
+    ) -> None:
+        self._function, self._grid = function, (programs, 1, 1)
+        self._arguments = (*scalars, *constants.values())  # in the order of the kernels' signatures
+        self._options = options
+        self._run: Callable[..., object] | None = None
+
+    def __call__(self, tensors: tuple[Tensor, ...]) -> None:
+        if self._run is not None:
+            self._run(*tensors, *self._arguments)
+            return
+        compiled = self._function[self._grid](*tensors, *self._arguments, **self._options)
+        self._run = None if compiled is None else compiled[self._grid]  # Triton's interpreter compiles nothing
 
 
 @functools.lru_cache(maxsize=1024)
 def _prepare(
-    kernel: Kernel, sizes: tuple[int, ...], head_dim: int, device: int | None, tiles: Tiles | None
-) -> tuple[Any, tuple[int], tuple[int, int, float], dict[str, Any]]:
-    """The kernel's function, its grid, its scalar arguments and its constants."""
+    kernel: Kernel,
+    sizes: tuple[int, ...],
+    head_dim: int,
+    device: int | None,
+    kinds: tuple[tuple[torch.dtype, bool], ...],
+    tiles: Tiles | None,
+) -> _Launcher:
+    """The launcher of a kernel for all that Triton compiles it for: `kinds` are dtype and alignment of each tensor."""
     import triton
 
     from . import area_triton
@@ -219,13 +270,13 @@ def _prepare(
         "TAIL": _tail(seq_len, tiles.block),
         "STAGES": tiles.num_stages,
         "PTX": not interpreted,
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
     }
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     if tiles.max_registers is not None:
-        constants["maxnreg"] = tiles.max_registers
-    grid = (-(-seq_len // tiles.rows) * groups * num_heads,)
-    return function, grid, (seq_len, num_heads, math.log2(math.e) * head_dim**-0.5), constants
+        options["maxnreg"] = tiles.max_registers
+    programs = -(-seq_len // tiles.rows) * groups * num_heads
+    scalars = seq_len, num_heads, math.log2(math.e) * head_dim**-0.5
+    return _Launcher(function, programs, scalars, constants, options)
 
 
 def _tail(seq_len: int, tile: int) -> int:
