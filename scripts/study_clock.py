@@ -26,6 +26,7 @@ from torch.profiler import DeviceType, ProfilerActivity, profile
 from ultralytics import YOLO
 
 from yolo_flash import patch_model
+from yolo_flash.bench_process import until_ready
 
 PHASES = ("data", "to device", "network", "loss", "backward", "optimizer and EMA", "rest")
 EPOCHS, PROFILED = 6, 10
@@ -121,12 +122,16 @@ class Clock:
 
 
 def one_arm(data: str, config: str, imgsz: int, batch: int, arm: str) -> dict[str, float]:
+    """Get ready, wait for the turn, and train."""
     clock, model = Clock(loss_alone=arm != "graphs"), YOLO(config)  # there it is part of the network
     if arm != "unpatched":
         model = patch_model(model, graphs="on" if arm == "graphs" else "off")
     for event in ("on_train_start", "on_train_batch_start", "on_train_batch_end"):
         model.add_callback(event, getattr(clock, event))
     device = 0 if torch.cuda.is_available() else "cpu"
+    torch.zeros(1, device="cuda" if device == 0 else "cpu")  # loads CUDA
+    print("ready", flush=True)
+    sys.stdin.readline()
     with tempfile.TemporaryDirectory() as folder:
         model.train(
             data=data, imgsz=imgsz, batch=batch, epochs=EPOCHS, cache="ram", project=folder, plots=False, val=False,
@@ -141,13 +146,16 @@ def main() -> None:
         print("\n" + json.dumps(one_arm(data, config, int(imgsz), int(batch), arms[0])))
         return
     arms = arms or ["unpatched", "eager", "graphs"]
-    found = {}
-    for arm in arms:
-        command = [sys.executable, __file__, data, config, imgsz, batch, arm, "only"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    pipe, found = subprocess.PIPE, {}
+    commands = [[sys.executable, __file__, data, config, imgsz, batch, arm, "only"] for arm in arms]
+    started = [subprocess.Popen(c, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True) for c in commands]
+    for process in started:
+        until_ready(process)
+    for arm, process in zip(arms, started, strict=True):
+        text, _ = process.communicate("go\n")
+        lines = [line for line in text.splitlines() if line.startswith('{"')]
         if not lines:
-            sys.exit(f"{arm}: {done.stderr[-2000:]}")
+            sys.exit(f"{arm}: {text[-2000:]}")
         found[arm] = json.loads(lines[-1])
     print(f"{config} imgsz={imgsz} batch={batch}\n")
     print(f"| milliseconds of the host | {' | '.join(arms)} |\n| --- |{' --- |' * len(arms)}")
