@@ -22,7 +22,7 @@ from yolo_flash.bench_train import TrainJob
 
 ROWS = {  # model, imgsz, batch, images, arms
     "yolo12n-640-b64": ("yolo12n.yaml", 640, 64, 320, ("unpatched", "graphs")),
-    "yolo12s-640-b16": ("yolo12s.yaml", 640, 16, 160, ("unpatched", "eager", "graphs")),
+    "yolo12s-640-b16": ("yolo12s.yaml", 640, 16, 160, ("unpatched", "graphs")),
     "yolo12x-640-b16": ("yolo12x.yaml", 640, 16, 160, ("unpatched", "graphs")),
     "yolo12n-2048-b4": ("yolo12n.yaml", 2048, 4, 32, ("unpatched", "graphs")),
     "yolo26n-640-b64": ("yolo26n.yaml", 640, 64, 320, ("unpatched", "graphs")),
