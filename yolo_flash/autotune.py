@@ -23,7 +23,6 @@ from ultralytics.utils import LOGGER, NUM_THREADS, TQDM
 
 from . import trial_cache
 from .backends import BACKENDS, AttentionSpec
-from .blocks import BLOCKS
 from .config import FlashConfig
 from .guard import is_out_of_memory
 from .machine import Machine, detect
@@ -39,6 +38,7 @@ from .measuring import (
     sampler_of,
     wait,
 )
+from .patch import BLOCKS
 from .runtime import Runtime
 from .selector import Trial
 from .stock_pickle import become

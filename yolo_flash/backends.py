@@ -22,6 +22,8 @@ from .machine import Machine, cudnn_release, dotted, release
 aten = torch.ops.aten
 
 Layout = Literal["nhwc", "nchw", "separate"]
+Separate = tuple[Tensor, Tensor, Tensor, Tensor | None]  # queries, keys, values, mask
+Inputs = Tensor | Separate
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class AttentionSpec:
         dims = f"{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
         return (
             f"{self.batch} x {self.num_heads} heads x {tokens} tokens x {dims}, {short(self.dtype)}, {self.layout}, "
-            f"{'train' if self.training else 'predict'}"
+            f"{'masked, ' if self.mask else ''}{'train' if self.training else 'predict'}"
         )
 
 
@@ -93,15 +95,17 @@ class Backend:
         name: As written in YAML and in logs.
         limits: Yields, for a spec and a machine, why the backend cannot run; nothing when it can. Never touches a GPU.
         run: `(packed, spec) -> (out, v)` with packed `[batch, seq_len, num_heads, 2*head_dim + head_dim_v]`, of any
-            strides but unit last, and out and v both contiguous `[batch, seq_len, num_heads, head_dim_v]`. None for
-            `stock`, which is the block's own forward.
+            strides but unit last, and out and v both contiguous `[batch, seq_len, num_heads, head_dim_v]`. In layout
+            `separate`, `((q, k, v, mask), spec) -> (out,)` with q, k and v `[batch, seq_len, num_heads, channels]`, of
+            such strides too, and a bool mask `[seq_len_q, seq_len_k]` that is True where a key is not seen, or None.
+            None for `stock`, which is the block's own forward.
         reproducible: Whether the backward gives the same bits every time, on a machine.
         operators: Names of the operators, one of which each forward calls: a profile proves the backend by them.
     """
 
     name: str
     limits: Callable[[AttentionSpec, Machine], Iterator[str]]
-    run: Callable[[Tensor, AttentionSpec], tuple[Tensor, Tensor]] | None
+    run: Callable[[Any, AttentionSpec], tuple[Tensor, ...]] | None
     reproducible: Callable[[Machine], bool]
     operators: tuple[str, ...] = ()
 
@@ -129,18 +133,16 @@ def _no_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
     return iter(())
 
 
-def _packed_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
-    """What all of torch's backends have in common, as they are called here."""
-    if spec.mask:
-        yield "masks are not passed on yet"
-    if spec.layout == "separate":
-        yield "takes the packed output of one convolution, the tensors are separate"
+def _packed_mask_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
+    """A mask comes along with separate tensors, see `Backend.run`."""
+    if spec.mask and spec.layout != "separate":
+        yield "takes a mask with separate queries, keys and values only, the tensors are packed"
 
 
 def _fused_limits(
     spec: AttentionSpec, machine: Machine, *, dtypes: tuple[torch.dtype, ...], head_dim_max: int
 ) -> Iterator[str]:
-    yield from _packed_limits(spec, machine)
+    yield from _packed_mask_limits(spec, machine)
     if spec.dtype not in dtypes:
         yield f"needs {' or '.join(map(short, dtypes))}, the tensors are {short(spec.dtype)}"
     if (largest := max(spec.head_dim, spec.head_dim_v)) > head_dim_max:
@@ -169,6 +171,8 @@ def _flash_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
     yield from _capability_limits(machine, (8, 0))
     yield from _aotriton_limits(machine)
     yield from _fused_limits(spec, machine, dtypes=(torch.float16, torch.bfloat16), head_dim_max=256)
+    if spec.mask:
+        yield f"takes no mask, {spec.seq_len_q} queries x {spec.seq_len_k} keys are masked"
     largest = max(spec.head_dim, spec.head_dim_v)
     if spec.training and 192 < largest <= 224 and machine.capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
         yield f"no backward for head_dim {largest} at compute capability {dotted(machine.capability)}"
@@ -206,6 +210,11 @@ def _cudnn_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
             f"needs cuDNN >= 9.15.1 for a sequence length that is no multiple of 128, found "
             f"{cudnn_release(machine.cudnn)} and {spec.seq_len_k} tokens"
         )
+    if spec.mask:
+        yield (
+            f"takes no mask here, {spec.seq_len_q} queries x {spec.seq_len_k} keys are masked: its gradients were NaN "
+            f"where 64 tokens were left over by tiles of 128 (pytorch issue 196678)"
+        )
     if spec.seq_len_k < 2:
         yield f"needs at least 2 key tokens, the layer has {spec.seq_len_k}"
     if spec.batch > 65535:
@@ -223,6 +232,8 @@ def _triton_area_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
     elif release(found) < area.TRITON:
         yield f"needs triton >= {dotted(area.TRITON)}, found {found}"
     yield from _fused_limits(spec, machine, dtypes=(torch.float16, torch.bfloat16), head_dim_max=area.HEAD_DIM_MAX)
+    if spec.layout == "separate":
+        yield "takes the packed output of one convolution, the 3 tensors are separate"
 
 
 def _aotriton_limits(machine: Machine) -> Iterator[str]:
@@ -233,48 +244,77 @@ def _aotriton_limits(machine: Machine) -> Iterator[str]:
 
 # Runs -----------------------------------------------------------------------------------------------------------------
 def _attend(
-    packed: Tensor, spec: AttentionSpec, dim_qk: int, dim_v: int, op: Callable[..., tuple[Tensor, ...]], *args: object
-) -> tuple[Tensor, Tensor]:
-    """Call an aten operator on the packed tensor; both results as `Backend.run` promises.
+    inputs: Inputs,
+    spec: AttentionSpec,
+    dim_qk: int,
+    dim_v: int,
+    op: Callable[..., tuple[Tensor, ...]],
+    *args: object,
+    **keywords: object,
+) -> tuple[Tensor, ...]:
+    """Call an aten operator; results as `Backend.run` promises.
 
-    The operator gets views `[batch, num_heads, seq_len, dim]` of the packed tensor, or, where it needs other head dims,
+    The operator gets views `[batch, num_heads, seq_len, dim]` of the tensors, or, where it needs other head dims,
     copies with zero channels up to `dim_qk` and `dim_v`: zeros change neither a score nor a channel that is kept. The
     scale is that of the true head_dim.
     """
-    q, k, v = packed.split([spec.head_dim, spec.head_dim, spec.head_dim_v], dim=-1)
-    image = v.contiguous()
+    images: tuple[Tensor, ...] = ()
+    if isinstance(inputs, Tensor):
+        q, k, v = inputs.split([spec.head_dim, spec.head_dim, spec.head_dim_v], dim=-1)
+        images = (v.contiguous(),)
+    else:
+        q, k, v, _ = inputs
     if dim_qk > spec.head_dim:
         q, k = pad(q, (0, dim_qk - spec.head_dim)), pad(k, (0, dim_qk - spec.head_dim))
     if dim_v > spec.head_dim_v:
         v = pad(v, (0, dim_v - spec.head_dim_v))
-    out = op(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *args, scale=spec.head_dim**-0.5)[0]
-    return out.transpose(1, 2)[..., : spec.head_dim_v].contiguous(), image
+    keywords["scale"] = spec.head_dim**-0.5
+    out = op(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *args, **keywords)[0]
+    return (out.transpose(1, 2)[..., : spec.head_dim_v].contiguous(), *images)
 
 
-def _multiple_of_8(dim: int) -> int:
-    return -(-dim // 8) * 8
+def _bias(inputs: Inputs, spec: AttentionSpec) -> Tensor | None:
+    """What a mask adds to the scores, `[batch, num_heads, seq_len_q, seq_len_k]`: nothing, or minus infinity.
+
+    Its rows begin at multiples of 16 elements, since memory-efficient attention reads them in vectors; the operator
+    itself does not see to it, `scaled_dot_product_attention` does.
+    """
+    mask = None if isinstance(inputs, Tensor) else inputs[3]
+    if mask is None:
+        return None
+    queries, keys = mask.shape
+    bias = mask.new_zeros((queries, _multiple(keys, 16)), dtype=spec.dtype)[:, :keys]
+    return bias.masked_fill_(mask, float("-inf")).expand(spec.batch, spec.num_heads, queries, keys)
 
 
-def _run_math(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    return _attend(packed, spec, spec.head_dim, spec.head_dim_v, aten._scaled_dot_product_attention_math)
+def _multiple(size: int, of: int) -> int:
+    """The smallest multiple that is not below `size`."""
+    return -(-size // of) * of
 
 
-def _run_flash(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+def _run_math(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, ...]:
+    operator = aten._scaled_dot_product_attention_math
+    return _attend(inputs, spec, spec.head_dim, spec.head_dim_v, operator, _bias(inputs, spec))
+
+
+def _run_flash(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, ...]:
     dim = max(spec.head_dim, spec.head_dim_v)  # the kernels know one head_dim for all three
-    if packed.device.type == "cpu":
-        return _attend(packed, spec, dim, dim, aten._scaled_dot_product_flash_attention_for_cpu)
-    dim = _multiple_of_8(dim)
-    return _attend(packed, spec, dim, dim, aten._scaled_dot_product_flash_attention)
+    if (inputs if isinstance(inputs, Tensor) else inputs[0]).device.type == "cpu":
+        operator = aten._scaled_dot_product_flash_attention_for_cpu
+        return _attend(inputs, spec, dim, dim, operator, attn_mask=_bias(inputs, spec))
+    dim = _multiple(dim, 8)
+    return _attend(inputs, spec, dim, dim, aten._scaled_dot_product_flash_attention)
 
 
-def _run_efficient(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    dims = _multiple_of_8(spec.head_dim), _multiple_of_8(spec.head_dim_v)
-    return _attend(packed, spec, *dims, aten._scaled_dot_product_efficient_attention, None, spec.training)
+def _run_efficient(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, ...]:
+    dims = _multiple(spec.head_dim, 8), _multiple(spec.head_dim_v, 8)
+    operator = aten._scaled_dot_product_efficient_attention
+    return _attend(inputs, spec, *dims, operator, _bias(inputs, spec), spec.training)
 
 
-def _run_cudnn(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    dims = _multiple_of_8(spec.head_dim), _multiple_of_8(spec.head_dim_v)
-    return _attend(packed, spec, *dims, aten._scaled_dot_product_cudnn_attention, None, spec.training)
+def _run_cudnn(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, ...]:
+    dims = _multiple(spec.head_dim, 8), _multiple(spec.head_dim_v, 8)
+    return _attend(inputs, spec, *dims, aten._scaled_dot_product_cudnn_attention, None, spec.training)
 
 
 def _run_triton_area(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -294,7 +334,7 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("stock", _no_limits, None, _always),
-        Backend("sdpa_math", _packed_limits, _run_math, _always, ("aten::_scaled_dot_product_attention_math",)),
+        Backend("sdpa_math", _packed_mask_limits, _run_math, _always, ("aten::_scaled_dot_product_attention_math",)),
         Backend(
             "sdpa_flash",
             _flash_limits,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from ultralytics.nn.modules.block import AAttn, Attention
 
-from .backends import BACKENDS, AttentionSpec
+from .backends import BACKENDS, AttentionSpec, Inputs
 from .guard import attend, is_out_of_memory, refuse, run
 from .runtime import Runtime
 from .stock_pickle import StockPickle
@@ -21,7 +21,10 @@ class FlashBlock(StockPickle):
         _flash_layer: The block's name in the model, for messages.
         _flash_choice: `auto` or the name of the backend for this block.
         _flash_runtime: Shared by the blocks of a model.
+        separate: Whether queries, keys and values are three tensors, and not the packed output of one convolution.
     """
+
+    separate: ClassVar[bool] = False
 
     _flash_layer: str
     _flash_choice: str
@@ -77,13 +80,13 @@ class FlashBlock(StockPickle):
             return runtime.decide_for_compile(self._flash_layer, choice, spec.without_sizes(), str(device))
         return runtime.decide(spec, choice, device).backend
 
-    def _attend(self, packed: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor]:
+    def _attend(self, inputs: Inputs, spec: AttentionSpec, backend: str) -> tuple[Tensor, ...]:
         """Run a backend; when `auto` chose it and it raises, run the next one instead."""
         if torch.compiler.is_compiling():
-            return run(packed, spec, backend)
+            return run(inputs, spec, backend)
         layer, choice, runtime = self._flash_layer, self._flash_choice, self._flash_runtime
         try:
-            return attend(packed, spec, backend, layer=layer, choice=choice, runtime=runtime)
+            return attend(inputs, spec, backend, layer=layer, choice=choice, runtime=runtime)
         except Exception as error:
             if is_out_of_memory(error):  # the trainer halves the batch
                 raise
@@ -92,8 +95,9 @@ class FlashBlock(StockPickle):
             if backend in ("stock", "sdpa_math"):
                 raise
             runtime.fail(layer, spec, backend, error)
-            following = runtime.decide(spec, "auto", packed.device).backend
-            return self._attend(packed, spec, "sdpa_math" if following == backend else following)
+            device = (inputs if isinstance(inputs, Tensor) else inputs[0]).device
+            following = runtime.decide(spec, "auto", device).backend
+            return self._attend(inputs, spec, "sdpa_math" if following == backend else following)
 
 
 class FlashAAttn(FlashBlock, AAttn):
@@ -120,9 +124,6 @@ class FlashAttention(FlashBlock, Attention):
         return batch, tokens, block.key_dim, block.head_dim, 1
 
 
-BLOCKS: dict[type, type[FlashBlock]] = {cls._stock: cls for cls in (FlashAAttn, FlashAttention)}
-
-
 def block_spec(
     block: Any,
     cls: type[FlashBlock],
@@ -133,18 +134,20 @@ def block_spec(
     nhwc: bool,
     training: bool,
     deterministic: bool,
+    mask: bool = False,
 ) -> AttentionSpec | None:
-    """The spec of a block, patched or stock, for an input of `batch` images with `tokens` pixels each.
+    """The spec of a block, patched or stock, for an input of `batch` images with `tokens` pixels or queries each.
 
     Args:
         block: The block.
-        cls: Our class for it, `BLOCKS[type(block)]` for a stock one.
+        cls: Our class for it, `patch.BLOCKS[type(block)]` for a stock one.
         batch: Images.
-        tokens: Height times width of the block's input.
+        tokens: Height times width of the block's input, or its number of queries.
         dtype: Of the queries.
         nhwc: Whether the block's input is channels_last.
         training: Whether a backward pass follows.
         deterministic: Whether torch asks for deterministic algorithms; it matters to the backward alone.
+        mask: Whether the scores are masked.
 
     Returns:
         None where the stock block cannot run either, so that its own error reaches the user.
@@ -161,7 +164,8 @@ def block_spec(
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         dtype=dtype,
-        layout="nhwc" if nhwc else "nchw",
+        layout="separate" if cls.separate else "nhwc" if nhwc else "nchw",
+        mask=mask,
         training=training,
         deterministic=training and deterministic,
         area=area,

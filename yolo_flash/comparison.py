@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from ultralytics.nn.modules.head import Detect, v10Detect
 from ultralytics.utils.nms import non_max_suppression
 
-from .blocks import BLOCKS
 from .measuring import allowed_error, relative_error
-from .patch import targets
+from .patch import BLOCKS, targets
 
 CONF, IOU = 0.25, 0.7  # Ultralytics' defaults for prediction
 _NOTHING = 1e-9  # a gradient that much smaller than the largest is zero but for rounding, in float64 too
