@@ -105,7 +105,7 @@ class Backend:
 
     name: str
     limits: Callable[[AttentionSpec, Machine], Iterator[str]]
-    run: Callable[[Any, AttentionSpec], tuple[Tensor, ...]] | None
+    run: Callable[[Any, AttentionSpec], Any] | None
     reproducible: Callable[[Machine], bool]
     operators: tuple[str, ...] = ()
 

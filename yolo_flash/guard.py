@@ -49,7 +49,8 @@ def run(inputs: Inputs, spec: AttentionSpec, backend: str) -> tuple[Tensor, ...]
     """Run a backend as it is, or, for `stock`, whose forward begins before these tensors, unfused attention."""
     function = BACKENDS[backend].run or BACKENDS["sdpa_math"].run
     assert function is not None
-    return function(inputs, spec)
+    results: tuple[Tensor, ...] = function(inputs, spec)
+    return results
 
 
 def refuse(layer: str, spec: AttentionSpec, backend: str, error: Exception, where: str = "") -> FlashKernelError:

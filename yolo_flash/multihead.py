@@ -55,7 +55,7 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
             value: Of the same shape.
             key_padding_mask: Left to the stock forward.
             need_weights: True is left to the stock forward.
-            attn_mask: A bool mask `[tokens, tokens]`, True where a key is not seen; others are left to the stock forward.
+            attn_mask: Bool `[tokens, tokens]`, True where a key is not seen; others are left to the stock forward.
             average_attn_weights: False is left to the stock forward.
             is_causal: True is left to the stock forward.
 

@@ -98,7 +98,8 @@ def layer_inputs(model: nn.Module, batch: int, height: int, width: int) -> dict[
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0]
             if isinstance(module, nn.MultiheadAttention):
-                seen[name] = tuple(x.shape[:2] if module.batch_first else x.shape[1::-1])
+                images, tokens = x.shape[:2] if module.batch_first else x.shape[1::-1]
+                seen[name] = (images, tokens)
             else:
                 seen[name] = (len(x), x.shape[2] * x.shape[3])
             if len(seen) == len(names):
