@@ -120,7 +120,7 @@ def run(module: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], x: Tenso
 
 
 def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """Relative errors; that of the bias of the keys, whose gradient is zero but for rounding, counts against the largest."""
+    """Relative errors; of the bias of the keys, whose gradient is zero but for rounding, against the largest."""
     assert found.keys() == truth.keys()
     largest = max(float(t.norm()) for name, t in truth.items() if name.startswith("grad "))
     return {
