@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,8 @@ from ultralytics.utils import ASSETS
 from tests.counting import AttentionCalls
 from tests.test_patch import load_without_plugin
 from tests.test_trainer import Phases
-from yolo_flash import FlashConfig, patch_model, unpatch_model
+from yolo_flash import AttentionSpec, FlashConfig, patch_model, unpatch_model, verify
+from yolo_flash.backends import BACKENDS
 from yolo_flash.blocks import FlashBlock
 from yolo_flash.machine import detect
 from yolo_flash.multihead import FlashMultiheadAttention
@@ -138,3 +140,24 @@ def test_queries_that_change_from_step_to_step_are_looked_up(monkeypatch: pytest
         assert decision.backend == rows[-1].decision.backend == "sdpa_math"
     assert decision.why == "the fastest measured"
     assert len(runtime.unplanned) == 2
+
+
+def test_verify_notices_a_mask_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    flash = BACKENDS["sdpa_flash"]
+
+    def without_mask(inputs: Any, spec: AttentionSpec) -> Any:
+        return flash.run((*inputs[:3], None), spec)  # type: ignore[misc]
+
+    monkeypatch.setitem(BACKENDS, "sdpa_flash", dataclasses.replace(flash, run=without_mask))
+    facts = verify("rtdetr-resnet50.yaml", imgsz=64, device="cpu", backend="sdpa_flash")
+    decoder = {f"model.23.decoder.layers.{i}.self_attn" for i in range(6)}
+    assert {(entry["layer"], entry["mode"]) for entry in facts["layers"] if not entry["ok"]} == {
+        (name, "train") for name in decoder
+    }
+    assert {(entry["layer"], entry["mode"]) for entry in facts["layers"] if entry["ok"]} == {
+        ("model.6.ma", "train"),
+        ("model.6.ma", "predict"),
+        *((name, "predict") for name in decoder),
+    }
+    assert all(row["ok"] for row in facts["model"])  # whose training step has no labels, and so no mask
+    assert all(entry["without_attention"] > 1e-4 for entry in facts["layers"] if entry["mode"] == "predict")

@@ -98,12 +98,10 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
         return mask is None or (mask.dtype is torch.bool and mask.shape == (tokens, tokens))
 
     def _spec_of(self, query: Tensor, mask: Tensor | None) -> AttentionSpec | None:
-        batch, tokens = query.shape[:2] if self.batch_first else query.shape[1::-1]
         return block_spec(
             self,
             type(self),
-            batch,
-            tokens,
+            *images_and_tokens(self, query),
             dtype=_compute_dtype(query),
             nhwc=False,
             training=torch.is_grad_enabled(),
@@ -133,6 +131,19 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
     def _batch_first(self, x: Tensor) -> Tensor:
         """From the module's order of dimensions to `[batch, tokens, channels]`, and back."""
         return x if self.batch_first else x.transpose(0, 1)
+
+
+def images_and_tokens(block: Any, x: Tensor) -> tuple[int, int]:
+    """Images, and the tokens of each, of a block's first input.
+
+    Args:
+        block: Stock or patched.
+        x: An image `[batch, channels, height, width]`; of `nn.MultiheadAttention` queries, with the batch first or second, as that has it.
+    """
+    if not isinstance(block, nn.MultiheadAttention):
+        return x.shape[0], x.shape[2] * x.shape[3]
+    first, second = x.shape[:2]
+    return (first, second) if block.batch_first else (second, first)
 
 
 def unread_weights(module: nn.Module) -> set[int]:

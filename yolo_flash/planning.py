@@ -15,7 +15,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from .backends import AttentionSpec
 from .blocks import FlashBlock, block_spec
 from .machine import Machine
-from .multihead import denoising_queries
+from .multihead import denoising_queries, images_and_tokens
 from .patch import BLOCKS, layer_choices, targets, unpatch_modules
 from .runtime import Runtime
 from .selector import Decision, Trial
@@ -96,12 +96,7 @@ def layer_inputs(model: nn.Module, batch: int, height: int, width: int) -> dict[
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0]
-            if isinstance(module, nn.MultiheadAttention):
-                images, tokens = x.shape[:2] if module.batch_first else x.shape[1::-1]
-                seen[name] = (images, tokens)
-            else:
-                seen[name] = (len(x), x.shape[2] * x.shape[3])
+            seen[name] = images_and_tokens(module, args[0])
             if len(seen) == len(names):
                 raise _AllSeenError
 

@@ -6,10 +6,12 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from ultralytics import YOLO
+from ultralytics import RTDETR, YOLO
+from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
 from ultralytics.utils.checks import collect_system_info
 
@@ -62,6 +64,11 @@ def quiet(really: bool) -> Iterator[None]:
     finally:
         LOGGER.disabled = disabled
         torch.set_num_threads(threads)  # select_device, which Ultralytics' checks call too, changes it for the CPU
+
+
+def open_model(model: str | Path) -> Model:
+    """A checkpoint or YAML as Ultralytics' command line opens it: by its name as `RTDETR`, else as `YOLO`."""
+    return RTDETR(model) if "rtdetr" in Path(model).stem.lower() else YOLO(model)
 
 
 def typical_specs(machine: Machine) -> dict[str, AttentionSpec]:
@@ -143,7 +150,7 @@ def show_plan(
         machine = detect(device)
         if fit and device.type != "cuda":
             raise ValueError(f"--fit measures on a GPU, the device is {machine}.")
-        rows = [row for row in plan(patch_from_sources(YOLO(model), sources), **run) if row.mode in modes]
+        rows = [row for row in plan(patch_from_sources(open_model(model), sources), **run) if row.mode in modes]
         stock, planned = _kept_scores(rows)
         memory = attention_memory(rows)
         LOGGER.info(describe(rows, machine))
