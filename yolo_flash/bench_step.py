@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.utils.torch_utils import ModelEMA, init_seeds
 
 from .bench_process import UNPATCHED, Job, serve
 from .config import FlashConfig
 from .graphs import GraphedNetwork, answer_once
+from .models import open_model
 from .patch import patch_modules
 
 GRAPHS = "graphs"  # an arm with the backends of `auto`, whose network runs from CUDA graphs
@@ -85,10 +85,11 @@ class Step:
         self.device = job.torch_device()
         self.on_gpu = self.device.type == "cuda"
         init_seeds(0, deterministic=False)
-        model: Any = YOLO(job.model).model
+        model: Any = open_model(job.model).model
         if not isinstance(model, nn.Module) or getattr(model, "task", "") != "detect":
             raise ValueError(f"bench step measures detection models, {job.model} is none.")
         model.args = get_cfg()
+        model.nc = model.yaml["nc"]  # as the trainer does; the loss of RT-DETR asks for it
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.dtype.is_floating_point)
         self.model: Any = model.to(self.device).train()

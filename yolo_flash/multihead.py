@@ -138,7 +138,7 @@ def images_and_tokens(block: Any, x: Tensor) -> tuple[int, int]:
 
     Args:
         block: Stock or patched.
-        x: An image `[batch, channels, height, width]`; of `nn.MultiheadAttention` queries, with the batch first or second, as that has it.
+        x: An image `[batch, channels, height, width]`, or the queries of an `nn.MultiheadAttention`.
     """
     if not isinstance(block, nn.MultiheadAttention):
         return x.shape[0], x.shape[2] * x.shape[3]

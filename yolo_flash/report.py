@@ -6,12 +6,9 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from ultralytics import RTDETR, YOLO
-from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
 from ultralytics.utils.checks import collect_system_info
 
@@ -20,6 +17,7 @@ from .backends import BACKENDS, AttentionSpec
 from .forecast import attention_memory, largest_batch
 from .machine import Machine, cudnn_release, detect, resolve_device
 from .measuring import readable
+from .models import open_model
 from .planning import PlanRow, describe
 from .selector import select
 from .telemetry import plan_entry, score_bytes
@@ -66,13 +64,8 @@ def quiet(really: bool) -> Iterator[None]:
         torch.set_num_threads(threads)  # select_device, which Ultralytics' checks call too, changes it for the CPU
 
 
-def open_model(model: str | Path) -> Model:
-    """A checkpoint or YAML as Ultralytics' command line opens it: by its name as `RTDETR`, else as `YOLO`."""
-    return RTDETR(model) if "rtdetr" in Path(model).stem.lower() else YOLO(model)
-
-
 def typical_specs(machine: Machine) -> dict[str, AttentionSpec]:
-    """A layer of YOLO12n and one of YOLO26n, as they train at 640 with batch 16 on such a machine."""
+    """Layers of YOLO12n, YOLO26n and RT-DETR's decoder, as they train at 640 with batch 16 on such a machine."""
     on_gpu = machine.kind in ("cuda", "rocm")
     common: dict[str, Any] = {
         "num_heads": 2,
@@ -82,9 +75,13 @@ def typical_specs(machine: Machine) -> dict[str, AttentionSpec]:
         "dtype": torch.float16 if on_gpu else torch.float32,
         "layout": "nhwc" if on_gpu else "nchw",
     }
+    tokens = {"seq_len_q": 500, "seq_len_k": 500}  # 300 queries, and 200 to denoise
     return {
         "YOLO12, area attention": AttentionSpec(batch=64, head_dim_v=32, **common),
         "YOLO26, PSA": AttentionSpec(batch=16, head_dim_v=64, **common),
+        "RT-DETR, decoder": AttentionSpec(
+            batch=16, head_dim_v=32, mask=True, **{**common, "num_heads": 8, **tokens, "layout": "separate"}
+        ),
     }
 
 

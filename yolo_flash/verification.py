@@ -44,9 +44,10 @@ from .comparison import (
 from .config import FlashConfig, known_keys
 from .machine import detect, resolve_device
 from .measuring import relative_error
+from .models import open_model
 from .multihead import images_and_tokens
 from .patch import patch_modules, targets, unpatch_modules
-from .report import open_model, quiet
+from .report import quiet
 from .runtime import Runtime
 
 _SEEN = 10  # attention reaches the outputs if they change by so many times the allowed error without it
