@@ -89,7 +89,8 @@ class Step:
         if not isinstance(model, nn.Module) or getattr(model, "task", "") != "detect":
             raise ValueError(f"bench step measures detection models, {job.model} is none.")
         model.args = get_cfg()
-        model.nc = model.yaml["nc"]  # as the trainer does; the loss of RT-DETR asks for it
+        described: Any = model.yaml
+        model.nc = described["nc"]  # as the trainer does; the loss of RT-DETR asks for it
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.dtype.is_floating_point)
         self.model: Any = model.to(self.device).train()
