@@ -18,7 +18,7 @@ from ultralytics.utils import ASSETS
 from tests.counting import AttentionCalls
 from tests.test_patch import load_without_plugin
 from tests.test_trainer import Phases
-from yolo_flash import AttentionSpec, FlashConfig, patch_model, unpatch_model, verify
+from yolo_flash import AttentionSpec, FlashConfig, cli, patch_model, unpatch_model, verify
 from yolo_flash.backends import BACKENDS
 from yolo_flash.blocks import FlashBlock
 from yolo_flash.machine import detect
@@ -67,6 +67,13 @@ def test_the_plan_of_every_shipped_config(config: str) -> None:
     assert f"train 6 in model.{decoder}   MultiheadAttention        4      8     500  sdpa_flash" in describe(
         rows, machine
     )
+
+
+def test_the_plan_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["plan", "model=rtdetr-resnet50.yaml", "imgsz=640", "batch=4", "device=cpu", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert Counter(row["mode"] for row in facts["plan"]) == {"train": 7, "val": 7}
+    assert facts["score_bytes"] == {"stock": 4 * 4 * 8 * (400**2 + 6 * 500**2), "planned": 0}
 
 
 def test_small_images_have_fewer_queries_than_300() -> None:
