@@ -59,7 +59,7 @@ def main(device: torch.device) -> None:
     threads = f"; {torch.get_num_threads()} CPU threads" if device.type == "cpu" else "; on the clock"
     print(f"{detect(device).with_versions}; yolo-flash {__version__}{threads}\n")
     print("| mode | batch | tokens | scores |", " | ".join(BACKENDS), "|")
-    print("| " + "--- | " * (4 + len(BACKENDS)))
+    print("|" + " --- |" * (4 + len(BACKENDS)))
     stock = TransformerLayer(256, 8).to(device)
     for batch, tokens in [(1, n) for n in (16, 100, 225, 300, 400, 500)] + [(4, n) for n in (16, 100, 225, 300, 500)]:
         for mode in MODES:

@@ -197,7 +197,7 @@ def _cpu_rules(spec: AttentionSpec) -> Iterator[tuple[str, str]]:
         ("nhwc", True): 6e5,
         ("nchw", False): 4e5,
         ("nchw", True): 6e6,
-        ("separate", False): 1e6 if spec.training else 4e5,
+        ("separate", False): 1e6 if spec.training else 5e3,
     }
     needed = least.get((spec.layout, padded), 0)
     if spec.scores >= needed:
