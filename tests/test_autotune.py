@@ -20,7 +20,7 @@ from ultralytics import YOLO
 
 from tests.machines import MACHINES
 from tests.test_telemetry import events
-from yolo_flash import FlashConfig, autotune, cli, measuring, patch_model, plan, trial_cache
+from yolo_flash import FlashConfig, autotune, cli, measuring, patch_model, plan, separate, trial_cache
 from yolo_flash.backends import BACKENDS, AttentionSpec, Backend
 from yolo_flash.machine import detect
 from yolo_flash.runtime import Runtime
@@ -83,9 +83,8 @@ def test_what_is_timed_is_the_block_of_the_model(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_mask_that_is_left_out_is_wrong(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    flash = BACKENDS["sdpa_flash"].run
-    assert flash is not None
-    break_flash(monkeypatch, lambda inputs, spec: flash((*inputs[:3], None), spec))
+    flash = separate.RUNS["sdpa_flash"]
+    monkeypatch.setitem(separate.RUNS, "sdpa_flash", lambda inputs, spec: flash((*inputs[:3], None), spec))
     spec = AttentionSpec(2, 8, 40, 40, 32, 32, torch.float32, "separate", mask=True, training=training)
     trials = autotune.judge(spec, CPU, ["stock", "sdpa_flash"])
     assert trials["sdpa_flash"].why_not.startswith("wrong: output is off by")

@@ -21,9 +21,7 @@ from ultralytics.nn.modules.transformer import (
 )
 
 from tests.counting import AttentionCalls
-from yolo_flash import BackendNotSupportedError, FlashConfig, FlashKernelError
-from yolo_flash import backends as backends_module
-from yolo_flash.backends import BACKENDS
+from yolo_flash import AttentionSpec, BackendNotSupportedError, FlashConfig, FlashKernelError, separate
 from yolo_flash.multihead import FlashMultiheadAttention, denoising_mask
 from yolo_flash.patch import patch_modules, targets, unpatch_modules
 
@@ -385,21 +383,20 @@ def test_compiles_without_a_break_for_any_number_of_queries() -> None:
 # Failures and refusals ------------------------------------------------------------------------------------------------
 def failing(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """Break the flash backend, in its forward or in its backward."""
-    flash = BACKENDS["sdpa_flash"]
+    flash = separate.RUNS["sdpa_flash"]
 
     def broken(grad: Tensor) -> Tensor:
         raise RuntimeError("no engine")
 
-    def spy(inputs: Any, spec: Any) -> Any:
+    def spy(inputs: separate.Inputs, spec: AttentionSpec) -> Tensor:
         if where == "forward":
             raise RuntimeError("no engine")
-        (out,) = flash.run(inputs, spec)  # type: ignore[misc]
+        out = flash(inputs, spec)
         if out.requires_grad:
             out.register_hook(broken)
-        return (out,)
+        return out
 
-    backend = backends_module.Backend("sdpa_flash", flash.limits, spy, flash.reproducible)
-    monkeypatch.setitem(backends_module.BACKENDS, "sdpa_flash", backend)
+    monkeypatch.setitem(separate.RUNS, "sdpa_flash", spy)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])

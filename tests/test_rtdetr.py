@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -18,8 +17,7 @@ from ultralytics.utils import ASSETS
 from tests.counting import AttentionCalls
 from tests.test_patch import load_without_plugin
 from tests.test_trainer import Phases
-from yolo_flash import AttentionSpec, FlashConfig, cli, patch_model, unpatch_model, verify
-from yolo_flash.backends import BACKENDS
+from yolo_flash import FlashConfig, cli, patch_model, separate, unpatch_model, verify
 from yolo_flash.blocks import FlashBlock
 from yolo_flash.machine import detect
 from yolo_flash.multihead import FlashMultiheadAttention
@@ -150,12 +148,8 @@ def test_queries_that_change_from_step_to_step_are_looked_up(monkeypatch: pytest
 
 
 def test_verify_notices_a_mask_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    flash = BACKENDS["sdpa_flash"]
-
-    def without_mask(inputs: Any, spec: AttentionSpec) -> Any:
-        return flash.run((*inputs[:3], None), spec)  # type: ignore[misc]
-
-    monkeypatch.setitem(BACKENDS, "sdpa_flash", dataclasses.replace(flash, run=without_mask))
+    flash = separate.RUNS["sdpa_flash"]
+    monkeypatch.setitem(separate.RUNS, "sdpa_flash", lambda inputs, spec: flash((*inputs[:3], None), spec))
     facts = verify("rtdetr-resnet50.yaml", imgsz=64, device="cpu", backend="sdpa_flash")
     decoder = {f"model.23.decoder.layers.{i}.self_attn" for i in range(6)}
     assert {(entry["layer"], entry["mode"]) for entry in facts["layers"] if not entry["ok"]} == {

@@ -22,8 +22,6 @@ from .machine import Machine, cudnn_release, dotted, release
 aten = torch.ops.aten
 
 Layout = Literal["nhwc", "nchw", "separate"]
-Separate = tuple[Tensor, Tensor, Tensor, Tensor | None]  # queries, keys, values, mask
-Inputs = Tensor | Separate
 
 
 @dataclass(frozen=True)
@@ -95,17 +93,15 @@ class Backend:
         name: As written in YAML and in logs.
         limits: Yields, for a spec and a machine, why the backend cannot run; nothing when it can. Never touches a GPU.
         run: `(packed, spec) -> (out, v)` with packed `[batch, seq_len, num_heads, 2*head_dim + head_dim_v]`, of any
-            strides but unit last, and out and v both contiguous `[batch, seq_len, num_heads, head_dim_v]`. In layout
-            `separate`, `((q, k, v, mask), spec) -> (out,)` with q, k and v `[batch, seq_len, num_heads, channels]`, of
-            such strides too, and a bool mask `[seq_len_q, seq_len_k]` that is True where a key is not seen, or None.
-            None for `stock`, which is the block's own forward.
+            strides but unit last, and out and v both contiguous `[batch, seq_len, num_heads, head_dim_v]`. None for
+            `stock`, which is the block's own forward. Separate tensors: `separate.RUNS`.
         reproducible: Whether the backward gives the same bits every time, on a machine.
         operators: Names of the operators, one of which each forward calls: a profile proves the backend by them.
     """
 
     name: str
     limits: Callable[[AttentionSpec, Machine], Iterator[str]]
-    run: Callable[[Any, AttentionSpec], Any] | None
+    run: Callable[[Tensor, AttentionSpec], tuple[Tensor, Tensor]] | None
     reproducible: Callable[[Machine], bool]
     operators: tuple[str, ...] = ()
 
@@ -244,77 +240,48 @@ def _aotriton_limits(machine: Machine) -> Iterator[str]:
 
 # Runs -----------------------------------------------------------------------------------------------------------------
 def _attend(
-    inputs: Inputs,
-    spec: AttentionSpec,
-    dim_qk: int,
-    dim_v: int,
-    op: Callable[..., tuple[Tensor, ...]],
-    *args: object,
-    **keywords: object,
-) -> tuple[Tensor, ...]:
-    """Call an aten operator; results as `Backend.run` promises.
+    packed: Tensor, spec: AttentionSpec, dim_qk: int, dim_v: int, op: Callable[..., tuple[Tensor, ...]], *args: object
+) -> tuple[Tensor, Tensor]:
+    """Call an aten operator on the packed tensor; both results as `Backend.run` promises.
 
-    The operator gets views `[batch, num_heads, seq_len, dim]` of the tensors, or, where it needs other head dims,
+    The operator gets views `[batch, num_heads, seq_len, dim]` of the packed tensor, or, where it needs other head dims,
     copies with zero channels up to `dim_qk` and `dim_v`: zeros change neither a score nor a channel that is kept. The
     scale is that of the true head_dim.
     """
-    images: tuple[Tensor, ...] = ()
-    if isinstance(inputs, Tensor):
-        q, k, v = inputs.split([spec.head_dim, spec.head_dim, spec.head_dim_v], dim=-1)
-        images = (v.contiguous(),)
-    else:
-        q, k, v, _ = inputs
+    q, k, v = packed.split([spec.head_dim, spec.head_dim, spec.head_dim_v], dim=-1)
+    image = v.contiguous()
     if dim_qk > spec.head_dim:
         q, k = pad(q, (0, dim_qk - spec.head_dim)), pad(k, (0, dim_qk - spec.head_dim))
     if dim_v > spec.head_dim_v:
         v = pad(v, (0, dim_v - spec.head_dim_v))
-    keywords["scale"] = spec.head_dim**-0.5
-    out = op(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *args, **keywords)[0]
-    return (out.transpose(1, 2)[..., : spec.head_dim_v].contiguous(), *images)
+    out = op(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *args, scale=spec.head_dim**-0.5)[0]
+    return out.transpose(1, 2)[..., : spec.head_dim_v].contiguous(), image
 
 
-def _bias(inputs: Inputs, spec: AttentionSpec) -> Tensor | None:
-    """What a mask adds to the scores, `[batch, num_heads, seq_len_q, seq_len_k]`: nothing, or minus infinity.
-
-    Its rows begin at multiples of 16 elements, since memory-efficient attention reads them in vectors; the operator
-    itself does not see to it, `scaled_dot_product_attention` does.
-    """
-    mask = None if isinstance(inputs, Tensor) else inputs[3]
-    if mask is None:
-        return None
-    queries, keys = mask.shape
-    bias = mask.new_zeros((queries, _multiple(keys, 16)), dtype=spec.dtype)[:, :keys]
-    return bias.masked_fill_(mask, float("-inf")).expand(spec.batch, spec.num_heads, queries, keys)
+def _multiple_of_8(dim: int) -> int:
+    return -(-dim // 8) * 8
 
 
-def _multiple(size: int, of: int) -> int:
-    """The smallest multiple that is not below `size`."""
-    return -(-size // of) * of
+def _run_math(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    return _attend(packed, spec, spec.head_dim, spec.head_dim_v, aten._scaled_dot_product_attention_math)
 
 
-def _run_math(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, ...]:
-    operator = aten._scaled_dot_product_attention_math
-    return _attend(inputs, spec, spec.head_dim, spec.head_dim_v, operator, _bias(inputs, spec))
-
-
-def _run_flash(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, ...]:
+def _run_flash(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     dim = max(spec.head_dim, spec.head_dim_v)  # the kernels know one head_dim for all three
-    if (inputs if isinstance(inputs, Tensor) else inputs[0]).device.type == "cpu":
-        operator = aten._scaled_dot_product_flash_attention_for_cpu
-        return _attend(inputs, spec, dim, dim, operator, attn_mask=_bias(inputs, spec))
-    dim = _multiple(dim, 8)
-    return _attend(inputs, spec, dim, dim, aten._scaled_dot_product_flash_attention)
+    if packed.device.type == "cpu":
+        return _attend(packed, spec, dim, dim, aten._scaled_dot_product_flash_attention_for_cpu)
+    dim = _multiple_of_8(dim)
+    return _attend(packed, spec, dim, dim, aten._scaled_dot_product_flash_attention)
 
 
-def _run_efficient(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, ...]:
-    dims = _multiple(spec.head_dim, 8), _multiple(spec.head_dim_v, 8)
-    operator = aten._scaled_dot_product_efficient_attention
-    return _attend(inputs, spec, *dims, operator, _bias(inputs, spec), spec.training)
+def _run_efficient(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    dims = _multiple_of_8(spec.head_dim), _multiple_of_8(spec.head_dim_v)
+    return _attend(packed, spec, *dims, aten._scaled_dot_product_efficient_attention, None, spec.training)
 
 
-def _run_cudnn(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, ...]:
-    dims = _multiple(spec.head_dim, 8), _multiple(spec.head_dim_v, 8)
-    return _attend(inputs, spec, *dims, aten._scaled_dot_product_cudnn_attention, None, spec.training)
+def _run_cudnn(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    dims = _multiple_of_8(spec.head_dim), _multiple_of_8(spec.head_dim_v)
+    return _attend(packed, spec, *dims, aten._scaled_dot_product_cudnn_attention, None, spec.training)
 
 
 def _run_triton_area(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from ultralytics.nn.modules.block import AAttn, Attention
 
-from .backends import BACKENDS, AttentionSpec, Inputs
+from .backends import BACKENDS, AttentionSpec
 from .guard import attend, is_out_of_memory, refuse, run
 from .runtime import Runtime
 from .stock_pickle import StockPickle
@@ -80,13 +80,13 @@ class FlashBlock(StockPickle):
             return runtime.decide_for_compile(self._flash_layer, choice, spec.without_sizes(), str(device))
         return runtime.decide(spec, choice, device).backend
 
-    def _attend(self, inputs: Inputs, spec: AttentionSpec, backend: str) -> tuple[Tensor, ...]:
+    def _attend(self, packed: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor]:
         """Run a backend; when `auto` chose it and it raises, run the next one instead."""
         if torch.compiler.is_compiling():
-            return run(inputs, spec, backend)
+            return run(packed, spec, backend)
         layer, choice, runtime = self._flash_layer, self._flash_choice, self._flash_runtime
         try:
-            return attend(inputs, spec, backend, layer=layer, choice=choice, runtime=runtime)
+            return attend(packed, spec, backend, layer=layer, choice=choice, runtime=runtime)
         except Exception as error:
             if is_out_of_memory(error):  # the trainer halves the batch
                 raise
@@ -95,9 +95,8 @@ class FlashBlock(StockPickle):
             if backend in ("stock", "sdpa_math"):
                 raise
             runtime.fail(layer, spec, backend, error)
-            device = (inputs if isinstance(inputs, Tensor) else inputs[0]).device
-            following = runtime.decide(spec, "auto", device).backend
-            return self._attend(inputs, spec, "sdpa_math" if following == backend else following)
+            following = runtime.decide(spec, "auto", packed.device).backend
+            return self._attend(packed, spec, "sdpa_math" if following == backend else following)
 
 
 class FlashAAttn(FlashBlock, AAttn):

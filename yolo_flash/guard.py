@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends import BACKENDS, AttentionSpec, Inputs
+from .backends import BACKENDS, AttentionSpec
 from .runtime import Runtime
 
 
@@ -17,8 +17,8 @@ class FlashKernelError(Exception):
 
 
 def attend(
-    inputs: Inputs, spec: AttentionSpec, backend: str, *, layer: str, choice: str, runtime: Runtime
-) -> tuple[Tensor, ...]:
+    packed: Tensor, spec: AttentionSpec, backend: str, *, layer: str, choice: str, runtime: Runtime
+) -> tuple[Tensor, Tensor]:
     """Run a backend, and its backward under guard.
 
     Torch's kernels raise in their backward what Ultralytics' trainer takes for out of memory, and halves the batch.
@@ -26,7 +26,7 @@ def attend(
     for by name, FlashKernelError says so.
 
     Args:
-        inputs: Queries, keys and values, as for `Backend.run`.
+        packed: Queries, keys and values, as for `Backend.run`.
         spec: The problem.
         backend: Its name.
         layer: Name of the layer, for messages.
@@ -36,21 +36,18 @@ def attend(
     Returns:
         As `Backend.run`.
     """
-    tensors = (inputs,) if isinstance(inputs, Tensor) else inputs
-    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    plain = not needed or torch._C._are_functorch_transforms_active()
+    plain = not (packed.requires_grad and torch.is_grad_enabled()) or torch._C._are_functorch_transforms_active()
     if plain or not BACKENDS[backend].fused:
-        return run(inputs, spec, backend)
-    results: tuple[Tensor, ...] = _Guarded.apply(spec, backend, layer, choice, runtime, *tensors)
-    return results
+        return run(packed, spec, backend)
+    out, image = _Guarded.apply(packed, spec, backend, layer, choice, runtime)
+    return out, image
 
 
-def run(inputs: Inputs, spec: AttentionSpec, backend: str) -> tuple[Tensor, ...]:
-    """Run a backend as it is, or, for `stock`, whose forward begins before these tensors, unfused attention."""
+def run(packed: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor]:
+    """Run a backend as it is, or, for `stock`, whose forward begins before the packed tensor, unfused attention."""
     function = BACKENDS[backend].run or BACKENDS["sdpa_math"].run
     assert function is not None
-    results: tuple[Tensor, ...] = function(inputs, spec)
-    return results
+    return function(packed, spec)
 
 
 def refuse(layer: str, spec: AttentionSpec, backend: str, error: Exception, where: str = "") -> FlashKernelError:
@@ -72,43 +69,33 @@ class _Guarded(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        spec: AttentionSpec,
-        backend: str,
-        layer: str,
-        choice: str,
-        runtime: Runtime,
-        *tensors: Tensor | None,
+        ctx: Any, packed: Tensor, spec: AttentionSpec, backend: str, layer: str, choice: str, runtime: Runtime
     ) -> tuple[Tensor, ...]:
         ctx.job = spec, backend, layer, choice, runtime
-        ctx.save_for_backward(*tensors)
-        ctx.inner = _graph(tensors, spec, backend)
+        ctx.save_for_backward(packed)
+        ctx.inner = _graph(packed, spec, backend)
         return tuple(t.detach() for t in ctx.inner[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
+        (packed,) = ctx.saved_tensors
         spec, backend, layer, choice, runtime = ctx.job
         inner, ctx.inner = ctx.inner, None  # what it holds is freed now, and not when the loss is
-        masks = [None] * (len(tensors) > 1)  # the last of separate tensors has no gradient
         try:  # a second backward of a retained graph builds it once more
-            leaves, results = inner or _graph(tensors, spec, backend)
-            return *[None] * 5, *torch.autograd.grad(results, leaves, grads), *masks
+            leaf, results = inner or _graph(packed, spec, backend)
+            return *torch.autograd.grad(results, leaf, grads), *[None] * 5
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             if choice != "auto":
                 raise refuse(layer, spec, backend, error, "the backward of ") from error
             runtime.fail(layer, spec, backend, error)
-        leaves, results = _graph(tensors, spec, "sdpa_math")
-        return *[None] * 5, *torch.autograd.grad(results, leaves, grads), *masks
+        leaf, results = _graph(packed, spec, "sdpa_math")
+        return *torch.autograd.grad(results, leaf, grads), *[None] * 5
 
 
-def _graph(
-    tensors: tuple[Tensor | None, ...], spec: AttentionSpec, backend: str
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _graph(packed: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, tuple[Tensor, ...]]:
     with torch.enable_grad():
-        leaves = tuple(t.detach().requires_grad_() for t in tensors[:3] if t is not None)
-        inputs: Any = leaves[0] if len(tensors) == 1 else (*leaves, tensors[3])
-        return leaves, run(inputs, spec, backend)
+        leaf = packed.detach().requires_grad_()
+        return leaf, run(leaf, spec, backend)

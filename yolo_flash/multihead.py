@@ -19,8 +19,9 @@ from ultralytics.nn.modules.transformer import (
     TransformerLayer,
 )
 
-from .backends import BACKENDS, AttentionSpec
+from .backends import AttentionSpec
 from .blocks import FlashBlock, _compute_dtype, _leave_stock, block_spec
+from .separate import RUNS, attend
 
 OWNERS = (AIFI, DeformableTransformerDecoderLayer, TransformerEncoderLayer, TransformerLayer)
 
@@ -69,7 +70,7 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
         asked = need_weights or not average_attn_weights or is_causal or key_padding_mask is not None
         spec = None if asked or not self._fits(query, key, value, attn_mask) else self._spec_of(query, attn_mask)
         backend = "stock" if spec is None else self._choose(spec, query.device)
-        if spec is None or BACKENDS[backend].run is None:
+        if spec is None or backend not in RUNS:
             return nn.MultiheadAttention.forward(
                 self,
                 query,
@@ -82,7 +83,8 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
                 is_causal,
             )
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in self._project(query, key, value))
-        (out,) = self._attend((q, k, v, attn_mask), spec, backend)
+        names: Any = {"layer": self._flash_layer, "choice": self._flash_choice, "runtime": self._flash_runtime}
+        out = attend((q, k, v, attn_mask), spec, backend, **names)
         out = linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
         return self._batch_first(out), None
 

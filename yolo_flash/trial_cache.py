@@ -102,6 +102,7 @@ def _code() -> str:
         "backends.py",
         "blocks.py",
         "multihead.py",
+        "separate.py",
         "guard.py",
         "kernels/area.py",
         "kernels/area_triton.py",

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .backends import BACKENDS, AttentionSpec, Separate
+from .backends import AttentionSpec
 from .config import FlashConfig
 from .measuring import Results, reference
 from .multihead import FlashMultiheadAttention, denoising_mask
 from .runtime import Runtime
+from .separate import RUNS, Inputs
 from .stock_pickle import become
 
 
@@ -31,12 +32,12 @@ class MultiheadArm:
         block.in_proj_weight, block.in_proj_bias = nn.Parameter(same.repeat(3, 1)), nn.Parameter(nothing)
         block.out_proj.weight, block.out_proj.bias = nn.Parameter(same), nn.Parameter(nothing[:channels].clone())
         block.requires_grad_(spec.training)  # it decides how torch multiplies, though their gradients are not asked for
-        if BACKENDS[backend].run is not None:
+        if backend in RUNS:
             runtime = Runtime(FlashConfig(backend=backend))
             become(block, FlashMultiheadAttention, layer="", choice=backend, runtime=runtime)
         self.block = block.train(spec.training)
 
-    def call(self, given: Separate, upstream: Tensor) -> Results:
+    def call(self, given: Inputs, upstream: Tensor) -> Results:
         """`(output,)`, or `(output, gradients of queries, keys and values)` when the spec trains.
 
         Args:
@@ -54,7 +55,7 @@ class MultiheadArm:
         return (out.detach(), *torch.autograd.grad(out, (q, k, v), upstream.to(out.dtype)))
 
 
-def inputs(spec: AttentionSpec, groups: int, device: torch.device) -> tuple[Separate, Tensor]:
+def inputs(spec: AttentionSpec, groups: int, device: torch.device) -> tuple[Inputs, Tensor]:
     """Random queries, keys and values with a mask like RT-DETR's, and a random gradient of the output."""
     source = torch.Generator(device).manual_seed(0)  # its own: the global one stays as it is
     size = (4, groups, spec.seq_len_k, spec.num_heads * spec.head_dim)
@@ -64,7 +65,7 @@ def inputs(spec: AttentionSpec, groups: int, device: torch.device) -> tuple[Sepa
     return (q, k, v, mask), upstream
 
 
-def exact(spec: AttentionSpec, given: Separate, upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def exact(spec: AttentionSpec, given: Inputs, upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """Output, and the gradients of queries, keys and values, in high precision."""
     packed = torch.cat([_heads(spec, t) for t in given[:3] if t is not None], dim=-1)
     dout = _heads(spec, upstream)
