@@ -130,7 +130,7 @@ def _no_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
 
 
 def _packed_mask_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
-    """A mask comes along with separate tensors, see `Backend.run`."""
+    """A mask comes along with separate tensors, see `separate.py`."""
     if spec.mask and spec.layout != "separate":
         yield "takes a mask with separate queries, keys and values only, the tensors are packed"
 
