@@ -20,7 +20,7 @@ from ultralytics import YOLO
 
 from tests.machines import MACHINES
 from tests.test_telemetry import events
-from yolo_flash import FlashConfig, autotune, cli, measuring, patch_model, plan, trial_cache
+from yolo_flash import FlashConfig, autotune, cli, measuring, patch_model, plan, separate, trial_cache
 from yolo_flash.backends import BACKENDS, AttentionSpec, Backend
 from yolo_flash.machine import detect
 from yolo_flash.runtime import Runtime
@@ -46,6 +46,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         AttentionSpec(1, 2, 1, 1, 32, 32, torch.float32, "nhwc"),
         AttentionSpec(4, 3, 17, 17, 40, 56, torch.bfloat16, "nchw", area=1),
         AttentionSpec(4, 2, 17, 17, 32, 32, torch.float32, "nhwc", deterministic=True, area=2),
+        AttentionSpec(3, 4, 21, 21, 32, 32, torch.float32, "separate"),
+        AttentionSpec(2, 8, 40, 40, 48, 48, torch.float32, "separate", mask=True),
+        AttentionSpec(2, 8, 40, 40, 32, 32, torch.bfloat16, "separate", mask=True, training=False),
     ],
     ids=str,
 )
@@ -76,6 +79,17 @@ def test_what_is_timed_is_the_block_of_the_model(monkeypatch: pytest.MonkeyPatch
     autotune.judge(AREA, CPU, ["sdpa_flash"])
     assert {shape for shape, _ in seen} == {(8, 20, 2, 96)}
     assert {spec for _, spec in seen} == {AREA}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mask_that_is_left_out_is_wrong(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    flash = separate.RUNS["sdpa_flash"]
+    monkeypatch.setitem(separate.RUNS, "sdpa_flash", lambda inputs, spec: flash((*inputs[:3], None), spec))
+    spec = AttentionSpec(2, 8, 40, 40, 32, 32, torch.float32, "separate", mask=True, training=training)
+    trials = autotune.judge(spec, CPU, ["stock", "sdpa_flash"])
+    assert trials["sdpa_flash"].why_not.startswith("wrong: output is off by")
+    assert trials["sdpa_flash"].ms is None
+    assert trials["stock"].ms is not None
 
 
 def break_flash(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:

@@ -165,7 +165,7 @@ def test_an_arm_is_a_setting(
             assert folders[0].is_dir()
             trained.append(arguments)
 
-    monkeypatch.setattr(bench_train, "YOLO", Model)
+    monkeypatch.setattr(bench_train, "open_model", Model)
     monkeypatch.setattr(bench_train, "patch_model", lambda model, **keys: patched.append(keys))
     monkeypatch.setattr(bench_train.offline, "training_data", lambda data: f"/there/{data}")
     monkeypatch.setattr(Clocks, "figures", lambda clocks: {"iteration_ms": 1.0})

@@ -15,8 +15,7 @@ from ultralytics.utils import ROOT
 
 from tests.machines import MACHINES
 from yolo_flash import BackendNotSupportedError, FlashConfig, patch_model, plan
-from yolo_flash.blocks import BLOCKS
-from yolo_flash.patch import patch_modules, targets
+from yolo_flash.patch import BLOCKS, patch_modules, targets
 from yolo_flash.planning import Shot, describe, layer_inputs, make_plan
 from yolo_flash.runtime import Runtime
 

@@ -20,7 +20,7 @@ from yolo_flash import checks, cli, report
 from yolo_flash.backends import BACKENDS
 from yolo_flash.machine import Machine
 
-SPECS = ["YOLO12, area attention", "YOLO26, PSA"]
+SPECS = ["YOLO12, area attention", "YOLO26, PSA", "RT-DETR, decoder"]
 T4 = Machine(
     kind="cuda",
     name="Tesla T4",
@@ -74,7 +74,7 @@ def test_the_report_names_device_versions_backends_and_ends_with_ultralytics_che
     assert ours.startswith(f"yolo-flash {version('yolo-flash')}\n")
     for fact in ("(CPU)", f"torch {torch.__version__}", f"Python {sys.version.split()[0]}", "triton ", *SPECS):
         assert fact in ours
-    assert [name for name, _ in rows(ours)] == [*BACKENDS, *BACKENDS]
+    assert [name for name, _ in rows(ours)] == [*BACKENDS] * len(SPECS)
     rest = "\n".join(log[1:])
     assert f"Ultralytics {ultralytics.__version__}" in rest
     assert "CPU count" in rest
@@ -89,7 +89,8 @@ def test_every_backend_is_ready_or_has_its_reasons_with_numbers(t4: None, log: l
         "torch 2.11.0+cu130, CUDA 13.0, cuDNN 9.15.1, Python 3.12.1, Linux, triton ImportError: no triton here",
     ]
     refused = "needs compute capability >= 8.0, Tesla T4 has 7.5"
-    for table in (rows(log[0])[: len(BACKENDS)], rows(log[0])[len(BACKENDS) :]):
+    for start in range(0, 3 * len(BACKENDS), len(BACKENDS)):
+        table = rows(log[0])[start : start + len(BACKENDS)]
         verdicts = dict(table)
         assert verdicts["stock"] == "ready"
         assert verdicts["sdpa_flash"].startswith(refused)
@@ -98,17 +99,19 @@ def test_every_backend_is_ready_or_has_its_reasons_with_numbers(t4: None, log: l
         assert sum("<- auto" in verdict for verdict in verdicts.values()) == 1
 
 
-def test_the_typical_layers_are_those_of_yolo12_and_yolo26_at_640() -> None:
+def test_the_typical_layers_are_those_of_yolo12_yolo26_and_rtdetr_at_640() -> None:
     gpu = report.typical_specs(T4)
     cpu = report.typical_specs(Machine(kind="cpu", name="CPU"))
     assert list(gpu) == list(cpu) == SPECS
     assert [str(spec) for spec in gpu.values()] == [
         "64 x 2 heads x 400 tokens x 32, float16, nhwc, train",
         "16 x 2 heads x 400 tokens x 32/64, float16, nhwc, train",
+        "16 x 8 heads x 500 tokens x 32, float16, separate, masked, train",
     ]
     assert [str(spec) for spec in cpu.values()] == [
         "64 x 2 heads x 400 tokens x 32, float32, nchw, train",
         "16 x 2 heads x 400 tokens x 32/64, float32, nchw, train",
+        "16 x 8 heads x 500 tokens x 32, float32, separate, masked, train",
     ]
 
 

@@ -86,3 +86,21 @@ def test_the_thresholds_of_the_cpu(layout: Any, dims: tuple[int, int], least: in
         return select(AttentionSpec(groups, 1, 10, 10, *dims, torch.float32, layout), MACHINES["CPU"]).backend
 
     assert (taken(least // 100 - 1), taken(least // 100)) == ("stock", "sdpa_flash")
+
+
+def test_multihead_attention_is_not_slower_than_stock_beyond_noise() -> None:
+    names: list[str] = []
+    count = 0
+    for line in (RESULTS / "multihead-cpu.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] == "mode":
+            names = cells[4:]
+        if not cells[0].startswith(("train", "predict")):
+            continue
+        mode, batch, tokens, _, *times = cells
+        size = (int(batch), 8, int(tokens), int(tokens), 32, 32)
+        spec = AttentionSpec(*size, torch.float32, "separate", mask="masked" in mode, training=mode.startswith("train"))
+        lowest = {name: float(time.split()[0]) for name, time in zip(names, times, strict=True) if time != "-"}
+        assert lowest[select(spec, MACHINES["CPU"]).backend] <= 1.02 * lowest["stock"], line
+        count += 1
+    assert count == 33

@@ -16,6 +16,7 @@ from yolo_flash.selector import Trial, select
 
 _COMMON: dict[str, Any] = {"num_heads": 2, "seq_len_q": 400, "seq_len_k": 400, "head_dim": 32}
 HALF = {**_COMMON, "dtype": torch.float16, "layout": "nhwc"}
+_RTDETR: dict[str, Any] = {"num_heads": 8, "layout": "separate"}
 
 SPECS = {
     "area fp16 train": AttentionSpec(batch=64, head_dim_v=32, **HALF),
@@ -34,24 +35,29 @@ SPECS = {
     "psa fp16 predict nchw 1600": AttentionSpec(
         batch=4, head_dim_v=64, training=False, **{**HALF, "layout": "nchw", "seq_len_q": 1600, "seq_len_k": 1600}
     ),
+    "mha fp16 train": AttentionSpec(batch=16, head_dim_v=32, **{**HALF, **_RTDETR}),
+    "mha fp16 train mask": AttentionSpec(batch=16, head_dim_v=32, mask=True, **{**HALF, **_RTDETR}),
+    "mha fp32 predict": AttentionSpec(
+        batch=1, head_dim_v=32, training=False, **{**HALF, **_RTDETR, "dtype": torch.float32}
+    ),
 }
 
 F, E, C, S, T = "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "stock", "triton_area"
 GOLDEN = {  # machine: the backend for each spec above
-    "P100": [E, S, E, E, S, E, E, E, E, E, S, E],
-    "V100": [E, S, E, E, S, E, E, E, E, E, S, E],
-    "T4": [E, S, E, E, S, E, E, E, E, E, S, E],
-    "A100": [F, F, E, F, S, F, F, F, F, E, S, F],
-    "RTX 3090": [F, F, E, F, S, F, F, F, F, E, S, F],
-    "RTX 4090": [F, F, E, F, S, F, F, F, F, E, S, F],
-    "H100": [T, T, E, T, S, T, T, T, T, E, T, T],
-    "H100 without Triton": [F, F, E, F, S, C, F, C, C, E, S, F],
-    "B200": [F, F, E, F, S, F, F, F, F, E, S, F],
-    "RTX 5090": [F, F, E, F, S, F, F, F, F, E, S, F],
-    "MI300": [F, F, E, F, S, F, F, F, F, E, S, F],
-    "RX 7900": [S] * 12,
-    "MPS": [S] * 12,
-    "CPU": [F, F, F, F, F, F, S, F, F, F, S, F],
+    "P100": [E, S, E, E, S, E, E, E, E, E, S, E, E, E, E],
+    "V100": [E, S, E, E, S, E, E, E, E, E, S, E, E, E, E],
+    "T4": [E, S, E, E, S, E, E, E, E, E, S, E, E, E, E],
+    "A100": [F, F, E, F, S, F, F, F, F, E, S, F, F, E, E],
+    "RTX 3090": [F, F, E, F, S, F, F, F, F, E, S, F, F, E, E],
+    "RTX 4090": [F, F, E, F, S, F, F, F, F, E, S, F, F, E, E],
+    "H100": [T, T, E, T, S, T, T, T, T, E, T, T, F, E, E],
+    "H100 without Triton": [F, F, E, F, S, C, F, C, C, E, S, F, F, E, E],
+    "B200": [F, F, E, F, S, F, F, F, F, E, S, F, F, E, E],
+    "RTX 5090": [F, F, E, F, S, F, F, F, F, E, S, F, F, E, E],
+    "MI300": [F, F, E, F, S, F, F, F, F, E, S, F, F, E, E],
+    "RX 7900": [S] * 15,
+    "MPS": [S] * 15,
+    "CPU": [F, F, F, F, F, F, S, F, F, F, S, F, F, F, F],
 }
 
 
@@ -127,15 +133,21 @@ def test_limits_have_numbers() -> None:
     assert refusals(C, batch=70000) == "needs batch x area <= 65535, found 70000"
 
 
-@pytest.mark.parametrize("backend", ["sdpa_math", F, E, C, T])
-def test_masks_are_refused_while_no_backend_passes_them_on(backend: str) -> None:
-    assert refusals(backend, mask=True) == "masks are not passed on yet"
-
-
-@pytest.mark.parametrize("backend", ["sdpa_math", F, E, C, T])
-def test_separate_tensors_are_refused_while_no_block_has_them(backend: str) -> None:
-    reason = "takes the packed output of one convolution, the tensors are separate"
-    assert refusals(backend, layout="separate") == reason
+def test_masks_and_separate_tensors() -> None:
+    separate: dict[str, Any] = {"layout": "separate"}
+    masked = {**separate, "mask": True}
+    for backend in ("sdpa_math", F, E, C):
+        assert refusals(backend, **separate) == ""
+    for machine in ("H100", "CPU"):
+        assert refusals("sdpa_math", machine, **masked) == ""
+    assert refusals(E, **masked) == refusals(F, "CPU", **masked) == ""
+    assert refusals(F, **masked) == "takes no mask, 400 queries x 400 keys are masked"
+    assert refusals(C, **masked).startswith("takes no mask here, 400 queries x 400 keys are masked: its gradients were")
+    assert refusals(T, **separate) == "takes the packed output of one convolution, the 3 tensors are separate"
+    for backend in ("sdpa_math", E, T):
+        assert refusals(backend, mask=True) == (
+            "takes a mask with separate queries, keys and values only, the tensors are packed"
+        )
 
 
 def test_an_explicit_choice_raises_with_reasons_and_with_what_would_work() -> None:

@@ -159,9 +159,9 @@ def test_half_precision_as_on_a_gpu(mode: str) -> None:
     x = torch.randn(2, 64, 8, 8).bfloat16()
     x = x.contiguous(memory_format=torch.channels_last) if how.nhwc else x
     upstream = torch.randn(2, 64, 8, 8)
-    truth = comparison.run_block(block, x, upstream, how, exact=True)
-    stock = comparison.run_block(block, x, upstream, how)
-    found = comparison.run_block(ours, x, upstream, how)
+    truth = comparison.run_block(block, {"input": x}, upstream, how, exact=True)
+    stock = comparison.run_block(block, {"input": x}, upstream, how)
+    found = comparison.run_block(ours, {"input": x}, upstream, how)
     assert {truth["output"].dtype, found["output"].dtype} == {torch.float64, torch.bfloat16}
     rows = comparison.compare(truth, stock, found, torch.bfloat16)
     assert len(rows) == (13 if mode == "train" else 1)

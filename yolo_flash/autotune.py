@@ -2,7 +2,7 @@
 
 A backend is run in the real block (`FlashBlock` or the stock class), whose convolutions are replaced: the first gives a
 tensor that is there, the positional one scales it, the last does nothing. What is timed is therefore attention with all
-the layout work that the block does around it.
+the layout work that the block does around it. `nn.MultiheadAttention` is in `trial_multihead.py`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from ultralytics.nn.modules.block import AAttn, Attention
 from ultralytics.utils import LOGGER, NUM_THREADS, TQDM
 
-from . import trial_cache
+from . import trial_cache, trial_multihead
 from .backends import BACKENDS, AttentionSpec
-from .blocks import BLOCKS
 from .config import FlashConfig
 from .guard import is_out_of_memory
 from .machine import Machine, detect
@@ -39,6 +38,7 @@ from .measuring import (
     sampler_of,
     wait,
 )
+from .patch import BLOCKS
 from .runtime import Runtime
 from .selector import Trial
 from .stock_pickle import become
@@ -132,20 +132,28 @@ def _channels(spec: AttentionSpec) -> tuple[int, int]:
     return spec.num_heads * (2 * spec.head_dim + spec.head_dim_v), spec.num_heads * spec.head_dim_v
 
 
-def _inputs(spec: AttentionSpec, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _arm(spec: AttentionSpec, backend: str, device: torch.device) -> Any:
+    return (trial_multihead.MultiheadArm if spec.layout == "separate" else _Arm)(spec, backend, device)
+
+
+def _inputs(spec: AttentionSpec, groups: int, device: torch.device) -> tuple[Any, Tensor]:
+    if spec.layout == "separate":
+        return trial_multihead.inputs(spec, groups, device)
     packed, out = _channels(spec)
     return _image(spec, groups, device, packed, 0), _image(spec, groups, device, out, 1)
 
 
-def _exact(spec: AttentionSpec, image: Tensor, upstream: Tensor) -> list[Tensor]:
+def _exact(spec: AttentionSpec, given: Any, upstream: Tensor) -> list[Tensor]:
     """Output of the block, and the gradients of q, k and v, in high precision."""
+    large = upstream.device.type == "cpu" and spec.scores // spec.batch > 2**27  # float64 would take half a minute
+    dtype = torch.float32 if large else torch.float64
+    if spec.layout == "separate":
+        return trial_multihead.exact(spec, given, upstream, dtype)
 
     def grouped(t: Tensor) -> Tensor:
         return t.permute(0, 2, 3, 1).reshape(-1, spec.seq_len_k, spec.num_heads, t.shape[1] // spec.num_heads)
 
-    large = image.device.type == "cpu" and spec.scores // spec.batch > 2**27  # float64 would take half a minute
-    dtype = torch.float32 if large else torch.float64
-    packed, dout = grouped(image), grouped(upstream)
+    packed, dout = grouped(given), grouped(upstream)
     faint = spec.seq_len_k**-0.5
     out, grad = reference(packed, dout, dout.to(dtype) * faint, head_dim=spec.head_dim, dtype=dtype)
     out = out + packed[..., 2 * spec.head_dim :].to(dtype) * faint
@@ -160,8 +168,9 @@ def _errors(spec: AttentionSpec, results: Results, truth: list[Tensor]) -> list[
     """
     dims = [[spec.head_dim_v], [spec.head_dim, spec.head_dim, spec.head_dim_v]]
     packed, out = _channels(spec)
-    found: list[Tensor] = []
-    for t, sizes, channels in zip(results, dims, (out, packed), strict=False):
+    separate = spec.layout == "separate"
+    found: list[Tensor] = trial_multihead.parts(spec, results) if separate else []
+    for t, sizes, channels in zip(() if separate else results, dims, (out, packed), strict=False):
         if t.ndim != 4 or t.shape[1] != channels:
             raise ArithmeticError(f"a result has shape {list(t.shape)} where {channels} channels were expected")
         found += t.permute(0, 2, 3, 1).reshape(-1, spec.seq_len_k, spec.num_heads, sum(sizes)).split(sizes, dim=-1)
@@ -252,8 +261,8 @@ def _check(spec: AttentionSpec, device: torch.device, names: list[str], trials: 
     fitting = cap // min(_bytes_a_group(spec, name) for name in names) // spec.area
     wanted = math.ceil(_SCORES_TO_CHECK * spec.batch / spec.scores / spec.area)
     groups = min(spec.batch, max(1, min(fitting, wanted)) * spec.area)
-    image, upstream = _inputs(spec, groups, device)
-    truth = _exact(spec, image, upstream)
+    given, upstream = _inputs(spec, groups, device)
+    truth = _exact(spec, given, upstream)
     errors: dict[str, list[float]] = {}
     for name in dict.fromkeys(["stock", *names]):  # stock is the yardstick, even if it is no candidate
         if _bytes_a_group(spec, name) * groups > cap:
@@ -261,7 +270,7 @@ def _check(spec: AttentionSpec, device: torch.device, names: list[str], trials: 
             continue
         start = time.perf_counter()
         try:
-            results = _Arm(spec, name, device).call(image, upstream)
+            results = _arm(spec, name, device).call(given, upstream)
             wait(device)
             seconds = time.perf_counter() - start
             errors[name] = _errors(spec, results, truth)
@@ -305,7 +314,7 @@ def _time(spec: AttentionSpec, device: torch.device, names: list[str], trials: d
             trials[name] = _too_large(spec, name, cap, trials[name])
             continue
         try:
-            call = _bound(_Arm(spec, name, device), *_inputs(spec, groups, device))
+            call = _bound(_arm(spec, name, device), *_inputs(spec, groups, device))
             call()
             extra = extra_bytes(call, device)
             samplers[name], method = sampler_of(call, device)
@@ -336,8 +345,8 @@ def _time(spec: AttentionSpec, device: torch.device, names: list[str], trials: d
         trials[name] = replace(trials[name], ms=statistics.median(ms), ms_low=min(ms), ms_high=max(ms))
 
 
-def _bound(arm: _Arm, image: Tensor, upstream: Tensor) -> Callable[[], Results]:
-    return lambda: arm.call(image, upstream)
+def _bound(arm: Any, given: Any, upstream: Tensor) -> Callable[[], Results]:
+    return lambda: arm.call(given, upstream)
 
 
 def _failed(error: Exception, trial: Trial = _NEW) -> Trial:

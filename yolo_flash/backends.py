@@ -80,7 +80,7 @@ class AttentionSpec:
         dims = f"{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
         return (
             f"{self.batch} x {self.num_heads} heads x {tokens} tokens x {dims}, {short(self.dtype)}, {self.layout}, "
-            f"{'train' if self.training else 'predict'}"
+            f"{'masked, ' if self.mask else ''}{'train' if self.training else 'predict'}"
         )
 
 
@@ -93,7 +93,8 @@ class Backend:
         limits: Yields, for a spec and a machine, why the backend cannot run; nothing when it can. Never touches a GPU.
         forward: `(packed, spec) -> (out, v, *kept)` with packed `[batch, seq_len, num_heads, 2*head_dim + head_dim_v]`,
             of any strides but unit last, and out and v both contiguous `[batch, seq_len, num_heads, head_dim_v]`.
-            Autograd can differentiate it. None for `stock`, which is the block's own forward.
+            Autograd can differentiate it. None for `stock`, which is the block's own forward. Separate tensors:
+            `separate.RUNS`.
         reproducible: Whether the backward gives the same bits every time, on a machine.
         operators: Names of the operators, one of which each forward calls: a profile proves the backend by them.
         backward: `(packed, kept, dout, dv, spec) -> gradient of packed`, contiguous as are dout and dv; kept are the
@@ -137,18 +138,16 @@ def _no_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
     return iter(())
 
 
-def _packed_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
-    """What all of torch's backends have in common, as they are called here."""
-    if spec.mask:
-        yield "masks are not passed on yet"
-    if spec.layout == "separate":
-        yield "takes the packed output of one convolution, the tensors are separate"
+def _packed_mask_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
+    """A mask comes along with separate tensors, see `separate.py`."""
+    if spec.mask and spec.layout != "separate":
+        yield "takes a mask with separate queries, keys and values only, the tensors are packed"
 
 
 def _fused_limits(
     spec: AttentionSpec, machine: Machine, *, dtypes: tuple[torch.dtype, ...], head_dim_max: int
 ) -> Iterator[str]:
-    yield from _packed_limits(spec, machine)
+    yield from _packed_mask_limits(spec, machine)
     if spec.dtype not in dtypes:
         yield f"needs {' or '.join(map(short, dtypes))}, the tensors are {short(spec.dtype)}"
     if (largest := max(spec.head_dim, spec.head_dim_v)) > head_dim_max:
@@ -177,6 +176,8 @@ def _flash_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
     yield from _capability_limits(machine, (8, 0))
     yield from _aotriton_limits(machine)
     yield from _fused_limits(spec, machine, dtypes=(torch.float16, torch.bfloat16), head_dim_max=256)
+    if spec.mask:
+        yield f"takes no mask, {spec.seq_len_q} queries x {spec.seq_len_k} keys are masked"
     largest = max(spec.head_dim, spec.head_dim_v)
     if spec.training and 192 < largest <= 224 and machine.capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
         yield f"no backward for head_dim {largest} at compute capability {dotted(machine.capability)}"
@@ -214,6 +215,11 @@ def _cudnn_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
             f"needs cuDNN >= 9.15.1 for a sequence length that is no multiple of 128, found "
             f"{cudnn_release(machine.cudnn)} and {spec.seq_len_k} tokens"
         )
+    if spec.mask:
+        yield (
+            f"takes no mask here, {spec.seq_len_q} queries x {spec.seq_len_k} keys are masked: its gradients were NaN "
+            f"where 64 tokens were left over by tiles of 128 (pytorch issue 196678)"
+        )
     if spec.seq_len_k < 2:
         yield f"needs at least 2 key tokens, the layer has {spec.seq_len_k}"
     if spec.batch > 65535:
@@ -231,6 +237,8 @@ def _triton_area_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
     elif release(found) < area.TRITON:
         yield f"needs triton >= {dotted(area.TRITON)}, found {found}"
     yield from _fused_limits(spec, machine, dtypes=(torch.float16, torch.bfloat16), head_dim_max=area.HEAD_DIM_MAX)
+    if spec.layout == "separate":
+        yield "takes the packed output of one convolution, the 3 tensors are separate"
 
 
 def _aotriton_limits(machine: Machine) -> Iterator[str]:
@@ -364,7 +372,7 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("stock", _no_limits, None, _always),
-        Backend("sdpa_math", _packed_limits, _math, _always, ("aten::_scaled_dot_product_attention_math",)),
+        Backend("sdpa_math", _packed_mask_limits, _math, _always, ("aten::_scaled_dot_product_attention_math",)),
         Backend(
             "sdpa_flash",
             _flash_limits,

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from ultralytics import YOLO
 from ultralytics.engine.predictor import BasePredictor
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 from ultralytics.utils.torch_utils import init_seeds
@@ -24,6 +23,7 @@ from .bench_rounds import bench
 from .config import FlashConfig
 from .graphed_predict import PredictGraphs
 from .machine import Machine, detect
+from .models import open_model
 from .patch import patch_modules
 from .planning import Shot, make_plan
 from .runtime import Runtime
@@ -68,7 +68,7 @@ def _arms_that_run(job: PredictJob, machine: Machine) -> tuple[str, ...]:
     """Stock, the backends that no layer refuses at one of the sizes at least, and `auto`; the log has the others."""
     on_gpu = machine.kind in ("cuda", "rocm")
     dtype = torch.float16 if on_gpu and job.amp == "fp16" else torch.float32
-    model: Any = YOLO(job.model).model
+    model: Any = open_model(job.model).model
     refused: dict[str, list[str]] = {name: [] for name in BACKENDS}  # at each size, the reasons of the first layer
     for imgsz in job.imgsz:
         shot = Shot("val", job.batch, imgsz, imgsz, dtype, nhwc=not on_gpu)
@@ -90,7 +90,7 @@ class Prediction:
     def __init__(self, job: PredictJob, arm: str) -> None:
         """Build the network, patched unless the arm is `unpatched`, on the device."""
         init_seeds(0, deterministic=False)
-        model: Any = YOLO(job.model).model
+        model: Any = open_model(job.model).model
         if arm != UNPATCHED:
             patch_modules(model, FlashConfig(backend="auto" if arm == GRAPHS else arm))
         half: dict[str, Any] = {"quantize": 16} if "quantize" in DEFAULT_CFG_DICT else {"half": True}

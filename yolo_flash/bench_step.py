@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.utils.torch_utils import ModelEMA, init_seeds
 
@@ -23,6 +22,7 @@ from .capture import answer_step, capture_step
 from .config import FlashConfig
 from .fixed_loss import Capacity
 from .graphs import GraphedStep
+from .models import open_model
 from .patch import patch_modules
 
 NCHW = "nchw"  # an arm without the plugin and without channels_last, in which Ultralytics trains on CUDA
@@ -76,10 +76,12 @@ class Step:
         self.device = job.torch_device()
         self.on_gpu = self.device.type == "cuda"
         init_seeds(0, deterministic=False)
-        model: Any = YOLO(job.model).model
+        model: Any = open_model(job.model).model
         if not isinstance(model, nn.Module) or getattr(model, "task", "") != "detect":
             raise ValueError(f"bench step measures detection models, {job.model} is none.")
         model.args = get_cfg()
+        described: Any = model.yaml
+        model.nc = described["nc"]  # as the trainer does; the loss of RT-DETR asks for it
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.dtype.is_floating_point)
         self.model: Any = model.to(self.device).train()

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.checks import check_file
 
 from . import offline
 from .bench_process import UNPATCHED, BaseJob, take_turn
 from .bench_rounds import bench
+from .models import open_model
 from .telemetry import peak_memory_gib
 from .trainer import patch_model
 
@@ -246,7 +246,7 @@ def get_ready(job: TrainJob, arm: str) -> Callable[[int], dict[str, Any]]:
     Returns:
         Trains at a size and gives the figures of `Clocks`.
     """
-    model = YOLO(job.model)
+    model = open_model(job.model)
     if arm in PLUGIN:
         patch_model(model, **PLUGIN[arm])
     data = offline.training_data(job.data)

@@ -21,7 +21,10 @@ class FlashBlock(StockPickle):
         _flash_layer: The block's name in the model, for messages.
         _flash_choice: `auto` or the name of the backend for this block.
         _flash_runtime: Shared by the blocks of a model.
+        separate: Whether queries, keys and values are three tensors, and not the packed output of one convolution.
     """
+
+    separate: ClassVar[bool] = False
 
     _flash_layer: str
     _flash_choice: str
@@ -53,21 +56,23 @@ class FlashBlock(StockPickle):
     def _plan(self, x: Tensor) -> tuple[AttentionSpec, str] | None:
         """The problem that an input poses, and the backend for it; None where the stock forward runs."""
         fields = None if _leave_stock(self, x) else self._spec_fields(x)
-        if fields is None:
-            return None
+        return None if fields is None else self._choose(fields, x.device)
+
+    def _choose(self, fields: tuple[Any, ...], device: torch.device) -> tuple[AttentionSpec, str] | None:
+        """The spec of these fields, and the backend for it; None where that is the stock forward."""
         runtime, choice = self._flash_runtime, self._flash_choice
         if torch.compiler.is_compiling():
             spec = AttentionSpec(*fields)
-            backend = runtime.decide_for_compile(self._flash_layer, choice, spec.without_sizes(), str(x.device))
+            backend = runtime.decide_for_compile(self._flash_layer, choice, spec.without_sizes(), str(device))
         else:
-            spec, backend = runtime.plan(fields, choice, x.device)
+            spec, backend = runtime.plan(fields, choice, device)
         return None if BACKENDS[backend].forward is None else (spec, backend)
 
     def _spec_fields(self, x: Tensor) -> tuple[Any, ...] | None:
         batch, _, height, width = x.shape
         nhwc = memory_format(x) is torch.channels_last
         modes = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
-        return _spec_fields(self, type(self), batch, height * width, _compute_dtype(x), nhwc, *modes)
+        return spec_fields(self, type(self), batch, height * width, _compute_dtype(x), nhwc, *modes)
 
 
 class FlashAAttn(FlashBlock, AAttn):
@@ -95,9 +100,6 @@ class FlashAttention(FlashBlock, Attention):
         return batch, tokens, block.key_dim, block.head_dim, 1
 
 
-BLOCKS: dict[type, type[FlashBlock]] = {cls._stock: cls for cls in (FlashAAttn, FlashAttention)}
-
-
 def block_spec(
     block: Any,
     cls: type[FlashBlock],
@@ -108,27 +110,29 @@ def block_spec(
     nhwc: bool,
     training: bool,
     deterministic: bool,
+    mask: bool = False,
 ) -> AttentionSpec | None:
-    """The spec of a block, patched or stock, for an input of `batch` images with `tokens` pixels each.
+    """The spec of a block, patched or stock, for an input of `batch` images with `tokens` pixels or queries each.
 
     Args:
         block: The block.
-        cls: Our class for it, `BLOCKS[type(block)]` for a stock one.
+        cls: Our class for it, `patch.BLOCKS[type(block)]` for a stock one.
         batch: Images.
-        tokens: Height times width of the block's input.
+        tokens: Height times width of the block's input, or its number of queries.
         dtype: Of the queries.
         nhwc: Whether the block's input is channels_last.
         training: Whether a backward pass follows.
         deterministic: Whether torch asks for deterministic algorithms; it matters to the backward alone.
+        mask: Whether the scores are masked.
 
     Returns:
         None where the stock block cannot run either, so that its own error reaches the user.
     """
-    fields = _spec_fields(block, cls, batch, tokens, dtype, nhwc, training, deterministic)
+    fields = spec_fields(block, cls, batch, tokens, dtype, nhwc, training, deterministic, mask)
     return None if fields is None else AttentionSpec(*fields)
 
 
-def _spec_fields(
+def spec_fields(
     block: Any,
     cls: type[FlashBlock],
     batch: int,
@@ -137,16 +141,17 @@ def _spec_fields(
     nhwc: bool,
     training: bool,
     deterministic: bool,
+    mask: bool = False,
 ) -> tuple[Any, ...] | None:
-    """The fields of the spec in their order: a key that is quicker than the spec."""
+    """The fields of `block_spec` in their order: a key that is quicker than the spec."""
     problem = cls.problem(block, batch, tokens)
     if problem is None:
         return None
     groups, seq_len, *dims, area = problem
-    layout = "nhwc" if nhwc else "nchw"
+    layout = "separate" if cls.separate else "nhwc" if nhwc else "nchw"
     return (
         *(groups, block.num_heads, seq_len, seq_len, *dims, dtype, layout),
-        *(False, training, training and deterministic, area),
+        *(mask, training, training and deterministic, area),
     )
 
 

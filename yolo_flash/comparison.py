@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from ultralytics.nn.modules.head import Detect, v10Detect
+from ultralytics.nn.modules.head import Detect, RTDETRDecoder, v10Detect
 from ultralytics.utils.nms import non_max_suppression
 
-from .blocks import BLOCKS
 from .measuring import allowed_error, relative_error
-from .patch import targets
+from .multihead import denoising_mask, denoising_queries
+from .patch import BLOCKS, targets
 
 CONF, IOU = 0.25, 0.7  # Ultralytics' defaults for prediction
 _NOTHING = 1e-9  # a gradient that much smaller than the largest is zero but for rounding, in float64 too
 
 Results = dict[str, Tensor]
+Given = dict[str, Tensor]  # what reaches a block: `input`, or `query`, `key`, `value` and maybe `attn_mask`
 
 
 @dataclass(frozen=True)
@@ -104,36 +105,43 @@ def compare(truth: Results, stock: Results, ours: Results, dtype: torch.dtype, p
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
-def run_block(block: nn.Module, x: Tensor, upstream: Tensor, mode: Mode, *, exact: bool = False) -> Results:
+def run_block(block: nn.Module, given: Given, upstream: Tensor, mode: Mode, *, exact: bool = False) -> Results:
     """Run a copy of an attention block.
 
     Args:
         block: Stock or patched, with float32 weights.
-        x: Its input `[batch, channels, height, width]`, as the model gave it.
+        given: Its input, as `layer_inputs` found it in the model.
         upstream: Gradient of its output, of the same shape.
         mode: How the model runs.
         exact: In float64.
 
     Returns:
         The output; in training also the gradients of the input and of every parameter. Those of the rows of
-        `qkv.conv.weight` that make q, k and v stand apart: the first two are small beside the third.
+        `qkv.conv.weight`, or of an in-projection, that make q, k and v stand apart: the first two are small beside the
+        third.
     """
     twin: Any = _dressed(block, mode, exact)
-    x = x.detach().clone()
-    if exact:
-        x = x.double()
-    x.requires_grad_(mode.training)
-    with _as_run(mode, x.device, exact):
-        out = twin(x)
+    leaves: dict[int, Tensor] = {}  # a query that is the key stays the key
+    for x in given.values():
+        leaf = x.detach().clone()
+        if leaf.is_floating_point():
+            leaf = (leaf.double() if exact else leaf).requires_grad_(mode.training)
+        leaves.setdefault(id(x), leaf)
+    inputs = {name: leaves[id(x)] for name, x in given.items()}
+    with _as_run(mode, upstream.device, exact):
+        out = twin(**inputs)[0] if "query" in inputs else twin(inputs["input"])
         if not mode.training:
             return {"output": out}
         out.backward(upstream.to(out.dtype))
-    assert x.grad is not None
-    results = {"output": out.detach(), "gradient of the input": x.grad}
+    results = {"output": out.detach()}
+    results |= {f"gradient of the {name}": x.grad for name, x in inputs.items() if x.grad is not None}
     for name, parameter in twin.named_parameters():
         if name == "qkv.conv.weight":
             _, _, dim, dim_v, _ = BLOCKS[twin.__class__].problem(twin, 1, 0) or (0, 0, 0, 0, 0)
             parts = parameter.grad.unflatten(0, (twin.num_heads, -1)).split((dim, dim, dim_v), dim=1)
+            results |= {f"gradient of {name} ({part})": grad for part, grad in zip("qkv", parts, strict=True)}
+        elif name.startswith("in_proj_"):
+            parts = parameter.grad.chunk(3)
             results |= {f"gradient of {name} ({part})": grad for part, grad in zip("qkv", parts, strict=True)}
         elif parameter.grad is not None:
             results[f"gradient of {name}"] = parameter.grad
@@ -156,11 +164,16 @@ def run_model(model: nn.Module, images: Tensor, mode: Mode, *, exact: bool = Fal
     Returns:
         Every tensor of the output. In training also `loss` and `gradients`, those of all parameters in one vector. In
         prediction an end-to-end head gives all its candidates, in the order of its anchors and not of their scores.
+        RT-DETR's queries too are the first of the image and not those with the best scores, which rounding would swap.
     """
     twin = _dressed(model, mode, exact)
     head = _head(twin)
     if head is not None and not mode.training:
         head.postprocess = lambda candidates: candidates
+    for decoder in twin.modules():
+        if isinstance(decoder, RTDETRDecoder):
+            decoder.enc_score_head.register_forward_hook(_in_order)
+            decoder.postprocess = lambda boxes, scores: torch.cat([boxes, scores], dim=-1)
     dtype = torch.float64 if exact else torch.float32 if mode.training else mode.dtype
     images = images.to(dtype).contiguous(memory_format=_format(mode.nhwc and not exact))
     with _as_run(mode, images.device, exact):
@@ -173,32 +186,53 @@ def run_model(model: nn.Module, images: Tensor, mode: Mode, *, exact: bool = Fal
     return {name: out.detach() for name, out in results.items()} | {"loss": loss.detach(), "gradients": gradients}
 
 
-def layer_inputs(model: nn.Module, images: Tensor, mode: Mode) -> Results:
-    """Layer name -> what reaches its attention block in a forward of a copy of the stock model."""
-    seen: Results = {}
+def layer_inputs(model: nn.Module, images: Tensor, mode: Mode) -> dict[str, Given]:
+    """Layer name -> what reaches its attention block in a forward of a copy of the stock model.
+
+    In training, RT-DETR's decoder gets a mask as labels would give it; its first queries count as denoising ones.
+    """
+    seen: dict[str, Given] = {}
+    masked = denoising_queries(model) if mode.training else {}
 
     def note(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[name] = args[0].detach().clone()
+        def hook(module: nn.Module, args: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
+            if not isinstance(module, nn.MultiheadAttention):
+                seen[name] = {"input": args[0].detach().clone()}
+                return
+            given: Given = dict(zip(("query", "key", "value"), args, strict=False)) | keywords
+            copies = {id(x): x.detach().clone() for x in given.values() if isinstance(x, Tensor)}
+            seen[name] = {what: copies[id(x)] for what, x in given.items() if isinstance(x, Tensor)}
+            if name in masked:
+                tokens = given["query"].shape[1 if module.batch_first else 0]
+                seen[name]["attn_mask"] = denoising_mask(tokens, 2 * tokens // 5, max(1, tokens // 20), images.device)
 
         return hook
 
     twin = _dressed(model, mode)
     for name, block in targets(twin).items():
-        block.register_forward_pre_hook(note(name))
+        block.register_forward_pre_hook(note(name), with_kwargs=True)
     with _as_run(mode, images.device), torch.no_grad():
         twin(images.to(next(twin.parameters()).dtype).contiguous(memory_format=_format(mode.nhwc)))
     return seen
 
 
 def without_attention(model: nn.Module, layer: str, images: Tensor, mode: Mode) -> Results:
-    """`run_model` where the attention of one layer gives zero, and its positional convolution what it gave."""
+    """`run_model` where the attention of one layer gives zero, and what the block adds to it is what it was."""
     twin = copy.deepcopy(model)
     block: Any = targets(twin)[layer]
+    if isinstance(block, nn.MultiheadAttention):
+        block.register_forward_hook(lambda module, args, out: (torch.zeros_like(out[0]) + module.out_proj.bias, None))
+        return run_model(twin, images, mode)
     kept: list[Tensor] = []
     block.pe.register_forward_hook(lambda module, args, out: kept.append(out))
     block.proj.register_forward_pre_hook(lambda module, args: (kept.pop(),))
     return run_model(twin, images, mode)
+
+
+def _in_order(module: nn.Module, args: tuple[Tensor, ...], scores: Tensor) -> Tensor:
+    """Scores `[batch, tokens, classes]` that fall from token to token, the same in every precision."""
+    falling = torch.arange(scores.shape[1], 0, -1, device=scores.device, dtype=torch.float32) / scores.shape[1]
+    return falling.to(torch.promote_types(scores.dtype, torch.float32))[None, :, None].expand_as(scores)
 
 
 def _format(nhwc: bool) -> torch.memory_format:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 
@@ -40,7 +41,13 @@ def allowed_error(stock_error: float, dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def reference(
-    packed: Tensor, dout: Tensor, dimage: Tensor, *, head_dim: int, dtype: torch.dtype = torch.float64
+    packed: Tensor,
+    dout: Tensor,
+    dimage: Tensor,
+    *,
+    head_dim: int,
+    dtype: torch.dtype = torch.float64,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Plain attention in high precision, a slice of queries of one group at a time: 0.5 GiB a matrix at most.
 
@@ -50,6 +57,7 @@ def reference(
         dimage: Upstream gradient of the copy of v, of the same shape.
         head_dim: Channels of a query and of a key.
         dtype: To compute in.
+        mask: Bool `[tokens, tokens]`, True where a key is not seen.
 
     Returns:
         Attention, and the gradient of `packed`, both in `dtype`.
@@ -66,7 +74,8 @@ def reference(
         for start in range(0, tokens, step):
             part = slice(start, start + step)
             do = dout[group, part].to(dtype).transpose(0, 1)
-            p = torch.softmax(scale * q[:, part] @ k.mT, dim=-1)
+            scores = scale * q[:, part] @ k.mT
+            p = torch.softmax(scores if mask is None else scores.masked_fill_(mask[part], -math.inf), dim=-1)
             dv += p.mT @ do
             ds = do @ v.mT
             ds = p * (ds - (p * ds).sum(-1, keepdim=True))

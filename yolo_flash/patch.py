@@ -7,21 +7,30 @@ import fnmatch
 from torch import nn
 
 from .backends import check_name
-from .blocks import BLOCKS, FlashBlock
+from .blocks import FlashAAttn, FlashAttention, FlashBlock
 from .config import FlashConfig, FlashConfigError
+from .multihead import FlashMultiheadAttention, unread_weights
 from .runtime import Runtime
 from .stock_pickle import become, restore
+
+BLOCKS: dict[type, type[FlashBlock]] = {
+    cls._stock: cls for cls in (FlashAAttn, FlashAttention, FlashMultiheadAttention)
+}
 
 
 def targets(module: nn.Module) -> dict[str, nn.Module]:
     """Layer name -> attention block, stock or patched, in the order of the model. Subclasses of users are not ours.
 
+    Of `nn.MultiheadAttention`, which is everybody's, those are ours whose weights nobody reads.
+
     A student under distillation keeps the names that it has alone; its teacher's begin with `teacher_model.`.
     """
+    unread = unread_weights(module)
     return {
         name.removeprefix("student_model."): block
         for name, block in module.named_modules()
-        if type(block) in BLOCKS or isinstance(block, FlashBlock)
+        if isinstance(block, FlashBlock)
+        or (id(block) in unread if type(block) is nn.MultiheadAttention else type(block) in BLOCKS)
     }
 
 

@@ -13,9 +13,10 @@ from torch import nn
 from ultralytics.utils.torch_utils import unwrap_model
 
 from .backends import AttentionSpec
-from .blocks import BLOCKS, FlashBlock, block_spec
+from .blocks import FlashBlock, block_spec
 from .machine import Machine
-from .patch import layer_choices, targets, unpatch_modules
+from .multihead import denoising_queries, images_and_tokens
+from .patch import BLOCKS, layer_choices, targets, unpatch_modules
 from .runtime import Runtime
 from .selector import Decision, Trial
 
@@ -76,7 +77,8 @@ def layer_inputs(model: nn.Module, batch: int, height: int, width: int) -> dict[
         width: Pixels.
 
     Returns:
-        Layer name -> (images, tokens), for layers that a plain forward reaches.
+        Layer name -> (images, tokens), for layers that a plain forward reaches: without labels, and so without the
+        denoising queries of RT-DETR.
     """
     model = unwrap_model(model)
     names = list(targets(model))
@@ -94,8 +96,7 @@ def layer_inputs(model: nn.Module, batch: int, height: int, width: int) -> dict[
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            images, _, h, w = args[0].shape
-            seen[name] = (images, h * w)
+            seen[name] = images_and_tokens(module, args[0])
             if len(seen) == len(names):
                 raise _AllSeenError
 
@@ -139,6 +140,7 @@ def make_plan(
     choices = layer_choices(list(blocks), runtime.config)
     problems: list[tuple[str, str, str, AttentionSpec]] = []
     for shot in shots:
+        extra = denoising_queries(unwrap_model(model)) if shot.mode == "train" else {}
         for layer, (images, tokens) in layer_inputs(model, shot.batch, shot.height, shot.width).items():
             block = blocks[layer]
             cls = type(block) if isinstance(block, FlashBlock) else BLOCKS[type(block)]
@@ -146,11 +148,12 @@ def make_plan(
                 block,
                 cls,
                 images,
-                tokens,
+                tokens + extra.get(layer, 0),
                 dtype=shot.dtype,
                 nhwc=shot.nhwc,
                 training=shot.mode == "train",
                 deterministic=shot.deterministic,
+                mask=layer in extra,
             )
             if spec is not None:
                 problems.append((layer, cls._stock.__name__, shot.mode, spec))
@@ -178,13 +181,14 @@ def describe(rows: list[PlanRow], machine: Machine) -> str:
         )
         for row in rows
     )
+    wide = max(11, *(len(row.block) + 2 for row in rows)) if rows else 11
     lines = [
         f"yolo-flash: {len({row.layer for row in rows})} attention layers on {machine}",
-        f"  {'mode':<6}{'layers':<16}{'block':<11}{'groups':>7}{'heads':>7}{'tokens':>8}  {'backend':<16}why",
+        f"  {'mode':<6}{'layers':<16}{'block':<{wide}}{'groups':>7}{'heads':>7}{'tokens':>8}  {'backend':<16}why",
     ]
     for (mode, block, groups, heads, tokens, backend, why, stage), count in folded.items():
         layers = f"{count} in {stage}"
-        lines.append(f"  {mode:<6}{layers:<16}{block:<11}{groups:>7}{heads:>7}{tokens:>8}  {backend:<16}{why}")
+        lines.append(f"  {mode:<6}{layers:<16}{block:<{wide}}{groups:>7}{heads:>7}{tokens:>8}  {backend:<16}{why}")
     if any(row.decision.spec.deterministic and not row.decision.reproducible for row in rows):
         lines.append(
             "  deterministic=True does not reach these backwards: losses may differ in the last bits from run to run. "

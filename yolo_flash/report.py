@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from ultralytics import YOLO
 from ultralytics.utils import LOGGER
 from ultralytics.utils.checks import collect_system_info
 
@@ -18,6 +17,7 @@ from .backends import BACKENDS, AttentionSpec
 from .forecast import attention_memory, largest_batch
 from .machine import Machine, cudnn_release, detect, resolve_device
 from .measuring import readable
+from .models import open_model
 from .planning import PlanRow, describe
 from .selector import select
 from .telemetry import plan_entry, score_bytes
@@ -65,7 +65,7 @@ def quiet(really: bool) -> Iterator[None]:
 
 
 def typical_specs(machine: Machine) -> dict[str, AttentionSpec]:
-    """A layer of YOLO12n and one of YOLO26n, as they train at 640 with batch 16 on such a machine."""
+    """Layers of YOLO12n, YOLO26n and RT-DETR's decoder, as they train at 640 with batch 16 on such a machine."""
     on_gpu = machine.kind in ("cuda", "rocm")
     common: dict[str, Any] = {
         "num_heads": 2,
@@ -75,9 +75,13 @@ def typical_specs(machine: Machine) -> dict[str, AttentionSpec]:
         "dtype": torch.float16 if on_gpu else torch.float32,
         "layout": "nhwc" if on_gpu else "nchw",
     }
+    tokens = {"seq_len_q": 500, "seq_len_k": 500}  # 300 queries, and 200 to denoise
     return {
         "YOLO12, area attention": AttentionSpec(batch=64, head_dim_v=32, **common),
         "YOLO26, PSA": AttentionSpec(batch=16, head_dim_v=64, **common),
+        "RT-DETR, decoder": AttentionSpec(
+            batch=16, head_dim_v=32, mask=True, **{**common, "num_heads": 8, **tokens, "layout": "separate"}
+        ),
     }
 
 
@@ -143,7 +147,7 @@ def show_plan(
         machine = detect(device)
         if fit and device.type != "cuda":
             raise ValueError(f"--fit measures on a GPU, the device is {machine}.")
-        rows = [row for row in plan(patch_from_sources(YOLO(model), sources), **run) if row.mode in modes]
+        rows = [row for row in plan(patch_from_sources(open_model(model), sources), **run) if row.mode in modes]
         stock, planned = _kept_scores(rows)
         memory = attention_memory(rows)
         LOGGER.info(describe(rows, machine))

@@ -185,14 +185,20 @@ def _gpu_rules(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str
         # In training only, and on the card where it was measured: cuDNN compiles a plan for every new shape.
         yield "sdpa_cudnn", "takes unequal head dims without padding"
     yield "sdpa_flash", "fused, for half precision"
-    yield "sdpa_efficient", "fused, for float32 and for cards older than Ampere"
+    yield "sdpa_efficient", "fused, with a mask" if spec.mask else "fused, for float32 and for cards older than Ampere"
     yield "triton_area", "fused, with the same bits every time"  # under deterministic=strict, which refuses those above
 
 
 def _cpu_rules(spec: AttentionSpec) -> Iterator[tuple[str, str]]:
     """Small problems gain nothing: copies to the kernel's layout, and the padding of unequal head dims, cost more."""
     padded = spec.head_dim != spec.head_dim_v
-    least = {("nhwc", False): 5e3, ("nhwc", True): 6e5, ("nchw", False): 4e5, ("nchw", True): 6e6}
+    least = {
+        ("nhwc", False): 5e3,
+        ("nhwc", True): 6e5,
+        ("nchw", False): 4e5,
+        ("nchw", True): 6e6,
+        ("separate", False): 1e6 if spec.training else 5e3,
+    }
     needed = least.get((spec.layout, padded), 0)
     if spec.scores >= needed:
         yield "sdpa_flash", "fused on the CPU"

@@ -97,9 +97,12 @@ def _code() -> str:
     digest = hashlib.sha256()
     for name in (
         "autotune.py",
+        "trial_multihead.py",
         "measuring.py",
         "backends.py",
         "blocks.py",
+        "multihead.py",
+        "separate.py",
         "guard.py",
         "kernels/area.py",
         "kernels/area_triton.py",

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from ultralytics import YOLO
 from ultralytics.data.augment import LetterBox
 from ultralytics.data.loaders import LoadImagesAndVideos
 from ultralytics.data.utils import check_det_dataset
@@ -32,6 +31,7 @@ from .comparison import (
     CONF,
     Comparison,
     Detections,
+    Given,
     Mode,
     Results,
     compare,
@@ -44,6 +44,8 @@ from .comparison import (
 from .config import FlashConfig, known_keys
 from .machine import detect, resolve_device
 from .measuring import relative_error
+from .models import open_model
+from .multihead import images_and_tokens
 from .patch import patch_modules, targets, unpatch_modules
 from .report import quiet
 from .runtime import Runtime
@@ -137,11 +139,11 @@ class _Verification:
         if device.type == "mps":
             raise ValueError("device=mps has no float64 to compare with, and runs stock attention anyway.")
         self.name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
-        given: Any = YOLO(model) if isinstance(model, (str, Path)) else model
+        given: Any = open_model(model) if isinstance(model, (str, Path)) else model
         inner = given.model if isinstance(given, Model) else given
         if not (isinstance(inner, nn.Module) and targets(inner)):
             raise ValueError(
-                f"{self.name} has no attention layer that the plugin knows (of YOLO10, 11, 12 or 26): "
+                f"{self.name} has no attention layer that the plugin knows (of YOLO10, 11, 12, 26 or RT-DETR): "
                 f"nothing to verify."
             )
         self.config, self.device, self.batch = _config_of(inner, sources), device, batch
@@ -217,32 +219,35 @@ class _Verification:
     def _layers(self, stock: nn.Module, ours: nn.Module, mode: Mode) -> list[dict[str, Any]]:
         """One entry a layer: its backend and all that was compared."""
         entries = []
-        for layer, x in layer_inputs(stock, self.images, mode).items():
+        for layer, given in layer_inputs(stock, self.images, mode).items():
             block, patched = targets(stock)[layer], targets(ours)[layer]
+            x = next(iter(given.values()))  # the image, or the queries
             upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-            truth = run_block(block, x, upstream, mode, exact=True)
-            plain = run_block(block, x, upstream, mode)
-            found = run_block(patched, x, upstream, mode)
-            rows = compare(truth, plain, found, self.dtype, pixels=x.numel() // x.shape[1])
+            truth = run_block(block, given, upstream, mode, exact=True)
+            plain = run_block(block, given, upstream, mode)
+            found = run_block(patched, given, upstream, mode)
+            rows = compare(truth, plain, found, self.dtype, pixels=x.numel() // x.shape[1 if x.ndim == 4 else 2])
             entries.append(
                 {
                     "layer": layer,
                     "mode": mode.name,
-                    "backend": self._backend(patched, x, mode),
+                    "backend": self._backend(patched, given, mode),
                     "ok": all(row.ok for row in rows),
                     "compared": [self._entry(f"{layer} ({mode.name})", row) for row in rows],
                 }
             )
         return entries
 
-    def _backend(self, block: Any, x: Tensor, mode: Mode) -> str:
+    def _backend(self, block: Any, given: Given, mode: Mode) -> str:
         """What the block took for this input; asked afterwards, when a backend that raised is out."""
+        x = next(iter(given.values()))
         spec = block_spec(
-            *(block, type(block), len(x), x.shape[2] * x.shape[3]),
+            *(block, type(block), *images_and_tokens(block, x)),
             dtype=mode.dtype,
             nhwc=mode.nhwc,
             training=mode.training,
             deterministic=torch.are_deterministic_algorithms_enabled(),
+            mask="attn_mask" in given,
         )
         return "stock" if spec is None else self.runtime.decide(spec, block._flash_choice, x.device).backend
 
@@ -377,7 +382,7 @@ def _row(mode: str, layer: str, backend: str, rows: list[dict[str, Any]]) -> str
     worst = max(rows, key=lambda row: math.inf if row["used"] is None else row["used"])
     ok = "ok" if all(row["ok"] for row in rows) else "OFF"
     errors = f"{_number(worst['ours']):>10}{_number(worst['stock']):>12}"
-    return f"  {mode:<9}{layer:<28}{backend:<16}{errors}  {ok:<5}{worst['what']}"
+    return f"  {mode:<9}{layer:<27} {backend:<16}{errors}  {ok:<5}{worst['what']}"
 
 
 def _found(found: dict[str, Any] | None) -> str:
