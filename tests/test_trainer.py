@@ -32,7 +32,8 @@ from yolo_flash import (
 from yolo_flash import backends as backends_module
 from yolo_flash.backends import AttentionSpec
 from yolo_flash.blocks import FlashBlock
-from yolo_flash.trainer import patch_from_sources, trainer_class
+from yolo_flash.trainer import trainer_class
+from yolo_flash.wrapper import patch_from_sources
 
 
 class Phases(AttentionCalls):

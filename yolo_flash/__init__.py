@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from .planning import PlanRow
     from .report import checks
     from .selector import Decision
-    from .trainer import patch_model, plan, unpatch_model
     from .verification import verify
+    from .wrapper import patch_model, plan, unpatch_model
 
 __all__ = [
     "AttentionSpec",
@@ -46,9 +46,9 @@ _MODULES = {
     "Machine": "machine",
     "PlanRow": "planning",
     "checks": "report",
-    "patch_model": "trainer",
-    "plan": "trainer",
-    "unpatch_model": "trainer",
+    "patch_model": "wrapper",
+    "plan": "wrapper",
+    "unpatch_model": "wrapper",
     "verify": "verification",
 }
 

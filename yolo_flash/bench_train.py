@@ -26,7 +26,7 @@ from .bench_process import UNPATCHED, BaseJob, take_turn
 from .bench_rounds import bench
 from .models import open_model
 from .telemetry import peak_memory_gib
-from .trainer import patch_model
+from .wrapper import patch_model
 
 COMPILE = "compile"  # an arm without the plugin, by Ultralytics' own compile=True
 PLUGIN: dict[str, dict[str, Any]] = {"eager": {"graphs": "off"}, "graphs": {"graphs": "on"}, "auto": {"graphs": "auto"}}

@@ -30,8 +30,8 @@ from .bench_train import TrainJob, bench_train
 from .config import FlashConfig, FlashConfigError
 from .guard import FlashKernelError
 from .report import checks, show_plan
-from .trainer import patch_from_sources
 from .verification import verify_from_sources
+from .wrapper import patch_from_sources
 
 HELP = """
 yolo-flash {version}: the `yolo` command with exact, fused attention for YOLO10, 11, 12 and 26.
@@ -60,8 +60,7 @@ Settings (flash.KEY=VALUE; also YOLO_FLASH_KEY in the environment, or a `flash:`
   flash.config=strict             a shipped or own YAML file of settings
   flash.enabled=false             stock attention; so does YOLO_FLASH=0
   flash.autotune=false            choose by rules instead of measuring before the first step
-  flash.graphs=auto               or on, off: run the training step from CUDA graphs
-  flash.graphs_predict=true       run the network of predict from CUDA graphs
+  flash.graphs=auto               training steps from CUDA graphs; predict: flash.graphs_predict=true
   flash.log=false                 no plan in the log
 
 In Python: from yolo_flash import patch_model; patch_model(YOLO("yolo12n.yaml")).train(data="coco8.yaml")

@@ -21,7 +21,7 @@ from .models import open_model
 from .planning import PlanRow, describe
 from .selector import select
 from .telemetry import plan_entry, score_bytes
-from .trainer import patch_from_sources, plan
+from .wrapper import patch_from_sources, plan
 
 
 def checks(device: str | int | None = None, as_json: bool = False) -> dict[str, Any]:

@@ -1,0 +1,200 @@
+"""`YOLO` and `RTDETR` objects whose attention is patched: patch_model and unpatch_model."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+from ultralytics.engine.model import Model
+from ultralytics.utils import LOGGER
+
+from . import autotune
+from .blocks import FlashBlock
+from .config import FlashConfig, known_keys
+from .graphed_predict import predictor_class
+from .machine import detect, resolve_device
+from .patch import layer_choices, patch_modules, targets, unpatch_modules
+from .planning import PlanRow, Shot, make_plan
+from .stock_pickle import StockPickle, become, restore
+from .trainer import trainer_class
+
+if TYPE_CHECKING:
+    from ultralytics.engine.model import Model as _ModelBase
+else:  # the mixin comes before a class that is chosen at run time
+    _ModelBase = object
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class FlashModelMixin(StockPickle, _ModelBase):
+    """First base of the class of a patched `YOLO` or `RTDETR` object: whatever rebuilds the model patches it again.
+
+    Attributes:
+        _flash_sources: Keyword arguments for `FlashConfig.resolve`, kept to merge the section of a `cfg=` file.
+        _flash_config: The settings.
+    """
+
+    _flash_sources: dict[str, Any]
+    _flash_config: FlashConfig
+
+    def train(self, trainer: Any = None, **kwargs: Any) -> Any:
+        """As `YOLO.train`, with our trainer mixed into the task's own or the given one."""
+        base = trainer or self._smart_load("trainer")
+        if isinstance(base, type):
+            base = trainer_class(base, self._flash_config, self._flash_sources)
+        else:
+            LOGGER.warning(f"yolo-flash: trainer={base!r} is not a class, so that it trains stock attention.")
+        try:
+            return super().train(trainer=base, **kwargs)
+        finally:
+            _patch_inner(self)
+
+    def predict(self, source: Any = None, stream: bool = False, predictor: Any = None, **kwargs: Any) -> Any:
+        """As `YOLO.predict`, with the network from CUDA graphs if `flash.graphs_predict` says so."""
+        if self._flash_config.enabled and self._flash_config.graphs_predict:
+            predictor = predictor_class(predictor or self._smart_load("predictor"))
+        return super().predict(source, stream, predictor, **kwargs)
+
+    def export(self, **kwargs: Any) -> Any:
+        """As `YOLO.export`, of the stock model."""
+        if not isinstance(self.model, nn.Module):
+            return super().export(**kwargs)
+        runtime = next((b._flash_runtime for b in self.model.modules() if isinstance(b, FlashBlock)), None)
+        unpatch_modules(self.model)
+        try:
+            return super().export(**kwargs)
+        finally:
+            if runtime is not None:
+                patch_modules(self.model, self._flash_config, runtime)
+
+    def tune(self, *args: Any, **kwargs: Any) -> Any:
+        """As `YOLO.tune`, which trains in processes of its own."""
+        LOGGER.warning("yolo-flash: tune() starts `yolo train` processes, which run stock attention.")
+        return super().tune(*args, **kwargs)
+
+
+def patch_model(model: M, **settings: Any) -> M:
+    """Run the attention of a model on a fused, exact backend, in place; training, validation and prediction included.
+
+    Patching again brings the model to the new settings. Checkpoints and pickles stay those of the stock model.
+
+    Args:
+        model: A `YOLO`, `RTDETR` or other Ultralytics model object, or any module.
+        **settings: Keys of FlashConfig (`backend="sdpa_flash"`), and `config`, a YAML file of them or a shipped name.
+
+    Returns:
+        The same object.
+
+    Raises:
+        FlashConfigError: A setting that does not exist or cannot have its value.
+        BackendNotSupportedError: A backend that does not exist; one that cannot run raises when it is first needed.
+
+    Examples:
+        >>> model = patch_model(YOLO("yolo12n.yaml"))
+        >>> model.train(data="coco8.yaml", epochs=3)
+    """
+    return patch_from_sources(model, known_keys(settings, "the keyword arguments"))
+
+
+def patch_from_sources(model: M, sources: dict[str, Any]) -> M:
+    """`patch_model` for settings that still have to be resolved: keyword arguments of `FlashConfig.resolve`."""
+    config = FlashConfig.resolve(**sources)
+    if not isinstance(model, Model):
+        if config.enabled:
+            patch_modules(model, config)
+            warn_no_targets(model)
+        else:
+            unpatch_model(model)
+        return model
+    if config.enabled and isinstance(model.model, nn.Module):
+        layer_choices(list(targets(model.model)), config)  # raises before anything is changed
+    unpatch_model(model)
+    base: Any = type(model)
+    become(model, _model_class(base), sources=sources, config=config)
+    _patch_inner(model)
+    if not isinstance(model.model, nn.Module):
+        LOGGER.warning(f"yolo-flash: {model.model} is an exported model and runs as it was exported.")
+    elif config.enabled:
+        warn_no_targets(model.model)
+    return model
+
+
+def unpatch_model(model: M) -> M:
+    """Undo `patch_model`: the object, its class and its outputs are as before, to the bit. Stock ones are left alone.
+
+    Args:
+        model: What was given to `patch_model`.
+
+    Returns:
+        The same object.
+    """
+    if isinstance(model, FlashModelMixin):
+        restore(model)
+        model.predictor = None
+    inner = model.model if isinstance(model, Model) else model
+    if isinstance(inner, nn.Module):
+        unpatch_modules(inner)
+    return model
+
+
+def plan(
+    model: nn.Module, imgsz: int = 640, batch: int = 16, device: str | int | None = None, amp: bool = True
+) -> list[PlanRow]:
+    """What each attention layer of a patched model would run in training and in validation.
+
+    Args:
+        model: What `patch_model` returned.
+        imgsz: Side of the training images in pixels.
+        batch: Training images a step; validation takes twice as many.
+        device: As in Ultralytics: `cpu`, `0`; the GPU if there is one.
+        amp: Train in float16 on a GPU.
+
+    Returns:
+        One row a layer and mode. `model.trainer.flash_plan` holds the plan of the last training run.
+
+    Raises:
+        BackendNotSupportedError: A backend asked for by name cannot run a layer.
+        ValueError: The model is not patched.
+    """
+    inner: Any = model.model if isinstance(model, Model) else model
+    blocks = inner.modules() if isinstance(inner, nn.Module) else ()
+    block = next((b for b in blocks if isinstance(b, FlashBlock)), None)
+    if block is None:
+        raise ValueError("this model has no patched attention layer: call patch_model first")
+    where = resolve_device(device)
+    on_gpu = where.type == "cuda"
+    dtype = torch.float16 if on_gpu and amp else torch.float32
+    shots = [
+        Shot("train", batch, imgsz, imgsz, dtype, nhwc=on_gpu),
+        Shot("val", 2 * batch, imgsz, imgsz, dtype, nhwc=on_gpu),
+    ]
+    runtime = block._flash_runtime
+    measure = functools.partial(autotune.measure, device=where) if runtime.config.autotune else None
+    return make_plan(inner, runtime, detect(where), shots, measure)
+
+
+def warn_no_targets(model: nn.Module) -> None:
+    """One line when there is nothing to patch, so that nobody waits for a gain."""
+    if targets(model):
+        return
+    config = getattr(model, "yaml", None)
+    name = Path(str(config.get("yaml_file") if isinstance(config, dict) else type(model).__name__)).stem
+    LOGGER.warning(
+        f"yolo-flash: {name} has no attention layer that the plugin knows (of YOLO10, 11, 12, 26 or RT-DETR): "
+        f"it runs stock."
+    )
+
+
+@functools.lru_cache
+def _model_class(base: Any) -> type[FlashModelMixin]:
+    return type(f"Flash{base.__name__}", (FlashModelMixin, base), {"_stock": base, "__module__": __name__})
+
+
+def _patch_inner(model: Any) -> None:
+    """Patch the model inside, which may be a new one; the predictor holds a copy of the old one."""
+    if isinstance(model.model, nn.Module) and model._flash_config.enabled:
+        patch_modules(model.model, model._flash_config)
+    model.predictor = None
