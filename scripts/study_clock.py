@@ -41,7 +41,7 @@ class Clock:
         self.now: dict[str, float] = {}
         self.inside: set[str] = set()
         self.epoch = -1
-        self.last = 0.0
+        self.last = self.begun = 0.0
         self.profile: profile | None = None
         self.profiled = 0
         self.gpu: dict[str, float] = {}
@@ -62,12 +62,19 @@ class Clock:
         return run
 
     def on_train_start(self, trainer: Any) -> None:
-        trainer.preprocess_batch = self.timed("to device", trainer.preprocess_batch)
+        transfer = self.timed("to device", trainer.preprocess_batch)
         trainer.optimizer_step = self.timed("optimizer and EMA", trainer.optimizer_step)
-        trainer.model.forward = self.timed("forward", trainer.model.forward)
         scale = trainer.scaler.scale
 
+        def transferred(batch: dict[str, Any]) -> dict[str, Any]:
+            batch = transfer(batch)
+            self.begun = time.perf_counter()
+            return batch
+
+        trainer.preprocess_batch = transferred
+
         def scaled(loss: torch.Tensor) -> Any:
+            self.now["forward"] = (time.perf_counter() - self.begun) * 1e3
             result = scale(loss)
             result.backward = self.timed("backward", result.backward)
             return result

@@ -123,6 +123,20 @@ def test_half_precision_is_that_of_the_criterion() -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
+def test_a_box_without_height_in_the_background_gives_no_nan() -> None:
+    """Stock never looks at it; in float16 its gradient would be infinite, times the padding's weight, which is 0."""
+    model, batch = a_model("yolo12n.yaml"), BATCHES["some"]
+    with torch.no_grad():
+        outputs = model.predict(batch["img"])
+    outputs = {name: v if isinstance(v, list) else v.half() for name, v in outputs.items()}
+    outputs["feats"] = [feature.half() for feature in outputs["feats"]]
+    flat = outputs["boxes"].view(len(batch["img"]), 4, 16, -1)
+    flat[0, 1::2, :, 0] = -1e4  # top and bottom of the first anchor: nothing but the first bin
+    flat[0, 1::2, 0, 0] = 1e4
+    for gradient in of_fixed(model, outputs, batch):
+        assert gradient.isfinite().all()
+
+
 # What a batch needs ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_no_batch_has_more_pairs_than_are_counted_on_the_cpu(dtype: torch.dtype) -> None:

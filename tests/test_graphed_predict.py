@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from ultralytics import YOLO
+from ultralytics import YOLO, YOLOE
 from ultralytics.models.yolo.detect import DetectionPredictor
 
 from yolo_flash import graphed_predict, patch_model, unpatch_model
@@ -176,6 +176,33 @@ def test_off_is_the_default_and_a_cpu_has_none(pictures: str) -> None:
         model.predict(pictures, imgsz=32, verbose=False, device="cpu")
     predictor: Any = model.predictor
     assert not predictor._flash_graphs._graphs
+
+
+def test_a_predictor_with_its_own_inference_runs_it(pictures: str, replays: list[Replay], log: list[str]) -> None:
+    seen: list[int] = []
+
+    class Mine(DetectionPredictor):
+        def inference(self, im: Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen.append(len(im))
+            return super().inference(im, *args, **kwargs)
+
+    model = patch_model(YOLO("yolo12n.yaml"), graphs_predict=True)
+    for _ in range(2):
+        model.predict(pictures, False, Mine, imgsz=32, rect=False, verbose=False, device="cpu")
+    assert len(seen) == 8
+    assert replays == []
+    assert sum("Mine has an inference of its own" in line for line in log) == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"graphs_predict": True}])
+def test_prompts_reach_models_that_take_them(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """YOLOE's third argument is not a predictor."""
+    given: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(YOLOE, "predict", lambda self, *args, **kwargs: given.append((args, kwargs)))
+    model = patch_model(YOLOE("yoloe-11s.yaml"), **settings)
+    model.predict("a.jpg", visual_prompts={"bboxes": []})
+    model.predict("a.jpg")
+    assert given == [(("a.jpg", False), {"visual_prompts": {"bboxes": []}}), (("a.jpg", False), {})]
 
 
 def test_a_users_predictor_keeps_its_class(pictures: str, replays: list[Replay]) -> None:

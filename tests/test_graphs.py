@@ -24,6 +24,7 @@ from tests.counting import run_out_of_memory_once
 from tests.test_telemetry import events, of
 from yolo_flash import FlashConfig, FlashConfigError, patch_model
 from yolo_flash import graphed_step as graphed_step_module
+from yolo_flash import graphs as graphs_module
 from yolo_flash.fixed_loss import Capacity, FixedShapeLoss
 from yolo_flash.graphed_step import StepGraphs, not_supported_reasons
 from yolo_flash.graphs import FlashGraphError, GraphedStep
@@ -203,11 +204,11 @@ def test_a_batch_of_another_call_is_its_own(replays: list[Replay]) -> None:
     assert replays[0].calls == [2]
 
 
-def with_criterion() -> tuple[Any, StepGraphs, Any, dict[str, Any]]:
+def with_criterion(mode: str = "on", device: str = "cpu") -> tuple[Any, StepGraphs, Any, dict[str, Any]]:
     model: Any = DetectionModel("yolo12n.yaml", verbose=False).train()
     model.args = DEFAULT_CFG
     model.criterion = model.init_criterion()
-    graphs, trainer = StepGraphs("on"), a_trainer(model)
+    graphs, trainer = StepGraphs(mode), a_trainer(model, device)
     graphs.prepare(trainer)
     batch = {
         "img": torch.rand(2, 3, 32, 32),
@@ -216,6 +217,72 @@ def with_criterion() -> tuple[Any, StepGraphs, Any, dict[str, Any]]:
         "bboxes": torch.full((2, 4), 0.5),
     }
     return model, graphs, trainer, batch
+
+
+def test_a_changed_loss_is_captured_anew(replays: list[Replay]) -> None:
+    model, graphs, trainer, batch = with_criterion()
+    for _ in range(3):
+        graphs.before_transfer(trainer, batch)
+        graphs.before_forward(trainer, batch)
+    model.criterion.assigner.topk = 5
+    graphs.before_transfer(trainer, batch)
+    graphs.before_forward(trainer, batch)
+    assert len(replays) == 2
+
+
+def test_a_changed_model_and_more_boxes_at_once(replays: list[Replay]) -> None:
+    model, graphs, trainer, batch = with_criterion()
+    for _ in range(2):
+        graphs.before_transfer(trainer, batch)
+        graphs.before_forward(trainer, batch)
+    replays[0].changed = True
+    crowd = {**batch, "batch_idx": torch.zeros(50), "cls": torch.zeros(50, 1), "bboxes": torch.full((50, 4), 0.5)}
+    graphs.before_transfer(trainer, crowd)
+    graphs.before_forward(trainer, crowd)
+    model(crowd)
+    assert [replay.calls for replay in replays] == [[], [2]]
+    assert replays[1].loss.capacity.boxes >= 50
+
+
+def test_hooks_that_came_after_the_pipeline_was_built_are_called(
+    monkeypatch: pytest.MonkeyPatch, replays: list[Replay]
+) -> None:
+    monkeypatch.setattr(graphed_step_module, "not_supported_reasons", not_supported_reasons)
+    model, graphs, trainer, batch = with_criterion("auto", device="cuda")
+    model.model[0].register_forward_hook(lambda *args: None)
+    for _ in range(5):
+        graphs.before_transfer(trainer, batch)
+        facts = graphs.before_forward(trainer, batch)
+    assert facts["why_not"] == "a hook on model.0 would not be called"
+    assert replays == []
+
+
+def test_a_rank_that_has_still_to_vote_captures_nothing_anew(
+    replays: list[Replay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks have to count the same steps until then, whatever batches they have; see how one of them votes."""
+    votes: list[int] = []
+
+    def gather(into: list[Any], mine: bool) -> None:
+        votes.append(steps[-1])
+        into[:] = [mine, mine]
+
+    monkeypatch.setattr(graphed_step_module.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(graphed_step_module.dist, "all_gather_object", gather)
+    clock_of(monkeypatch, 2.0, 1.0)
+    model, graphs, trainer, batch = with_criterion("auto")
+    trainer.world_size = 2
+    crowd = {**batch, "batch_idx": torch.zeros(50), "cls": torch.zeros(50, 1), "bboxes": torch.full((50, 4), 0.5)}
+    steps: list[int] = []
+    for number in range(1, 10):
+        steps.append(number)
+        now = crowd if number in (6, 9) else batch
+        graphs.before_transfer(trainer, now)
+        graphs.before_forward(trainer, now)
+        model(now)
+        graphs.after_step(trainer)
+    assert votes == [5, 8]  # of the capture, and of the times of the three steps behind it
+    assert [replay.calls for replay in replays] == [[2, 2, 2], [2]]  # steps 5, 7 and 8; captured anew in step 9
 
 
 def test_nothing_of_it_reaches_the_model_a_copy_or_a_checkpoint(
@@ -341,7 +408,7 @@ def test_a_model_that_changes_is_captured_again_and_then_left_alone(
     with pytest.raises(FlashGraphError, match="after each of 3 captures"):
         model.train(**{**tiny_args, "epochs": 9})
     assert [replay.calls for replay in replays] == [[2]] * 3
-    assert sum("capturing them again" in line for line in log) == 3
+    assert sum("capturing again" in line for line in log) == 3
 
 
 def test_out_of_memory_halving_frees_and_captures_the_new_batch(
@@ -370,6 +437,18 @@ def test_validation_that_runs_out_of_memory_is_run_again_without_the_graphs(
     assert len(replays) == 1
     assert sum("validation ran out of memory" in line for line in log) == 2  # a warning, and the fact
     assert of(events(model), "graphs")[-1]["why_not"]
+
+
+def test_validation_is_not_repeated_on_one_rank_alone(tiny_args: dict[str, Any], replays: list[Replay]) -> None:
+    model = patch_model(YOLO("yolo12n.yaml"), graphs="on")
+
+    def fail(validator: Any) -> None:
+        model.trainer.world_size = 2
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.add_callback("on_val_start", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.train(**tiny_args)
 
 
 def test_another_error_of_validation_is_the_users(tiny_args: dict[str, Any], replays: list[Replay]) -> None:
@@ -517,6 +596,13 @@ def test_on_takes_the_batches_that_have_the_shape(args: dict[str, Any], detector
     assert not_supported_reasons(a_trainer(detector, "cuda", **args), "on") == []
 
 
+@pytest.mark.parametrize("args", [{"multi_scale": 0.5}, {"rect": True}])
+def test_ranks_whose_shapes_differ_have_none(args: dict[str, Any], detector: Any) -> None:
+    trainer = a_trainer(detector, "cuda", **args)
+    trainer.world_size = 2
+    assert len(not_supported_reasons(trainer, "on")) == 1
+
+
 def test_a_device_without_graphs(detector: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not_supported_reasons(a_trainer(detector), "auto") == ["needs an NVIDIA GPU, the device is cpu"]
     monkeypatch.setattr(torch.version, "hip", "6.2")
@@ -578,7 +664,10 @@ def test_other_values_are_refused() -> None:
         FlashConfig(graphs="always")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("change", ["nothing", "memory", "frozen", "mode", "hook", "another module", "one module more"])
+@pytest.mark.parametrize(
+    "change",
+    ["nothing", "memory", "frozen", "mode", "hook", "another module", "one module more", "parameter", "buffer"],
+)
 def test_a_changed_model_is_noticed_before_its_replay(change: str) -> None:
     model: Any = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     graphed = GraphedStep.__new__(GraphedStep)  # without a card there is nothing to capture
@@ -597,7 +686,56 @@ def test_a_changed_model_is_noticed_before_its_replay(change: str) -> None:
         model[1] = nn.BatchNorm2d(4)
     elif change == "one module more":
         model.append(nn.Identity())
+    elif change == "parameter":
+        model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    elif change == "buffer":
+        model[1].running_mean = torch.zeros(4)
     assert graphed.stale(model) == (change != "nothing")
+
+
+class Step(nn.Module):
+    """What a node asks of the graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([2.0]))
+        self.outputs, self._upstream = [torch.tensor([4.0])], [torch.zeros(1)]
+
+    def replay_forward(self, inputs: Any) -> int:
+        return 1
+
+    def replay_backward(self, number: int, gradients: Any) -> list[Tensor]:
+        return [gradients[0] * 3]
+
+    def accumulate(self, gradients: list[Tensor]) -> None:
+        self.weight.grad = gradients[0]
+
+
+@pytest.mark.parametrize("through", [True, False])
+def test_a_loss_that_is_kept_keeps_no_graphs(through: bool) -> None:
+    step: Any = Step()
+    weight = step.weight
+    parameters = [weight] if through else [torch.zeros((), requires_grad=True)]
+    (loss,) = graphs_module._Replay.apply(step, through, (), *parameters)
+    left = weakref.ref(step)
+    loss.backward(retain_graph=True)
+    assert weight.grad.item() == 3
+    del step
+    gc.collect()
+    assert left() is None
+    with pytest.raises(FlashGraphError, match="differentiated twice"):
+        loss.backward()
+
+
+def test_a_forward_of_a_users_own_is_not_run_twice(detector: Any) -> None:
+    class Mine(type(detector)):  # type: ignore[misc]
+        def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(x * 2, *args, **kwargs)
+
+    model = copy.deepcopy(detector)
+    model.__class__ = Mine
+    (reason,) = not_supported_reasons(a_trainer(model, "cuda"), "on")
+    assert "gives its network more than images" in reason
 
 
 def test_the_real_one_has_the_same_interface() -> None:

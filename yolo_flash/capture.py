@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from . import fixed_loss
 from .fixed_loss import Capacity, FixedShapeLoss
-from .graphs import GraphedStep, answer_once, no_trace
+from .graphs import GraphedStep, answer_once, no_trace, without_cached_casts
 from .measuring import first_line, relative_error
 
 _LOSS_ERROR = 1e-3  # of the loss in fixed shapes and of its gradients; 0 where sums take the same order
@@ -99,7 +99,7 @@ def loss_error(model: Any, loss: FixedShapeLoss, batch: dict[str, Any], targets:
         targets: Its boxes, padded.
     """
     device = batch["img"].device
-    with no_trace(model, device), torch.no_grad():
+    with no_trace(model, device), without_cached_casts(device), torch.no_grad():
         outputs = model.predict(batch["img"])
     extra = targets.to(device), fixed_loss.gains(model.criterion).to(device)
 

@@ -123,6 +123,7 @@ class FixedShapeLoss:
         self._parts = _parts(criterion)
         self.names: tuple[str, ...] = tuple(self._parts[-1].loss_names)
         self._constants: dict[Any, tuple[Tensor, ...]] = {}
+        self._settings = self._read_settings()
 
     def __call__(self, outputs: Any, targets: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
         """The loss.
@@ -145,6 +146,14 @@ class FixedShapeLoss:
         )
         return many * len(targets) * gains[3] + one * len(targets) * gains[4], one.detach()
 
+    def holds(self, criterion: Any) -> bool:
+        """Whether a criterion still is the one, with the settings that it had."""
+        return criterion is self.criterion and self._read_settings() == self._settings
+
+    def _read_settings(self) -> list[Any]:
+        names = ("topk", "topk2", "alpha", "beta")
+        return [(id(part.class_weights), *(getattr(part.assigner, name) for name in names)) for part in self._parts]
+
     def _one(self, part: Any, outputs: dict[str, Any], targets: Tensor, gains: Tensor) -> Tensor:
         """Losses of one set of outputs: v8DetectionLoss.get_assigned_targets_and_loss."""
         distances = outputs["boxes"].permute(0, 2, 1).contiguous()
@@ -164,7 +173,10 @@ class FixedShapeLoss:
                 exists,
             )
             target_scores_sum = target_scores.sum().clamp_(min=1)
-            rows = self._foreground(foreground, part.assigner.topk2)
+            rows, spare = self._foreground(foreground, part.assigner.topk2)
+        # Nothing trains the box of the spare row: if it had no height, its gradient would be NaN, in spite of weight 0.
+        unit = torch.cat((anchors - 0.5, anchors + 0.5), 1).to(predicted.dtype)
+        predicted = torch.where(spare, unit, predicted)
         cross_entropy = part.bce(scores, target_scores.to(scores.dtype))
         if part.class_weights is not None:
             cross_entropy = cross_entropy * part.class_weights
@@ -217,12 +229,17 @@ class FixedShapeLoss:
         metrics.mul_(best_overlap).div_(best_metric + assigner.eps)
         return target_boxes, target_scores * metrics.amax(-2).unsqueeze(-1), foreground.bool()
 
-    def _foreground(self, mask: Tensor, per_box: int) -> _Rows:
-        """As many rows as there can be; those beyond the foreground are one of the background, which weighs nothing."""
+    def _foreground(self, mask: Tensor, per_box: int) -> tuple[_Rows, Tensor]:
+        """As many rows as there can be; those beyond the foreground are a spare one.
+
+        That is one of the background, which weighs nothing: the second result `[images, anchors, 1]` marks it.
+        """
         flat = mask.flatten()
+        spare = flat.to(torch.int32).argmin()
         rows = torch.nonzero_static(flat, size=min(per_box * self.capacity.total, len(flat)), fill_value=-1).squeeze(1)
-        rows = torch.where(rows < 0, flat.to(torch.int32).argmin(), rows)
-        return _Rows((rows // mask.shape[1], rows % mask.shape[1]))
+        rows = torch.where(rows < 0, spare, rows)
+        marked = (torch.arange(len(flat), device=flat.device) == spare) & ~flat
+        return _Rows((rows // mask.shape[1], rows % mask.shape[1])), marked.view(*mask.shape, 1)
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,16 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from ultralytics.engine.predictor import BasePredictor
 from ultralytics.utils import LOGGER
 
-from .graphs import has_hooks
+from .graphs import has_hooks, mended_generator, tensors_aside
 from .measuring import first_line, relative_error
-
-if TYPE_CHECKING:
-    from ultralytics.engine.predictor import BasePredictor as _PredictorBase
-else:  # the mixin comes before a class that is chosen at run time
-    _PredictorBase = object
 
 _KEPT = 4  # graphs at once, those used last: each holds the memory of a forward
 _ERROR = 1e-3  # of a replay against the network itself; 0 where it chooses the same kernels
@@ -92,16 +88,14 @@ class CapturedForward:
         self._images = images.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.device(images.device), torch.cuda.stream(side):
+        with torch.cuda.device(images.device), mended_generator(images.device), torch.cuda.stream(side):
             for _ in range(3):
                 network(self._images)
             side.synchronize()
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                 self._outputs = network(self._images)
-        # The head makes anchors for a shape and lets them go when another comes: the graph still reads these.
-        modules = _inner(network).modules()
-        self._read = [value for module in modules for value in vars(module).values() if isinstance(value, Tensor)]
+        self._read = tensors_aside(_inner(network))
 
     def __call__(self, images: Tensor) -> Any:
         """Outputs in memory of their own."""
@@ -110,7 +104,7 @@ class CapturedForward:
         return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self._outputs)
 
 
-class FlashPredictorMixin(_PredictorBase):
+class FlashPredictorMixin(BasePredictor):
     """Runs the network of a predictor from graphs; first base of a class generated for each predictor."""
 
     _flash_graphs: PredictGraphs
@@ -135,8 +129,13 @@ def _has_graphs(images: Tensor) -> bool:
 
 @functools.lru_cache
 def predictor_class(base: type) -> type:
-    """Our predictor on top of `base`, any predictor class of Ultralytics or of a user."""
-    return base if issubclass(base, FlashPredictorMixin) else type(base.__name__, (FlashPredictorMixin, base), {})
+    """Our predictor on top of `base`, of Ultralytics or of a user; a class with an `inference` of its own stays."""
+    if issubclass(base, FlashPredictorMixin):
+        return base
+    if getattr(base, "inference", None) is not BasePredictor.inference:
+        LOGGER.warning(f"yolo-flash: {base.__name__} has an inference of its own, which runs without CUDA graphs.")
+        return base
+    return type(base.__name__, (FlashPredictorMixin, base), {})
 
 
 def _inner(network: Any) -> nn.Module:

@@ -51,7 +51,6 @@ class StepGraphs:
         self._capture_step = capture
         self._changes = self._growths = 0  # captures for changed models, and for more boxes
         self._capacity = Capacity()
-        self._loss_outside = ""
         self._shape: tuple[int, int, int] = (0, 0, 0)
         self._begin_again()
 
@@ -109,15 +108,17 @@ class StepGraphs:
         model = unwrap_model(trainer.model)
         self._seen += 1
         facts: dict[str, Any] = {}
+        stale = False
         if self.step is None:
             if self._seen > 1 + (_TIMED if self.mode == "auto" else 0):
                 facts = self._capture(trainer, model, batch)
-        elif self.step.stale(model if self._new_epoch(trainer) else None) or self._another_loss(model):
-            LOGGER.warning("yolo-flash: the model changed since its CUDA graphs were captured: capturing them again.")
-            facts = self._capture(trainer, model, batch, again=_CHANGED)
-        elif isinstance(self.step.loss, FixedShapeLoss) and self._targets is None:
+        elif stale := self.step.stale(model if self._new_epoch(trainer) else None) or self._another_loss(model):
+            if not self._votes(trainer):
+                LOGGER.warning("yolo-flash: the model changed since its CUDA graphs were captured: capturing again.")
+                facts, stale = self._capture(trainer, model, batch, again=_CHANGED), False
+        elif isinstance(self.step.loss, FixedShapeLoss) and self._targets is None and not self._votes(trainer):
             facts = self._grow(trainer, model, batch)
-        if self.step is not None:
+        if self.step is not None and not stale:
             answer_step(model, self.step, batch, self._targets)
         if self.mode == "auto" and not self._decided and self._seen > 1 and not facts:
             self._started = _now()
@@ -154,6 +155,7 @@ class StepGraphs:
         self._eager: list[float] = []
         self._replayed: list[float] = []
         self._targets = self._needed = None
+        self._loss_outside = ""
 
     def _drop(self, trainer: Any) -> None:
         held, self.step = self.step is not None, None
@@ -171,7 +173,11 @@ class StepGraphs:
 
     def _another_loss(self, model: Any) -> bool:
         loss = None if self.step is None else self.step.loss
-        return isinstance(loss, FixedShapeLoss) and loss.criterion is not model.criterion
+        return isinstance(loss, FixedShapeLoss) and not loss.holds(model.criterion)
+
+    def _votes(self, trainer: Any) -> bool:
+        """Whether ranks have still to decide together, all in the same step: none of them may take longer to it."""
+        return trainer.world_size > 1 and self.mode == "auto" and not self._decided
 
     # Capture ----------------------------------------------------------------------------------------------------------
     def _grow(self, trainer: Any, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
@@ -188,12 +194,15 @@ class StepGraphs:
         self._drop(trainer)
         growing = bool(again) and again != _CHANGED
         self._changes += again == _CHANGED
-        why_not = "" if self._changes < _CAPTURES else f"the model changed after each of {_CAPTURES} captures"
+        why_not = "; ".join(not_supported_reasons(trainer, self.mode))  # callbacks came since it was looked at
+        if self._changes >= _CAPTURES:
+            why_not = f"the model changed after each of {_CAPTURES} captures"
         if not why_not:
             try:
                 self._fit_targets(batch)
                 how = {"shared": trainer.world_size > 1, "capture": self._capture_step}
-                self.step, self._loss_outside = capture_step(model, batch, self._targets, self._capacity, **how)
+                self.step, outside = capture_step(model, batch, self._targets, self._capacity, **how)
+                self._loss_outside = self._loss_outside or outside
             except Exception as error:  # whatever it is: the trainer would halve the batch, or end
                 why_not = first_line(error)
         facts = {"again": again} if again else {}
@@ -215,6 +224,8 @@ class StepGraphs:
 
     def _fit_targets(self, batch: dict[str, Any]) -> None:
         """Boxes of this batch, padded to what is captured from now on."""
+        if self._needed is not None and not self._capacity.holds(self._needed):
+            self._capacity, self._targets = self._capacity.grown(self._needed), None
         if self._needed is not None and self._targets is None:
             boxes = {name: batch[name].cpu() for name in ("batch_idx", "cls", "bboxes")}
             self._targets = fixed_loss.pad_targets(boxes, self._shape[0], self._capacity.boxes)
@@ -222,7 +233,8 @@ class StepGraphs:
     def _facts(self) -> dict[str, Any]:
         assert self.step is not None
         facts = {"pool_bytes": self.step.pool_bytes, "capture_seconds": self.step.seconds}
-        return facts | ({"loss_outside": self._loss_outside} if self._loss_outside else {"boxes": self._capacity.boxes})
+        inside = isinstance(self.step.loss, FixedShapeLoss)
+        return facts | ({"boxes": self._capacity.boxes} if inside else {"loss_outside": self._loss_outside})
 
 
 def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
@@ -243,7 +255,7 @@ def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
         reasons.append("distillation needs tensors from inside the network")
     elif not isinstance(model, BaseModel) or any(
         getattr(type(model), name) is not getattr(BaseModel, name) or name in vars(model)
-        for name in ("predict", "loss")
+        for name in ("forward", "predict", "loss")
     ):
         reasons.append(f"{type(model).__name__} gives its network more than images, or takes more from it")
     if getattr(args, "quantize", None) or getattr(args, "int8", False):
@@ -255,9 +267,9 @@ def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
         reasons.append("SyncBatchNorm talks to other ranks")
     if torch.is_anomaly_enabled():
         reasons.append("torch's anomaly detection reads every operator")
-    if mode == "auto" and args.multi_scale:
+    if args.multi_scale and (mode == "auto" or trainer.world_size > 1):  # of every rank by itself
         reasons.append(f"multi_scale={args.multi_scale} changes the image size in every step")
-    if mode == "auto" and args.rect:
+    if args.rect and (mode == "auto" or trainer.world_size > 1):
         reasons.append("rect=True gives batches of many shapes")
     return reasons
 
@@ -265,7 +277,7 @@ def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
 def _boxes_stay(trainer: Any) -> bool:
     """Whether boxes reach the device as the loader gives them: a user's `preprocess_batch` might change them."""
     classes = [cls for cls in type(trainer).__mro__ if "preprocess_batch" in vars(cls)]
-    return all(cls.__module__.startswith(("ultralytics.", __package__)) for cls in classes[:2])
+    return all(cls.__module__.startswith(("ultralytics.", f"{__package__}.")) for cls in classes[:2])
 
 
 def _now() -> float:

@@ -65,10 +65,10 @@ class GraphedStep:
         """
         start = time.perf_counter()
         self.loss = loss
-        self._tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+        self._tensors = _tensors(model)
         self._modules = list(model.modules())
         self._signature = self._sign()
-        self._replays = self._open = 0  # the number of the last replay, and of the one that awaits its backward
+        self._replays = 0
         self._shared = shared
         self._inputs = [images.detach().clone(), *(tensor.to(images.device, copy=True) for tensor in extra)]
         self._handle = torch.zeros((), device=images.device, requires_grad=True)
@@ -79,13 +79,14 @@ class GraphedStep:
             outputs = functional_call(model, aliases, (self._inputs[0],))
             return outputs if loss is None else loss(outputs, *self._inputs[1:])
 
-        with torch.cuda.device(images.device), no_trace(model, images.device), _without_cached_casts(images.device):
+        with torch.cuda.device(images.device), no_trace(model, images.device), without_cached_casts(images.device):
             self._warm_up(forward, list(aliases.values()))
             gc.collect()
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved(images.device)
             used = self._capture(forward, list(aliases.values()))
             self.pool_bytes = torch.cuda.memory_reserved(images.device) - before
+        self._read = tensors_aside(model)
         self._parameters = [p for (_, p), takes_part in zip(trained, used, strict=True) if takes_part]
         self.seconds = time.perf_counter() - start
 
@@ -114,10 +115,12 @@ class GraphedStep:
         """Whether the model is no longer what was captured: other memory, modes, frozen parameters, or hooks.
 
         Args:
-            model: Given, its modules are enumerated anew too, which takes a millisecond.
+            model: Given, its modules and tensors are enumerated anew too, which takes a millisecond.
         """
-        if model is not None and [*map(id, model.modules())] != [*map(id, self._modules)]:
-            return True
+        if model is not None:
+            now, then = [*model.modules(), *_tensors(model)], [*self._modules, *self._tensors]
+            if [*map(id, now)] != [*map(id, then)]:
+                return True
         return self._sign() != self._signature
 
     # Capture ----------------------------------------------------------------------------------------------------------
@@ -169,7 +172,6 @@ class GraphedStep:
             mine.copy_(given, non_blocking=True)
         self._forward.replay()
         self._replays += 1
-        self._open = self._replays
         return self._replays
 
     def replay_backward(self, number: int, gradients: Sequence[Tensor | None]) -> list[Tensor]:
@@ -183,12 +185,10 @@ class GraphedStep:
             Gradients of the parameters that take part, in the memory of the graph: they hold until the next call.
 
         Raises:
-            FlashGraphError: The activations are gone: the forward was replayed again, or there was a backward already.
+            FlashGraphError: The activations are gone, since the forward was replayed again.
         """
-        if number != self._open:  # the captured backward overwrites what it reads
-            what = "replayed again before this backward" if number != self._replays else "differentiated twice"
-            raise FlashGraphError(f"the network was {what}: flash.graphs=off avoids it.")
-        self._open = 0
+        if number != self._replays:
+            raise FlashGraphError("the network was replayed again before this backward: flash.graphs=off avoids it.")
         for i, (mine, gradient) in enumerate(zip(self._upstream, gradients, strict=True)):
             if mine is None or (gradient is None and self._zero[i]):
                 continue
@@ -229,10 +229,16 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = ctx.step.replay_backward(ctx.number, gradients)
+        step, ctx.step = (
+            ctx.step,
+            None,
+        )  # the trainer keeps its last loss, and with it this node: not the graphs as well
+        if step is None:
+            raise FlashGraphError("the network was differentiated twice: flash.graphs=off avoids it.")
+        found = step.replay_backward(ctx.number, gradients)
         if ctx.through:
             return None, None, None, *_copies(found)
-        ctx.step.accumulate(found)
+        step.accumulate(found)
         return None, None, None, None
 
 
@@ -307,22 +313,37 @@ def _trains(leaf: Any) -> bool:
 def no_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Buffers and the random generators of the CPU and the device as they were, to the bit."""
     kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    on_gpu = device.type == "cuda"
-    with torch.random.fork_rng([device] if on_gpu else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), mended_generator(device):
         try:
             yield
-        except BaseException:
-            if on_gpu:  # a capture that failed has left the generator in its state of capturing
-                generator = torch.cuda.default_generators[torch.cuda.current_device()]
-                generator.graphsafe_set_state(generator.clone_state())
-            raise
         finally:
             with torch.no_grad():
                 for buffer, before in kept:
                     buffer.copy_(before)
 
 
-def _without_cached_casts(device: torch.device) -> Any:
+@contextlib.contextmanager
+def mended_generator(device: torch.device) -> Iterator[None]:
+    """A device whose random numbers can be drawn even if a capture fails, which leaves them in its state."""
+    try:
+        yield
+    except BaseException:
+        if device.type == "cuda":
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
+        raise
+
+
+def tensors_aside(model: nn.Module) -> list[Tensor]:
+    """Tensors that modules hold as attributes, such as anchors, and may let go of: a graph still reads them."""
+    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def without_cached_casts(device: torch.device) -> Any:
     """The autocast of the moment; weights that it has cast and kept would be captured as they are now."""
     kind = device.type
     dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)

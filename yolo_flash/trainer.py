@@ -1,4 +1,4 @@
-"""The seam into Ultralytics: mixins for its trainers and for its `YOLO` objects, patch_model and unpatch_model."""
+"""The seam into Ultralytics: a mixin for its trainers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -30,12 +30,9 @@ from .selector import Trial
 from .telemetry import Telemetry, known_columns
 
 if TYPE_CHECKING:
-    from ultralytics.engine.model import Model as _ModelBase
     from ultralytics.engine.trainer import BaseTrainer as _TrainerBase
-else:  # the mixins come before a class that is chosen at run time
-    _TrainerBase = _ModelBase = object
-
-M = TypeVar("M", bound=nn.Module)
+else:  # the mixin comes before a class that is chosen at run time
+    _TrainerBase = object
 
 _AUTO_BATCH = 0.6  # the share of memory that batch=-1 fills, see ultralytics/utils/autobatch.py
 _GENERATED = "yolo_flash_generated"  # resolves to no module, so cloudpickle sends the classes to DDP workers by value
@@ -162,7 +159,8 @@ class FlashTrainerMixin(_TrainerBase):
         try:
             return super().validate()
         except RuntimeError as error:
-            if not is_out_of_memory(error) or not self._flash_graphs.release(self):
+            alone = self.world_size <= 1  # other ranks are in the middle of this validation
+            if not (alone and is_out_of_memory(error) and self._flash_graphs.release(self)):
                 raise
             why_not = "validation ran out of memory beside the graphs"
             self._flash_graphs.why_not = why_not

@@ -52,11 +52,14 @@ class FlashModelMixin(StockPickle, _ModelBase):
         finally:
             _patch_inner(self)
 
-    def predict(self, source: Any = None, stream: bool = False, predictor: Any = None, **kwargs: Any) -> Any:
+    def predict(self, source: Any = None, stream: bool = False, *args: Any, **kwargs: Any) -> Any:
         """As `YOLO.predict`, with the network from CUDA graphs if `flash.graphs_predict` says so."""
-        if self._flash_config.enabled and self._flash_config.graphs_predict:
-            predictor = predictor_class(predictor or self._smart_load("predictor"))
-        return super().predict(source, stream, predictor, **kwargs)
+        stock: Any = type(self)._stock
+        plain = stock.predict is Model.predict  # YOLOE's takes prompts, and a predictor for them
+        if plain and self._flash_config.enabled and self._flash_config.graphs_predict:
+            given = args[0] if args else kwargs.pop("predictor", None)
+            args = (predictor_class(given or self._smart_load("predictor")),)
+        return super().predict(source, stream, *args, **kwargs)
 
     def export(self, **kwargs: Any) -> Any:
         """As `YOLO.export`, of the stock model."""
