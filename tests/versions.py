@@ -16,6 +16,9 @@ TORCH, ULTRALYTICS = release(torch.__version__), release(ultralytics.__version__
 loss_in_graphs = pytest.mark.skipif(
     ULTRALYTICS < (8, 4, 180), reason="the loss fits into graphs from ultralytics 8.4.180 on"
 )
+few_queries = pytest.mark.skipif(
+    ULTRALYTICS < (8, 4, 150), reason="this RT-DETR cannot run images with fewer tokens than queries, stock or not"
+)
 
 
 def needs_triton() -> None:
