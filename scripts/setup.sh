@@ -4,8 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=${1:?which extras? base, or a list such as dev,export}
-venv=${VENV:-.venv}
-read -ra pins <<<"${PINS:-}"
+venv=${VENV:-.venv} pins=${PINS:-}
 
 find_python() {
   local candidate
@@ -33,12 +32,14 @@ if ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>
 fi
 
 # The project's metadata, the interpreter and the place decide what is installed: with an equal stamp nothing is to do.
-stamp="$(cksum <pyproject.toml) $("$venv/bin/python" --version) $PWD ${pins[*]}"
+stamp="$(cksum <pyproject.toml) $("$venv/bin/python" --version) $PWD $pins"
 if [ "$(cat "$venv/.installed-$extras" 2>/dev/null)" != "$stamp" ]; then
   echo "Setting up $venv (once; torch is large)..." >&2
-  pip_install torch torchvision "${pins[@]}"
+  set -f # pins are words, and their stars are pip's
+  pip_install torch torchvision $pins
   if [ "$extras" = base ]; then project=.; else project=".[$extras]"; fi
-  pip_install --editable "$project" "${pins[@]}"
+  pip_install --editable "$project" $pins
+  set +f
   # opencv-python wants the system's libGL, which servers and containers lack
   if ! "$venv/bin/python" -c 'import cv2' 2>/dev/null; then
     "$venv/bin/python" -m pip uninstall --quiet --yes opencv-python

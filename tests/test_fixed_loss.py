@@ -189,6 +189,7 @@ def test_an_older_ultralytics_keeps_its_loss_outside(monkeypatch: pytest.MonkeyP
     assert not_supported_reason(a_model("yolo12n.yaml").criterion) == "it needs ultralytics >= 8.4.180"
 
 
+@loss_in_graphs
 def test_a_users_loss_stays_outside(model: Any) -> None:
     assert not_supported_reason(model.criterion) == ""
 

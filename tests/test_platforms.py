@@ -23,7 +23,7 @@ PLATFORMS = {"Windows": ("win32", ["triton", "resource", "fcntl"]), "Darwin": ("
 ELSEWHERE = """
 import multiprocessing, os, platform, sys
 system, name, lacking = {system!r}, {name!r}, {lacking!r}
-import matplotlib.font_manager, psutil, torch, torch._dynamo, ultralytics  # as they do on this machine
+import filelock, matplotlib.font_manager, psutil, torch, torch._dynamo, ultralytics  # as they do on this machine
 multiprocessing.set_start_method("spawn", force=True)
 for module in lacking:
     sys.modules[module] = None  # any import of it raises
