@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.versions import needs_triton
 from yolo_flash.kernels import area
 from yolo_flash.kernels.area import area_attention
 
-pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+needs_triton()
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, about the infinities that are meant
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.float16

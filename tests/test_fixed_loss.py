@@ -12,6 +12,7 @@ from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG
 from ultralytics.utils.loss import v8DetectionLoss
 
+from tests.versions import loss_in_graphs
 from yolo_flash import fixed_loss
 from yolo_flash.capture import _with_gradients, capture_step, loss_error
 from yolo_flash.fixed_loss import Capacity, FixedShapeLoss, gains, needed, not_supported_reason, pad_targets
@@ -73,6 +74,7 @@ def of_fixed(model: Any, outputs: Any, batch: Batch, capacity: Capacity | None =
     return _with_gradients(lambda inputs: loss(inputs, targets, gains(model.criterion)), outputs)
 
 
+@loss_in_graphs
 @pytest.mark.parametrize("name", BATCHES)
 def test_values_and_gradients_are_those_of_the_criterion(name: str, model: Any) -> None:
     batch = BATCHES[name]
@@ -85,6 +87,7 @@ def test_values_and_gradients_are_those_of_the_criterion(name: str, model: Any) 
     assert any(gradient.any() for gradient in found[2:])
 
 
+@loss_in_graphs
 def test_room_that_is_not_used_changes_nothing(model: Any) -> None:
     batch = BATCHES["some"]
     with torch.no_grad():
@@ -94,6 +97,7 @@ def test_room_that_is_not_used_changes_nothing(model: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+@loss_in_graphs
 def test_weights_of_classes_and_gains_are_the_runs(model: Any) -> None:
     batch = BATCHES["some"]
     with torch.no_grad():
@@ -112,6 +116,7 @@ def test_weights_of_classes_and_gains_are_the_runs(model: Any) -> None:
         assert not torch.allclose(a, other, rtol=1e-3)
 
 
+@loss_in_graphs
 def test_half_precision_is_that_of_the_criterion() -> None:
     """Under autocast, as a GPU trains; there the same was seen to the bit."""
     model, batch = a_model("yolo12n.yaml"), BATCHES["some"]
@@ -193,6 +198,12 @@ def test_losses_of_other_tasks_stay_outside(config: str, name: str) -> None:
     assert not_supported_reason(a_model(config).criterion) == f"{name} is not the loss of detection"
 
 
+def test_an_older_ultralytics_keeps_its_loss_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(fixed_loss.TaskAlignedAssigner, "pair_overlaps", raising=False)
+    assert not_supported_reason(a_model("yolo12n.yaml").criterion) == "it needs ultralytics >= 8.4.180"
+
+
+@loss_in_graphs
 def test_a_users_loss_stays_outside(model: Any) -> None:
     assert not_supported_reason(model.criterion) == ""
 
@@ -213,6 +224,7 @@ class Captured:
         self.loss = loss
 
 
+@loss_in_graphs
 def test_a_loss_that_differs_is_noticed_and_left_outside(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = BATCHES["some"]
     capacity = Capacity().grown(needed(batch, 3, (SIDE, SIDE), model.criterion))

@@ -22,6 +22,7 @@ from ultralytics.utils.loss import v8DetectionLoss
 
 from tests.counting import run_out_of_memory_once
 from tests.test_telemetry import events, of
+from tests.versions import loss_in_graphs
 from yolo_flash import FlashConfig, FlashConfigError, patch_model
 from yolo_flash import graphed_step as graphed_step_module
 from yolo_flash import graphs as graphs_module
@@ -103,6 +104,7 @@ def test_losses_are_those_of_eager_steps(tiny_args: dict[str, Any], replays: lis
 
 
 # The loss -------------------------------------------------------------------------------------------------------------
+@loss_in_graphs
 @pytest.mark.parametrize("config", ["yolo12n.yaml", "yolo26n.yaml"])
 def test_the_loss_of_detection_is_in_the_graphs(
     config: str, tiny_args: dict[str, Any], replays: list[Replay], log: list[str]
@@ -153,6 +155,7 @@ def test_boxes_that_a_trainer_changes_are_those_of_the_loss(tiny_args: dict[str,
     assert [replay.loss for replay in replays] == [None]
 
 
+@loss_in_graphs
 def test_more_boxes_than_there_is_room_for_are_captured_anew_and_then_run_eager(
     tiny_args: dict[str, Any], replays: list[Replay], monkeypatch: pytest.MonkeyPatch, log: list[str]
 ) -> None:
@@ -190,6 +193,7 @@ def test_more_boxes_than_there_is_room_for_are_captured_anew_and_then_run_eager(
     assert sum("captured again" in line for line in log) == 3
 
 
+@loss_in_graphs
 def test_a_batch_of_another_call_is_its_own(replays: list[Replay]) -> None:
     model, graphs, trainer, batch = with_criterion()
     for _ in range(2):

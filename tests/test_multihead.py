@@ -21,6 +21,7 @@ from ultralytics.nn.modules.transformer import (
 )
 
 from tests.counting import AttentionCalls
+from tests.versions import TORCH
 from yolo_flash import AttentionSpec, BackendNotSupportedError, FlashConfig, FlashKernelError, separate
 from yolo_flash.multihead import FlashMultiheadAttention, denoising_mask
 from yolo_flash.patch import patch_modules, targets, unpatch_modules
@@ -372,6 +373,7 @@ def test_tracers_get_stock_operators() -> None:
     assert "scaled_dot_product" not in str(traced.inlined_graph)
 
 
+@pytest.mark.skipif(TORCH < (2, 6), reason="this torch takes the numbers of a layer for symbols under dynamic=True")
 def test_compiles_without_a_break_for_any_number_of_queries() -> None:
     layer = patched(TransformerLayer(64, 8))
     compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)

@@ -17,6 +17,7 @@ from ultralytics.utils import ASSETS
 from tests.counting import AttentionCalls
 from tests.test_patch import load_without_plugin
 from tests.test_trainer import Phases
+from tests.versions import few_queries
 from yolo_flash import FlashConfig, cli, patch_model, separate, unpatch_model, verify
 from yolo_flash.blocks import FlashBlock
 from yolo_flash.machine import detect
@@ -74,6 +75,7 @@ def test_the_plan_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> N
     assert facts["score_bytes"] == {"stock": 4 * 4 * 8 * (400**2 + 6 * 500**2), "planned": 0}
 
 
+@few_queries
 def test_small_images_have_fewer_queries_than_300() -> None:
     with torch.device("meta"):
         model = RTDETRDetectionModel("rtdetr-resnet50.yaml", verbose=False)
@@ -96,6 +98,7 @@ def trained(flash: bool, tiny_args: dict[str, Any], **settings: Any) -> tuple[An
     return model, phases, losses
 
 
+@few_queries
 def test_a_run_is_fused_in_every_phase_and_has_the_losses_of_stock(tiny_args: dict[str, Any], log: list[str]) -> None:
     model, phases, losses = trained(True, tiny_args, backend="sdpa_flash")
     steps = len(losses)
@@ -148,6 +151,7 @@ def test_queries_that_change_from_step_to_step_are_looked_up(monkeypatch: pytest
     assert len(runtime.unplanned) == 2
 
 
+@few_queries
 def test_verify_notices_a_mask_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     flash = separate.RUNS["sdpa_flash"]
     monkeypatch.setitem(separate.RUNS, "sdpa_flash", lambda inputs, spec: flash((*inputs[:3], None), spec))

@@ -11,7 +11,6 @@ import polars
 import pytest
 import torch
 from ultralytics import YOLO
-from ultralytics.utils import SETTINGS
 
 from tests.counting import run_out_of_memory_once
 from yolo_flash import AttentionSpec, patch_model, telemetry
@@ -198,32 +197,6 @@ def test_no_profiler_is_left_when_a_step_raises(tiny_args: dict[str, Any]) -> No
     with torch.profiler.profile() as profile:  # a second profiler at a time would fail
         torch.ones(1).add(1)
     assert any(event.name == "aten::add" for event in profile.events() or [])
-
-
-def test_tensorboard_gets_our_scalars(tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    from torch.utils.tensorboard import SummaryWriter
-    from ultralytics.utils.callbacks import tensorboard
-
-    # Ultralytics decides at import whether TensorBoard is on: switch its callback on as the setting would have
-    monkeypatch.setattr(tensorboard, "SummaryWriter", SummaryWriter, raising=False)
-    monkeypatch.setattr(tensorboard, "PREFIX", "TensorBoard: ", raising=False)
-    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
-    for event in ("on_pretrain_routine_start", "on_train_start", "on_train_epoch_end", "on_fit_epoch_end", "teardown"):
-        model.add_callback(event, getattr(tensorboard, event))
-    from torch.utils import data  # noqa: F401
-    from ultralytics.utils import torch_utils
-
-    monkeypatch.setattr(tensorboard, "torch", torch, raising=False)
-    monkeypatch.setattr(tensorboard, "torch_utils", torch_utils, raising=False)
-    model.train(**{**tiny_args, "epochs": 2})
-    accumulator = event_accumulator.EventAccumulator(str(model.trainer.save_dir))
-    accumulator.Reload()
-    scalars = accumulator.Tags()["scalars"]
-    for column in telemetry.COLUMNS:
-        assert column in scalars
-        assert [point.step for point in accumulator.Scalars(column)] == [1, 2]
-    assert SETTINGS["tensorboard"] is False
 
 
 def spec(dtype: torch.dtype, tokens: int = 400, batch: int = 256) -> AttentionSpec:

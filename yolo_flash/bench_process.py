@@ -153,7 +153,9 @@ def start(job: BaseJob, imgsz: int, arm: str) -> subprocess.Popen[str]:
     """A process that gets one arm ready."""
     pipe = subprocess.PIPE
     command = [sys.executable, "-m", type(job).__module__, json.dumps(dataclasses.asdict(job)), str(imgsz), arm]
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+    )
 
 
 def answer_of(process: subprocess.Popen[str], before: list[str]) -> dict[str, Any]:

@@ -63,6 +63,8 @@ def not_supported_reason(criterion: Any) -> str:
         ):
             if type(value) is not known:
                 return f"{type(value).__name__} is not the loss of detection"
+    if not hasattr(TaskAlignedAssigner, "pair_overlaps"):
+        return "it needs ultralytics >= 8.4.180"
     return ""
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 
+import torch
+import ultralytics
 from torch import nn
+from ultralytics.utils import LOGGER
 
-from .backends import check_name
+from .backends import BackendNotSupportedError, check_name
 from .blocks import FlashAAttn, FlashAttention, FlashBlock
 from .config import FlashConfig, FlashConfigError
+from .likeness import difference
 from .multihead import FlashMultiheadAttention, unread_weights
 from .runtime import Runtime
 from .stock_pickle import become, restore
@@ -18,10 +23,11 @@ BLOCKS: dict[type, type[FlashBlock]] = {
 }
 
 
-def targets(module: nn.Module) -> dict[str, nn.Module]:
-    """Layer name -> attention block, stock or patched, in the order of the model. Subclasses of users are not ours.
+def known_blocks(module: nn.Module) -> dict[str, nn.Module]:
+    """Layer name -> attention block of a class that we take over, or patched, in the order of the model.
 
-    Of `nn.MultiheadAttention`, which is everybody's, those are ours whose weights nobody reads.
+    Subclasses of users are not ours. Of `nn.MultiheadAttention`, which is everybody's, those are ours whose weights
+    nobody reads.
 
     A student under distillation keeps the names that it has alone; its teacher's begin with `teacher_model.`.
     """
@@ -32,6 +38,16 @@ def targets(module: nn.Module) -> dict[str, nn.Module]:
         if isinstance(block, FlashBlock)
         or (id(block) in unread if type(block) is nn.MultiheadAttention else type(block) in BLOCKS)
     }
+
+
+def targets(module: nn.Module) -> dict[str, nn.Module]:
+    """The known blocks that are patched or can be: those that compute what ours compute."""
+    return {name: block for name, block in known_blocks(module).items() if not _strangeness(block)}
+
+
+def _strangeness(block: nn.Module) -> str:
+    """Why a block has to stay stock; empty if it has not."""
+    return "" if isinstance(block, FlashBlock) else difference(block, BLOCKS[type(block)])
 
 
 def patch_modules(module: nn.Module, config: FlashConfig, runtime: Runtime | None = None) -> Runtime:
@@ -46,11 +62,12 @@ def patch_modules(module: nn.Module, config: FlashConfig, runtime: Runtime | Non
         What the patched blocks share.
 
     Raises:
-        BackendNotSupportedError: A backend name that does not exist.
+        BackendNotSupportedError: A backend name that does not exist, or of a block that has to stay stock.
         FlashConfigError: A pattern in `layers` that matches no layer.
     """
+    choices = layer_choices(module, config)
     blocks = targets(module)
-    choices = layer_choices(list(blocks), config)
+    _tell_strangers(module)
     runtime = runtime or Runtime(config)
     for name, block in blocks.items():
         if isinstance(block, FlashBlock):
@@ -61,24 +78,50 @@ def patch_modules(module: nn.Module, config: FlashConfig, runtime: Runtime | Non
 
 def unpatch_modules(module: nn.Module) -> None:
     """Give every patched block its stock class back; stock ones are left alone."""
-    for block in targets(module).values():
+    for block in known_blocks(module).values():
         if isinstance(block, FlashBlock):
             restore(block)
 
 
-def layer_choices(names: list[str], config: FlashConfig) -> dict[str, str]:
-    """Layer name -> `auto` or a backend's name.
+def layer_choices(module: nn.Module, config: FlashConfig) -> dict[str, str]:
+    """Layer name -> `auto` or a backend's name, for all known blocks.
 
     Raises:
-        BackendNotSupportedError: A backend name that does not exist.
+        BackendNotSupportedError: A backend name that does not exist, or of a block that has to stay stock.
         FlashConfigError: A pattern in `layers` that matches no layer, with the layers that there are.
     """
-    choices = dict.fromkeys(names, check_name(config.backend))
+    blocks = known_blocks(module)
+    choices = dict.fromkeys(blocks, check_name(config.backend))
     for pattern, choice in config.layers.items():
-        matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-        if names and not matching:
+        matching = [name for name in blocks if fnmatch.fnmatchcase(name, pattern)]
+        if blocks and not matching:
             raise FlashConfigError(
-                f"flash.layers: {pattern!r} matches no attention layer. This model has {', '.join(names)}."
+                f"flash.layers: {pattern!r} matches no attention layer. This model has {', '.join(blocks)}."
             )
         choices.update(dict.fromkeys(matching, check_name(choice)))
+    for name, choice in choices.items():
+        if choice not in ("auto", "stock") and (reason := _strangeness(blocks[name])):
+            raise BackendNotSupportedError(
+                f"{choice} cannot run in {name}: this {type(blocks[name]).__name__} is not the one that this version "
+                f"knows: {reason}. flash.backend=auto, or flash.layers={name}:stock, leaves it stock."
+            )
     return choices
+
+
+def _tell_strangers(module: nn.Module) -> None:
+    """One line for all blocks that stay stock; a run that patches its model again does not repeat it."""
+    strangers = {name: reason for name, block in known_blocks(module).items() if (reason := _strangeness(block))}
+    if not strangers:
+        return
+    name, reason = next(iter(strangers.items()))
+    others = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+    _warn_once(
+        f"yolo-flash: stock attention stays in {name}{others}: this {type(known_blocks(module)[name]).__name__} "
+        f"(ultralytics {ultralytics.__version__}, torch {torch.__version__}) is not the one that this version knows: "
+        f"{reason}. All else works; a newer yolo-flash may know it."
+    )
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    LOGGER.warning(line)

@@ -137,7 +137,7 @@ def make_plan(
         BackendNotSupportedError: A backend asked for by name cannot run a layer.
     """
     blocks = targets(unwrap_model(model))
-    choices = layer_choices(list(blocks), runtime.config)
+    choices = layer_choices(unwrap_model(model), runtime.config)
     problems: list[tuple[str, str, str, AttentionSpec]] = []
     for shot in shots:
         extra = denoising_queries(unwrap_model(model)) if shot.mode == "train" else {}

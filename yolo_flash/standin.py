@@ -151,7 +151,7 @@ def _write(made: Path, folder: Path) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
         image.write_bytes(_encode(view))
         rows = (f"{classes[name]} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n" for name, x, y, w, h in view_boxes(view))
-        labels.write_text("".join(rows))
+        labels.write_text("".join(rows), encoding="utf-8")
     data = {"path": str(folder), "train": "images/train", "val": "images/val", "names": names}
     YAML.save(made / "data.yaml", data, header=HEADER)
 

@@ -345,7 +345,7 @@ def _images(source: str | Path | None, channels: int, imgsz: int, batch: int) ->
     except StopIteration:
         raise ValueError(f"source={source}: none of {loader.nf} files could be read.") from None
     finally:
-        loader.close()
+        getattr(loader, "close", bool)()  # ultralytics 8.4.140 has none
     letterbox = LetterBox((imgsz, imgsz), auto=False)
     boxed = [np.atleast_3d(letterbox(image=picture)) for picture in pictures]
     if boxed[0].shape[2] != channels:

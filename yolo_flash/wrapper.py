@@ -16,7 +16,7 @@ from .blocks import FlashBlock
 from .config import FlashConfig, known_keys
 from .graphed_predict import predictor_class
 from .machine import detect, resolve_device
-from .patch import layer_choices, patch_modules, targets, unpatch_modules
+from .patch import known_blocks, layer_choices, patch_modules, unpatch_modules
 from .planning import PlanRow, Shot, make_plan
 from .stock_pickle import StockPickle, become, restore
 from .trainer import trainer_class
@@ -113,7 +113,7 @@ def patch_from_sources(model: M, sources: dict[str, Any]) -> M:
             unpatch_model(model)
         return model
     if config.enabled and isinstance(model.model, nn.Module):
-        layer_choices(list(targets(model.model)), config)  # raises before anything is changed
+        layer_choices(model.model, config)  # raises before anything is changed
     unpatch_model(model)
     base: Any = type(model)
     become(model, _model_class(base), sources=sources, config=config)
@@ -181,7 +181,7 @@ def plan(
 
 def warn_no_targets(model: nn.Module) -> None:
     """One line when there is nothing to patch, so that nobody waits for a gain."""
-    if targets(model):
+    if known_blocks(model):
         return
     config = getattr(model, "yaml", None)
     name = Path(str(config.get("yaml_file") if isinstance(config, dict) else type(model).__name__)).stem

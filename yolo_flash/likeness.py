@@ -1,0 +1,127 @@
+"""Whether an attention block still computes what ours computes: Ultralytics may change it, and forks do.
+
+A twin of the block, with random weights, answers for it on the CPU: fresh weights hide attention, and nothing of the
+block itself runs, moves or changes, on whatever device and in whatever precision it is.
+"""
+
+from __future__ import annotations
+
+import math
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import FlashBlock
+from .config import FlashConfig
+from .measuring import relative_error
+from .runtime import Runtime
+from .stock_pickle import become
+
+ALLOWED = 5e-3  # float32 rounds to 1e-6; where torch may multiply in bfloat16 on the CPU, to 2e-3
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_PLAIN = (str, int, float, bool, type(None), tuple)
+_answers: dict[Any, str] = {}
+
+
+def difference(block: nn.Module, cls: type[FlashBlock]) -> str:
+    """What keeps `cls` from standing in for a stock block, as a sentence; empty if both compute the same.
+
+    Equal blocks, by everything that the answer depends on, are compared once a process.
+
+    Args:
+        block: An instance of the stock class of `cls`.
+        cls: Our class for it.
+    """
+    if "forward" in vars(block):
+        return "its forward was replaced on the instance"
+    attributes = {name: value for name, value in vars(block).items() if name not in _OF_EVERY_MODULE}
+    if not all(isinstance(value, _PLAIN) for value in attributes.values()):
+        return _compare(block, cls)
+    key = (
+        cls,
+        tuple(value for value in vars(cls._stock).values() if callable(value)),
+        tuple(attributes.items()),
+        tuple((name, type(module)) for name, module in block.named_modules()),
+        tuple((name, t.shape) for name, t in (*block.named_parameters(), *block.named_buffers())),
+    )
+    if key not in _answers:
+        _answers[key] = _compare(block, cls)
+    return _answers[key]
+
+
+def _compare(block: nn.Module, cls: type[FlashBlock]) -> str:
+    """Run a twin by the stock forward and by ours, as in training and as in prediction."""
+    generator = torch.Generator().manual_seed(0)
+    runtime = Runtime(FlashConfig(backend="sdpa_math"))
+    worst = 0.0
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
+            twin = _twin(block, generator)
+            become(twin, cls, layer="", choice="sdpa_math", runtime=runtime)
+            for given in _inputs(twin, generator):
+                for training in (True, False):
+                    for module in twin.modules():
+                        module.training = training
+                    wanted, found = (_run(stock_or_ours, twin, given) for stock_or_ours in (cls._stock, cls))
+                    if found.shape != wanted.shape:
+                        return f"its output is {list(wanted.shape)}, ours {list(found.shape)}"
+                    error = relative_error(found, wanted)
+                    worst = error if not error <= worst else worst  # NaN stays
+    except Exception as error:  # a block that is put together differently raises anything
+        return f"it could not be compared with ours ({type(error).__name__}: {error})"
+    return "" if worst <= ALLOWED else f"its output is {worst:.1%} off ours on a test input, {ALLOWED:.1%} is allowed"
+
+
+def _run(cls: Any, twin: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    torch.default_generator.manual_seed(0)  # what a block draws, such as dropout, is no difference
+    out = cls.forward(twin, **given)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _inputs(block: Any, generator: torch.Generator) -> list[dict[str, Tensor]]:
+    """Small inputs whose batch, height and width differ, so that nothing can be mistaken for another."""
+
+    def sample(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(generator=generator)
+
+    if isinstance(block, nn.MultiheadAttention):
+        query, value = sample(3, 5, block.embed_dim), sample(3, 5, block.vdim)
+        key = query if block.kdim == block.embed_dim else sample(3, 5, block.kdim)
+        tokens = 5 if block.batch_first else 3
+        given = {"query": query, "key": key, "value": value}
+        return [given, {**given, "attn_mask": torch.ones(tokens, tokens, dtype=torch.bool, device="cpu").triu(1)}]
+    channels = next(t.shape[1] for t in block.qkv.parameters() if t.ndim == 4)
+    return [{"x": sample(2, channels, 3, 2 * getattr(block, "area", 1))}]
+
+
+def _twin(module: nn.Module, generator: torch.Generator) -> Any:
+    """The same module with random weights on the CPU in float32: no deepcopy, which would copy what hooks hold."""
+    twin: Any = object.__new__(type(module))
+    state = twin.__dict__
+    for name, value in vars(module).items():
+        if name in ("_parameters", "_buffers"):
+            value = {key: None if t is None else _random(t, generator) for key, t in value.items()}
+        elif name == "_modules":
+            value = {key: None if m is None else _twin(m, generator) for key, m in value.items()}
+        elif "_hooks" in name:
+            value = {}
+        elif isinstance(value, Tensor):
+            value = _random(value, generator)
+        elif isinstance(value, MethodType) and value.__self__ is module:  # a fused Conv has its forward like that
+            value = MethodType(value.__func__, twin)
+        state[name] = value
+    state["_compiled_call_impl"] = twin.forward  # what `twin()` calls: past hooks on all modules, and past `compile()`
+    return twin
+
+
+def _random(t: Tensor, generator: torch.Generator) -> Tensor:
+    """Values that all matter: factors and variances near 1, matrices that keep the size of what they multiply."""
+    if not t.is_floating_point():
+        return torch.zeros(t.shape, dtype=t.dtype)
+    found = torch.empty(t.shape, dtype=torch.float32, device="cpu")
+    if t.ndim < 2:
+        return found.uniform_(0.5, 1.5, generator=generator)
+    return found.normal_(std=max(math.prod(t.shape[1:]), 1) ** -0.5, generator=generator)
