@@ -76,6 +76,10 @@ class Telemetry:
             self._file = Path(trainer.save_dir) / "flash.jsonl"
             if not trainer.resume:
                 self._file.unlink(missing_ok=True)
+            elif self._file.is_file():
+                whole, end, torn = self._file.read_bytes().rpartition(b"\n")
+                if torn:  # the run was killed while it wrote
+                    write_file(self._file, whole + end)
             self._write(
                 "run",
                 yolo_flash=__version__,

@@ -85,9 +85,7 @@ class FlashTrainerMixin(_TrainerBase):
             type(self).flash = dataclasses.replace(self.flash, enabled=False)
             self._flash_telemetry = None
             if RANK in {-1, 0}:
-                LOGGER.warning(
-                    "yolo-flash: quantize=8 calibrates and trains the stock blocks: the plugin is off in it."
-                )
+                LOGGER.warning("yolo-flash: quantize=8 calibrates and trains the stock blocks: the plugin is off.")
         checkpoint = super().setup_model()
         self._patch(self.model)
         return checkpoint
