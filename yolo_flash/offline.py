@@ -140,12 +140,16 @@ def training_data(data: Any) -> Any:
 
 def note_standin(data: Any, save_dir: Path) -> None:
     """Leave a note in the run folder when the run trains on the stand-in."""
-    if Path(str(data)).parent == STANDIN_FOLDER.resolve():  # create_standin resolves links too
+    if Path(str(data)).parent != STANDIN_FOLDER.resolve():  # create_standin resolves links too
+        return
+    try:
         (save_dir / "TRAINED_ON_A_STAND_IN.txt").write_text(
             f"This run did not see coco8. The data set could not be downloaded, so yolo-flash trained on eight "
             f"pictures cut from the two photographs that the ultralytics package ships: {data}\n",
             encoding="utf-8",
         )
+    except OSError as error:  # a full disk: the log has said it too
+        LOGGER.warning(f"yolo-flash: no note of the stand-in in the run folder: {error}")
 
 
 def _is_shipped_coco8(name: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -37,6 +38,7 @@ COLUMNS = (PEAK, SPEED)
 _ATTENTION_KERNEL = re.compile(
     r"flash|fmha|sdpa|attention|dot_do_o|convert_dq|area_(?:for|back)ward", re.IGNORECASE
 )  # of all libraries
+_PROFILER = threading.Lock()  # torch has one for the process: two at a time mix their events
 
 
 class Telemetry:
@@ -64,9 +66,20 @@ class Telemetry:
         self._stop_profile()
         LOGGER.info(describe(rows, machine))
         if self._file is None:
+            if self._runtime.frugal and trainer.device.type == "cuda" and (avoided := self._avoided()):
+                images = trainer.batch_size
+                LOGGER.info(
+                    f"yolo-flash: AutoBatch took {images} images a step. They need {readable(avoided)} less than with "
+                    f"stock attention, {readable(avoided // images)} of score matrices an image: the batch may be "
+                    f"larger than without the plugin."
+                )
             self._file = Path(trainer.save_dir) / "flash.jsonl"
             if not trainer.resume:
                 self._file.unlink(missing_ok=True)
+            elif self._file.is_file():
+                whole, end, torn = self._file.read_bytes().rpartition(b"\n")
+                if torn:  # the run was killed while it wrote
+                    write_file(self._file, whole + end)
             self._write(
                 "run",
                 yolo_flash=__version__,
@@ -111,10 +124,13 @@ class Telemetry:
         """Profile one step: the first, or the second under `compile`, whose first one compiles."""
         if self._profiled or self._profile is not None or (trainer.args.compile and not self._images):
             return
+        # The user's own profiler, or that of a training in another thread: a later step will do.
+        if torch.autograd._profiler_enabled() or not _PROFILER.acquire(blocking=False):
+            return
         activities = [ProfilerActivity.CPU]
         if trainer.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        self._profile = profile(activities=activities)
+        self._profile = profile(activities=activities)  # from here on `_stop_profile` gives the lock back
         self._profile.start()
         self._restart_clock()
 
@@ -168,14 +184,11 @@ class Telemetry:
             fallbacks=dict(failed),
             unplanned=len(self._runtime.unplanned),
         )
-        avoided = score_bytes(
-            row.decision.spec for row in self._training_rows() if BACKENDS[row.decision.backend].fused
-        )
         used = f"peak {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved"
         ran = ", ".join(f"{name} x {count}" for name, count in backends.items())
         LOGGER.info(
             f"yolo-flash: {speed:.1f} images/s{' (the profiled step alone)' if alone else ''}, {used}; {ran}; "
-            f"attention: {readable(avoided)} of score matrices avoided"
+            f"attention: {readable(self._avoided())} of score matrices avoided"
             + (f"; failed: {', '.join(failed)}" if failed else "")
         )
 
@@ -191,6 +204,10 @@ class Telemetry:
 
     def _training_rows(self) -> list[PlanRow]:
         return [row for row in self._rows if row.mode == "train"]
+
+    def _avoided(self) -> int:
+        """Bytes of score matrices that stock blocks would keep in a step, and the planned backends do not."""
+        return score_bytes(row.decision.spec for row in self._training_rows() if BACKENDS[row.decision.backend].fused)
 
     def _in_force(self) -> Counter[str]:
         """Backend -> training layers, after what failed since the plan."""
@@ -215,7 +232,10 @@ class Telemetry:
         running, self._profile = self._profile, None
         if running is None:
             return []
-        running.stop()
+        try:
+            running.stop()
+        finally:
+            _PROFILER.release()
         return running.events() or []
 
     def _write(self, event: str, **facts: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Mapping
@@ -77,6 +78,11 @@ class FlashTrainerMixin(_TrainerBase):
     def setup_model(self) -> Any:
         """Patch at the one point that precedes device, compile, DDP, AutoBatch and EMA."""
         self._flash_runtime.frugal = self.args.batch < 1  # AutoBatch will fill the memory with what the rules take
+        if self.flash.enabled and getattr(self.args, "quantize", None) == 8:
+            type(self).flash = dataclasses.replace(self.flash, enabled=False)
+            self._flash_telemetry = None
+            if RANK in {-1, 0}:
+                LOGGER.warning("yolo-flash: quantize=8 calibrates and trains the stock blocks: the plugin is off.")
         checkpoint = super().setup_model()
         self._patch(self.model)
         return checkpoint
@@ -184,10 +190,12 @@ class FlashTrainerMixin(_TrainerBase):
         try:
             getattr(self._flash_telemetry, event)(self, *facts)
         except Exception as error:
-            self._flash_telemetry = None
             LOGGER.warning(
                 f"yolo-flash: no more plan, kernels, memory and speed from here on: {type(error).__name__}: {error}"
             )
+            telemetry, self._flash_telemetry = self._flash_telemetry, None
+            with contextlib.suppress(Exception):
+                telemetry.teardown(self)  # a profile under way
 
     def _tell_graphs(self, facts: dict[str, Any]) -> None:
         if facts and self._flash_graphs.mode != "off" and facts != {"why_not": ""}:
