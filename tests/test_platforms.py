@@ -21,10 +21,13 @@ SOURCE = Path(yolo_flash.__file__).parent
 PLATFORMS = {"Windows": ("win32", ["triton", "resource", "fcntl"]), "Darwin": ("darwin", ["triton"])}
 
 ELSEWHERE = """
-import multiprocessing, os, platform, sys
+import multiprocessing, os, platform, sys, sysconfig
 system, name, lacking = {system!r}, {name!r}, {lacking!r}
-import filelock, matplotlib.font_manager, psutil, torch, torch._dynamo, ultralytics  # as they do on this machine
+import matplotlib.font_manager, psutil, torch, torch._dynamo, ultralytics.models  # as they do on this machine
 multiprocessing.set_start_method("spawn", force=True)
+sysconfig.get_config_vars()  # is asked later, and keeps the answer
+fonts = matplotlib.font_manager.findSystemFonts()  # elsewhere it asks the registry of Windows
+matplotlib.font_manager.findSystemFonts = lambda *args, **kwargs: fonts
 for module in lacking:
     sys.modules[module] = None  # any import of it raises
 for function in [f for f in dir(os) if f in ("fork", "forkpty", "register_at_fork") or f.startswith("sched_")]:

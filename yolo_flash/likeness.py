@@ -22,7 +22,7 @@ from .stock_pickle import become
 ALLOWED = 5e-3  # float32 rounds to 1e-6; where torch may multiply in bfloat16 on the CPU, to 2e-3
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_PLAIN = (str, int, float, bool, type(None), tuple)
+_PLAIN = (str, int, float, bool, type(None))
 _answers: dict[Any, str] = {}
 
 
