@@ -183,6 +183,15 @@ def test_a_file_on_a_full_disk_is_as_it_was_and_leaves_no_draft(
 
 
 # Ctrl-C ---------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for temporary files that no other process writes to."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
 def everything_global() -> dict[str, Any]:
     """What the plugin, Ultralytics' settings for it and torch's switches could leave changed."""
     classes = (YOLO, ultralytics.engine.trainer.BaseTrainer, tasks.DetectionModel, AAttn, nn.Module)
@@ -204,7 +213,7 @@ def everything_global() -> dict[str, Any]:
             torch.backends.cuda.math_sdp_enabled(),
             torch.backends.cuda.cudnn_sdp_enabled(),
         ],
-        "our files": sorted(path.name for path in Path(tempfile.gettempdir()).glob("yolo-flash-[!t]*")),
+        "temporary files": sorted(path.name for path in Path(tempfile.gettempdir()).iterdir()),
         "threads": {thread.name for thread in threading.enumerate()},
     }
 
@@ -225,7 +234,9 @@ def press(trainer: Any) -> None:
         "on_train_end",
     ],
 )
-def test_ctrl_c_leaves_what_it_leaves_in_stock(event: str, tiny_model: str, tiny_args: dict[str, Any]) -> None:
+def test_ctrl_c_leaves_what_it_leaves_in_stock(
+    event: str, tiny_model: str, tiny_args: dict[str, Any], temporary: Path
+) -> None:
     def press_inside(trainer: Any) -> None:  # the forward of a step that is profiled
         trainer.model.model[4].register_forward_hook(lambda *given: press(trainer))
 
@@ -250,21 +261,22 @@ def test_ctrl_c_leaves_what_it_leaves_in_stock(event: str, tiny_model: str, tiny
 
 
 def test_ctrl_c_on_the_command_line_leaves_nothing_global_changed(
-    tiny_model: str, tiny_args: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: str, tiny_args: dict[str, Any], temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     YAML.save(tmp_path / "mine.yaml", {**tiny_args, "flash": {"backend": "sdpa_flash"}})
-    before = everything_global()
-    temporary: list[Path] = []
+    command = ["train", f"model={tiny_model}", f"cfg={tmp_path / 'mine.yaml'}"]
+    seen: list[str] = []
 
     def interrupt(trainer: Any, *args: Any) -> None:
-        temporary.extend(Path(tempfile.gettempdir()).glob("yolo-flash-[!t]*"))
+        seen.extend(path.name for path in temporary.iterdir())
         press(trainer)
 
-    with monkeypatch.context() as patch:
-        patch.setattr("ultralytics.models.yolo.detect.DetectionTrainer.preprocess_batch", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            cli.main(["train", f"model={tiny_model}", f"cfg={tmp_path / 'mine.yaml'}"])
-    assert temporary  # the copy of the cfg file
+    monkeypatch.setattr("ultralytics.models.yolo.detect.DetectionTrainer.preprocess_batch", interrupt)
+    unset_deterministic()  # as Ultralytics does at the end of a run
+    before = everything_global()
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(command)
+    assert seen  # the copy of the cfg file
     assert everything_global() == before
 
 
@@ -284,6 +296,26 @@ def test_two_trainings_at_once_keep_to_their_own_settings(tiny_model: str, tiny_
         for row in of(events(model), "kernels"):  # torch has one profiler for both: nobody counts the other's calls
             assert (FORWARD in row["counts"]) is (name == "sdpa_flash")
     assert not telemetry_module._PROFILER.locked()
+
+
+def test_a_profiler_that_another_training_holds_is_waited_for_until_a_later_step(
+    tiny_model: str, tiny_args: dict[str, Any]
+) -> None:
+    """Torch has one for the process: two at a time mixed their events, and stopped each other."""
+    profiled: list[bool] = []
+    model = patch_model(YOLO(tiny_model), backend="sdpa_flash")
+
+    def look(trainer: Any) -> None:
+        profiled.append(torch.autograd._profiler_enabled())
+        if len(profiled) == 1:
+            telemetry_module._PROFILER.release()
+
+    model.add_callback("on_train_batch_start", look)
+    telemetry_module._PROFILER.acquire()
+    model.train(**tiny_args)
+    assert profiled == [False, True]
+    (kernels,) = of(events(model), "kernels")
+    assert kernels["counts"][FORWARD] == LAYERS
 
 
 def test_a_profiler_of_the_user_sees_the_whole_run(tiny_model: str, tiny_args: dict[str, Any]) -> None:

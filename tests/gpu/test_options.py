@@ -1,0 +1,146 @@
+"""On a CUDA device: options of `yolo train` whose effect shows only there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ultralytics import YOLO
+
+from tests.counting import AttentionCalls
+from tests.test_options import LAYERS, train
+from tests.test_patch import patched_layers
+from tests.test_telemetry import events, of
+from yolo_flash import patch_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture
+def args(tiny_args: dict[str, Any]) -> dict[str, Any]:
+    return {**tiny_args, "device": 0, "imgsz": 128}
+
+
+def check_plan(model: Any) -> set[str]:
+    """Every training spec that was met had been planned; the layouts that there were."""
+    trainer = model.trainer
+    met = {spec for spec, _, _ in trainer._flash_runtime._decisions if spec.training}
+    assert met
+    assert met == {row.decision.spec for row in trainer.flash_plan if row.mode == "train"}
+    return {spec.layout for spec in met}
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_channels_last_is_foreseen_and_fused_either_way(
+    channels_last: bool, tiny_model: str, args: dict[str, Any]
+) -> None:
+    model, calls = train(tiny_model, {**args, "channels_last": channels_last})
+    assert check_plan(model) == {"nhwc" if channels_last else "nchw"}
+    assert calls.backward == {"sdpa_flash": LAYERS * 2}
+
+
+@pytest.mark.parametrize(
+    ("amp", "dtype"),
+    [
+        (True, torch.float16),
+        ("fp16", torch.float16),
+        ("bf16", torch.bfloat16),
+        (False, torch.float32),
+        ("fp32", torch.float32),
+    ],
+)
+def test_the_precision_that_was_asked_for_is_that_of_plan_and_kernels(
+    amp: Any, dtype: torch.dtype, tiny_model: str, args: dict[str, Any]
+) -> None:
+    backend = "sdpa_efficient" if dtype is torch.float32 else "sdpa_flash"  # flash has no float32
+    model, calls = train(tiny_model, {**args, "amp": amp}, backend=backend)
+    check_plan(model)
+    assert {row.decision.spec.dtype for row in model.trainer.flash_plan if row.mode == "train"} == {dtype}
+    assert calls.backward == {backend: LAYERS * 2}
+
+
+@pytest.mark.parametrize(
+    ("option", "steps"),
+    [
+        ({"multi_scale": 0.5, "epochs": 2}, 4),
+        ({"rect": True}, 2),
+        ({"cache": "ram", "fraction": 0.5}, 1),
+        ({"freeze": [3]}, 2),
+        ({"deterministic": False}, 2),
+        ({"time": 1e-6, "epochs": 9}, 1),  # hours
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_run_is_fused(option: dict[str, Any], steps: int, tiny_model: str, args: dict[str, Any]) -> None:
+    model, calls = train(tiny_model, {**args, **option})
+    assert calls.backward == {"sdpa_flash": LAYERS * steps}
+    assert patched_layers(model.model) == LAYERS
+
+
+def test_frozen_attention_needs_no_backward(tiny_model: str, args: dict[str, Any]) -> None:
+    _, calls = train(tiny_model, {**args, "freeze": 5})
+    assert calls.forward["sdpa_flash"] >= LAYERS * 2
+    assert not calls.backward
+
+
+def test_compile_breaks_the_graph_where_stock_does_and_runs_the_kernels(tiny_model: str, args: dict[str, Any]) -> None:
+    breaks, graphs = [], []
+    for patched in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model: Any = YOLO(tiny_model)
+        if patched:
+            patch_model(model, backend="sdpa_flash")
+        model.train(**{**args, "compile": True})
+        breaks.append(sum(torch._dynamo.utils.counters["graph_break"].values()))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert graphs[0] == graphs[1] > 0
+    assert breaks[0] == breaks[1]
+    (kernels,) = of(events(model), "kernels")  # of the second step: the first one compiles
+    for mark in ("flash_fwd", "flash_bwd"):
+        assert sum(count for name, count in kernels["counts"].items() if mark in name) >= LAYERS, kernels
+
+
+def test_autobatch_fits_the_patched_model_and_says_what_attention_saves(
+    tiny_model: str, args: dict[str, Any], log: list[str]
+) -> None:
+    """With four pictures it takes four."""
+    model = patch_model(YOLO(tiny_model), backend="sdpa_flash")
+    with AttentionCalls() as calls:
+        model.train(**{**args, "batch": -1, "imgsz": 640})
+    taken = model.trainer.batch_size
+    assert calls.backward["sdpa_flash"] >= LAYERS
+    (line,) = [line for line in log if "AutoBatch took" in line]
+    assert f"took {taken} images a step" in line
+    assert "less than with stock attention" in line
+
+
+def test_quantize_8_is_stock_with_one_line(
+    tiny_model: str, args: dict[str, Any], monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    monkeypatch.setattr("ultralytics.engine.trainer.prepare_qat", lambda model, loader, preprocess: model)
+    model = patch_model(YOLO(tiny_model), graphs="auto")
+    with AttentionCalls() as calls:
+        model.train(**{**args, "quantize": 8})
+    assert not calls.forward
+    assert len([line for line in log if "yolo-flash:" in line]) == 1
+
+
+def test_ctrl_c_gives_the_profiler_of_the_device_back(tiny_model: str, args: dict[str, Any]) -> None:
+    model = patch_model(YOLO(tiny_model), backend="sdpa_flash")
+
+    def press(trainer: Any) -> None:
+        raise KeyboardInterrupt
+
+    model.add_callback("on_train_batch_start", press)
+    with pytest.raises(KeyboardInterrupt):
+        model.train(**args)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.ones(1000, device="cuda").add_(1)
+        torch.cuda.synchronize()
+    assert any(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events() or [])
