@@ -16,7 +16,7 @@ from ultralytics import RTDETR, YOLO
 from ultralytics.engine.model import Model
 from ultralytics.nn.autobackend import AutoBackend
 
-from tests.counting import AttentionCalls, randomise
+from tests.counting import AttentionCalls, settle
 from tests.datasets import create_dataset
 from tests.test_patch import patched_layers
 from yolo_flash import patch_model
@@ -26,7 +26,7 @@ def pair(config: str, folder: Path) -> tuple[Model, Model]:
     """A stock model to whose output attention matters, and its patched twin; exports go to folders of their own."""
     torch.manual_seed(0)
     stock = RTDETR(config) if config.startswith("rtdetr") else YOLO(config)
-    randomise(stock.model)
+    settle(stock.model)
     ours = patch_model(copy.deepcopy(stock), backend="sdpa_flash")
     for name, model in (("stock", stock), ("ours", ours)):
         (folder / name).mkdir()
@@ -70,9 +70,9 @@ def computed(file: str, x: Tensor, task: str = "detect") -> Tensor:
         ("yolo12n.yaml", "onnx", {}),
         ("yolo12n.yaml", "onnx", {"dynamic": True}),
         ("yolo12n.yaml", "onnx", {"quantize": 16}),
-        ("yolo26n.yaml", "onnx", {"dynamic": True}),
+        ("yolo26n.yaml", "onnx", {"dynamic": True, "simplify": False}),
         ("yolo11n-seg.yaml", "onnx", {"nms": True}),
-        ("rtdetr-resnet50.yaml", "onnx", {}),
+        ("rtdetr-resnet50.yaml", "onnx", {"simplify": False}),
         ("yolo12n.yaml", "openvino", {}),
         ("yolo26n.yaml", "openvino", {"dynamic": True}),
     ],
@@ -101,9 +101,10 @@ def test_an_exported_file_has_the_operators_and_answers_of_stock(
     with AttentionCalls() as calls, torch.no_grad():
         own = ours.model.eval()(x)[0]
     assert calls.forward["sdpa_flash"] == layers
-    if not extra.get("nms") and config == "yolo12n.yaml":  # others give the best of their boxes, whose order may differ
-        tolerance = 2e-2 if extra.get("quantize") else 1e-3
-        torch.testing.assert_close(answers[1], own, rtol=tolerance, atol=tolerance * float(own.abs().max()))
+    if (
+        config == "yolo12n.yaml" and format != "openvino" and "quantize" not in extra
+    ):  # single precision, boxes in order
+        torch.testing.assert_close(answers[1], own, rtol=1e-3, atol=1e-3)
 
 
 def test_export_sees_a_stock_model_and_patches_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
