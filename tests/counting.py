@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import cv2
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from ultralytics.utils import ASSETS
 
 OPERATORS = {  # spelled out: the plugin's own list is under test
     "area_attention": "triton_area",
@@ -90,4 +92,20 @@ def randomise(module: torch.nn.Module) -> torch.nn.Module:
     for name, parameter in module.named_parameters():
         if name.endswith("gamma"):  # the layer scale of A2C2f starts at 0.01
             parameter.data.fill_(1.0)
+    return module
+
+
+def settle(module: torch.nn.Module) -> torch.nn.Module:
+    """`randomise`, and the statistics of a photograph in BatchNorm: activations stay of order one in prediction."""
+    photo = cv2.imread(str(ASSETS / "bus.jpg"))
+    assert photo is not None
+    x = torch.from_numpy(cv2.resize(photo, (96, 96))).permute(2, 0, 1)[None].float() / 255
+    norms = [m for m in randomise(module).eval().modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().momentum = 1.0
+    with torch.no_grad():
+        module(torch.cat([x, x.flip(3)]))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval().momentum = momentum
     return module

@@ -290,9 +290,20 @@ def test_predict_on_mixed_shapes_is_a_bounded_look_up(monkeypatch: pytest.Monkey
         assert len(runtime._decisions) <= 4
 
 
-def test_fuse_info_and_flops_see_the_stock_model() -> None:
-    stock, ours = yolo(), patch_model(yolo(), backend="sdpa_flash")
-    assert ours.info(verbose=False) == stock.info(verbose=False)
+@pytest.mark.parametrize("config", ["yolo12n.yaml", "yolo26n.yaml", "rtdetr-resnet50.yaml"])
+def test_the_gflops_are_those_of_stock(config: str) -> None:
+    model = (RTDETR if config.startswith("rtdetr") else YOLO)(config)
+    stock: Any = model.info()
+    patch_model(model, backend="sdpa_flash")
+    assert model.info() == stock
+    assert stock[3] > 0
+    with AttentionCalls() as calls:
+        output(model.model)
+    assert calls.forward["sdpa_flash"] == patched_layers(model.model)  # fused again
+
+
+def test_a_fused_model_stays_patched() -> None:
+    ours = patch_model(yolo(), backend="sdpa_flash")
     before = output(ours.model)
     ours.fuse(verbose=False)
     assert patched_layers(ours.model) == 8

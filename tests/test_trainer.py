@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import re
 import shutil
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from ultralytics import YOLO
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
@@ -474,38 +472,3 @@ def test_tune_says_that_it_runs_stock(log: list[str], monkeypatch: pytest.Monkey
     monkeypatch.setattr("ultralytics.engine.tuner.Tuner.__call__", lambda *args, **kwargs: None)
     patch_model(YOLO("yolo12n.yaml")).tune(iterations=1)
     assert any("tune() starts" in line and "stock attention" in line for line in log)
-
-
-def test_export_sees_a_stock_model_and_patches_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
-    types: list[int] = []
-    exporter = "ultralytics.engine.exporter.Exporter"
-    monkeypatch.setattr(f"{exporter}.__call__", lambda self, model: types.append(patched_layers(model)))
-    model.export(format="torchscript")
-    assert types == [0]
-    assert patched_layers(model.model) == 8
-    with AttentionCalls() as calls, torch.no_grad():
-        model.model.eval()(torch.rand(1, 3, 64, 64))
-    assert calls.forward["sdpa_flash"] == 8
-
-    def fail(self: Any, model: nn.Module) -> None:
-        raise RuntimeError("no")
-
-    monkeypatch.setattr(f"{exporter}.__call__", fail)
-    with pytest.raises(RuntimeError, match="no"):
-        model.export(format="torchscript")
-    assert patched_layers(model.model) == 8
-
-
-@pytest.mark.parametrize("format", ["torchscript", "onnx"])
-def test_exported_files_compute_what_stock_ones_do(format: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    stock = YOLO("yolo12n.yaml")
-    ours = patch_model(copy.deepcopy(stock), backend="sdpa_flash")
-    outputs = []
-    for name, model in (("stock", stock), ("ours", ours)):
-        model.model.pt_path = str(tmp_path / f"{name}.pt")
-        file = model.export(format=format, imgsz=64, verbose=False)
-        result = YOLO(file, task="detect").predict(ASSETS / "bus.jpg", imgsz=64, conf=0.0, verbose=False)[0]
-        outputs.append(result.boxes.data)
-    assert torch.equal(outputs[0], outputs[1])

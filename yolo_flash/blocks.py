@@ -22,9 +22,11 @@ class FlashBlock(StockPickle):
         _flash_choice: `auto` or the name of the backend for this block.
         _flash_runtime: Shared by the blocks of a model.
         separate: Whether queries, keys and values are three tensors, and not the packed output of one convolution.
+        total_ops: Set by thop, which Ultralytics counts GFLOPs with, for the time of its forwards.
     """
 
     separate: ClassVar[bool] = False
+    total_ops: float | None = None
 
     _flash_layer: str
     _flash_choice: str
@@ -156,12 +158,13 @@ def spec_fields(
 
 
 def _leave_stock(block: FlashBlock, x: Tensor) -> bool:
-    """Exporters and tracers record operators: they get the stock ones, which every runtime knows."""
+    """Exporters, tracers and the counter of GFLOPs look at operators: they get the stock ones, which they all know."""
     return (
         torch.jit.is_tracing()
         or torch.onnx.is_in_onnx_export()
         or getattr(torch.compiler, "is_exporting", bool)()  # torch >= 2.7
         or block.format == "coreml"
+        or block.total_ops is not None
         or x.is_meta
     )
 

@@ -187,8 +187,8 @@ class Telemetry:
         used = f"peak {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved"
         ran = ", ".join(f"{name} x {count}" for name, count in backends.items())
         LOGGER.info(
-            f"yolo-flash: {speed:.1f} images/s{' (the profiled step alone)' if alone else ''}, {used}; {ran}; "
-            f"attention: {readable(self._avoided())} of score matrices avoided"
+            f"yolo-flash: {speed:.1f} images/s{' (the profiled step alone)' if alone else ''}, {used}"
+            + (f"; {ran}; attention: {readable(self._avoided())} of score matrices avoided" if ran else "")
             + (f"; failed: {', '.join(failed)}" if failed else "")
         )
 
