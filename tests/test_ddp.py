@@ -67,7 +67,7 @@ def test_all_ranks_choose_by_the_numbers_of_rank_0(
     Version(torch.__version__) < Version("2.6"), reason="gloo cannot gather what Ultralytics' validator hands it"
 )
 def test_ranks_run_from_graphs_or_none_does(
-    tiny_args: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: str, tiny_args: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights after training are those of eager ranks, and the same on both."""
     weights: dict[str, list[float]] = {}
@@ -76,7 +76,7 @@ def test_ranks_run_from_graphs_or_none_does(
         folder.mkdir()
         monkeypatch.setenv("REPORT_FOLDER", str(folder))
         monkeypatch.setenv("NO_GRAPHS_ON", without)
-        model = patch_model(YOLO("yolo12n.yaml"), graphs=mode)
+        model = patch_model(YOLO(tiny_model), graphs=mode)
         # Four images a step on two ranks: one step an epoch, of which the first runs eager, under auto the first four.
         model.train(trainer=GraphTrainer, **{**tiny_args, "batch": 4, "imgsz": 32, "epochs": 5})
         told = [json.loads((folder / f"graphs{rank}.json").read_text()) for rank in (0, 1)]
