@@ -39,7 +39,6 @@ class Clock:
         self.loss_alone = loss_alone
         self.steps: defaultdict[str, list[float]] = defaultdict(list)
         self.now: dict[str, float] = {}
-        self.inside: set[str] = set()
         self.epoch = -1
         self.last = self.begun = 0.0
         self.profile: profile | None = None
@@ -49,14 +48,10 @@ class Clock:
     def timed(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
         def run(*args: Any, **kwargs: Any) -> Any:
-            if phase in self.inside:  # the model's forward calls itself, once with the batch and once with its images
-                return call(*args, **kwargs)
             start = time.perf_counter()
-            self.inside.add(phase)
             try:
                 return call(*args, **kwargs)
             finally:
-                self.inside.remove(phase)
                 self.now[phase] = self.now.get(phase, 0.0) + (time.perf_counter() - start) * 1e3
 
         return run

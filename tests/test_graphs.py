@@ -94,12 +94,18 @@ def test_full_batches_are_replayed_from_the_second_step_on(tiny_args: dict[str, 
     assert (told["why_not"], told["pool_bytes"]) == ("", 2**30)
 
 
+def losses_of(event: str, **settings: Any) -> tuple[Any, list[float]]:
+    """A patched model, and the loss at every such event of its run to come."""
+    losses: list[float] = []
+    model = patch_model(YOLO("tiny.yaml"), **settings)
+    model.add_callback(event, lambda trainer: losses.append(trainer.loss.item()))
+    return model, losses
+
+
 def test_losses_are_those_of_eager_steps(tiny_args: dict[str, Any], replays: list[Replay]) -> None:
     losses: dict[str, list[float]] = {}
     for mode in ("off", "on"):
-        model = patch_model(YOLO("tiny.yaml"), graphs=mode)
-        found = losses[mode] = []
-        model.add_callback("on_train_epoch_end", lambda trainer, found=found: found.append(trainer.loss.item()))
+        model, losses[mode] = losses_of("on_train_epoch_end", graphs=mode)
         model.train(**{**tiny_args, "epochs": 2, "deterministic": True})
     assert losses["on"] == pytest.approx(losses["off"], rel=1e-6)  # the loss in fixed shapes may sum in another order
     assert len(replays) == 1
@@ -149,9 +155,7 @@ class ChangesBoxes(DetectionTrainer):
 def test_boxes_that_a_trainer_changes_are_those_of_the_loss(tiny_args: dict[str, Any], replays: list[Replay]) -> None:
     losses: dict[str, list[float]] = {}
     for mode in ("off", "on"):
-        model = patch_model(YOLO("tiny.yaml"), graphs=mode)
-        found = losses[mode] = []
-        model.add_callback("on_train_batch_end", lambda trainer, found=found: found.append(trainer.loss.item()))
+        model, losses[mode] = losses_of("on_train_batch_end", graphs=mode)
         model.train(trainer=ChangesBoxes, **{**tiny_args, "epochs": 2})
     assert losses["on"] == losses["off"]
     assert [replay.loss for replay in replays] == [None]
@@ -174,9 +178,7 @@ def test_more_boxes_than_there_is_room_for_are_captured_anew_and_then_run_eager(
             batch["bboxes"] = torch.linspace(0.2, 0.5, count).view(-1, 1).expand(count, 4).contiguous()
             return batch
 
-        model = patch_model(YOLO("tiny.yaml"), graphs=mode)
-        found = losses[mode] = []
-        model.add_callback("on_train_batch_end", lambda trainer, found=found: found.append(trainer.loss.item()))
+        model, losses[mode] = losses_of("on_train_batch_end", graphs=mode)
         original = DetectionTrainer.preprocess_batch
         with monkeypatch.context() as patch:
             before = StepGraphs.before_transfer

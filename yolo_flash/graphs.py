@@ -229,10 +229,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        step, ctx.step = (
-            ctx.step,
-            None,
-        )  # the trainer keeps its last loss, and with it this node: not the graphs as well
+        step, ctx.step = ctx.step, None  # the trainer keeps its last loss, which keeps this node: not the graphs too
         if step is None:
             raise FlashGraphError("the network was differentiated twice: flash.graphs=off avoids it.")
         found = step.replay_backward(ctx.number, gradients)

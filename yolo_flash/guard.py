@@ -63,12 +63,27 @@ def attend(qkv: Tensor, job: Job) -> tuple[Tensor, Tensor]:
     return _answered(job, qkv.device, lambda backend: _run(qkv, job.spec, backend))[1]
 
 
-def refuse(layer: str, spec: AttentionSpec, backend: str, error: Exception, where: str = "") -> FlashKernelError:
-    """The error of a backend that was asked for by name."""
-    return FlashKernelError(
-        f"{backend} raised in {where}{layer or 'the block'} ({spec}): {error}. "
-        f"flash.backend=auto, or flash.layers={layer}:stock, avoids it."
-    )
+def give_up(job: Job, error: Exception, where: str = "") -> None:
+    """Leave the backend of a job, which raised, out from now on, so that another one may answer.
+
+    Args:
+        job: What failed.
+        error: What it raised.
+        where: `the backward of `, for the message.
+
+    Raises:
+        Exception: The error itself where memory was short: the trainer halves the batch.
+        FlashKernelError: The backend was asked for by name.
+    """
+    spec, backend, layer, choice, runtime = job
+    if is_out_of_memory(error):
+        raise error
+    if choice != "auto":
+        raise FlashKernelError(
+            f"{backend} raised in {where}{layer or 'the block'} ({spec}): {error}. "
+            f"flash.backend=auto, or flash.layers={layer}:stock, avoids it."
+        ) from error
+    runtime.fail(layer, spec, backend, error)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -100,7 +115,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         packed, *kept = ctx.saved_tensors
-        spec, backend, layer, choice, runtime = ctx.job
+        spec, backend = ctx.job.spec, ctx.job.backend
         dout, dimage = (_pack(grad.contiguous(memory_format=torch.channels_last), spec) for grad in grads)
         differentiate = BACKENDS[backend].backward
         try:
@@ -109,11 +124,7 @@ class _Attention(torch.autograd.Function):
             else:
                 grad = differentiate(packed, kept, dout, dimage, spec)
         except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            if choice != "auto":
-                raise refuse(layer, spec, backend, error, "the backward of ") from error
-            runtime.fail(layer, spec, backend, error)
+            give_up(ctx.job, error, "the backward of ")
             grad = _by_autograd(packed, dout, dimage, spec, "sdpa_math")
         return _unpack(grad, grads[0]).contiguous(memory_format=ctx.layout), None
 
@@ -128,20 +139,16 @@ def _by_autograd(packed: Tensor, dout: Tensor, dimage: Tensor, spec: AttentionSp
 
 def _answered(job: Job, device: torch.device, run: Callable[[str], Any]) -> tuple[str, Any]:
     """The backend that ran and what it gave; when `auto` chose one that raises, the next one runs instead."""
-    spec, backend, layer, choice, runtime = job
     while True:
+        backend = job.backend
         try:
             return backend, run(backend)
         except Exception as error:
-            if is_out_of_memory(error):  # the trainer halves the batch
+            if job.choice == "auto" and backend in ("stock", "sdpa_math"):  # there is nothing behind them
                 raise
-            if choice != "auto":
-                raise refuse(layer, spec, backend, error) from error
-            if backend in ("stock", "sdpa_math"):
-                raise
-            runtime.fail(layer, spec, backend, error)
-            following = runtime.decide(spec, "auto", device).backend
-            backend = "sdpa_math" if following == backend else following
+            give_up(job, error)
+            following = job.runtime.decide(job.spec, "auto", device).backend
+            job = job._replace(backend="sdpa_math" if following == backend else following)
 
 
 # As a graph of autograd -----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from .backends import AttentionSpec
-from .guard import Job, is_out_of_memory, refuse
+from .guard import Job, give_up
 
 aten = torch.ops.aten
 
@@ -87,7 +87,7 @@ def attend(inputs: Inputs, job: Job) -> Tensor:
     Raises:
         FlashKernelError: The backend raised, and was asked for by name.
     """
-    spec, backend, layer, choice, runtime = job
+    spec, backend = job.spec, job.backend
     if torch.compiler.is_compiling():
         return RUNS[backend](inputs, spec)
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
@@ -98,14 +98,10 @@ def attend(inputs: Inputs, job: Job) -> Tensor:
         out: Tensor = _Guarded.apply(job, *inputs)
         return out
     except Exception as error:
-        if is_out_of_memory(error):  # the trainer halves the batch
+        if job.choice == "auto" and backend == "sdpa_math":  # there is nothing behind it
             raise
-        if choice != "auto":
-            raise refuse(layer, spec, backend, error) from error
-        if backend == "sdpa_math":
-            raise
-        runtime.fail(layer, spec, backend, error)
-    following = runtime.decide(spec, "auto", inputs[0].device).backend
+        give_up(job, error)
+    following = job.runtime.decide(spec, "auto", inputs[0].device).backend
     able = following if following in RUNS and following != backend else "sdpa_math"  # stock begins before these tensors
     return attend(inputs, job._replace(backend=able))
 
@@ -125,18 +121,14 @@ class _Guarded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        spec, backend, layer, choice, runtime = ctx.job
+        spec, backend = ctx.job.spec, ctx.job.backend
         inner, ctx.inner = ctx.inner, None  # what it holds is freed now, and not when the loss is
         grad = grad.contiguous()  # the CPU's flash backward reads garbage where the last stride is not 1
         try:  # a second backward of a retained graph builds it once more
             leaves, out = inner or _graph(inputs, spec, backend)
             return None, *torch.autograd.grad(out, leaves, grad), None
         except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            if choice != "auto":
-                raise refuse(layer, spec, backend, error, "the backward of ") from error
-            runtime.fail(layer, spec, backend, error)
+            give_up(ctx.job, error, "the backward of ")
         leaves, out = _graph(inputs, spec, "sdpa_math")
         return None, *torch.autograd.grad(out, leaves, grad), None
 
