@@ -10,7 +10,10 @@ from typing import Any
 import cv2
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from ultralytics import YOLO
 from ultralytics.utils import ASSETS
+
+from yolo_flash import patch_model
 
 OPERATORS = {  # spelled out: the plugin's own list is under test
     "area_attention": "triton_area",
@@ -109,3 +112,19 @@ def settle(module: torch.nn.Module) -> torch.nn.Module:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval().momentum = momentum
     return module
+
+
+def train_compiled(config: str, args: dict[str, Any]) -> tuple[Any, list[int], list[int]]:
+    """Train a model with compile=True, stock and patched: the patched one, and both numbers of graphs and of breaks."""
+    graphs, breaks = [], []
+    for patched in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model: Any = YOLO(config)
+        if patched:
+            patch_model(model, backend="sdpa_flash")
+        model.train(**{**args, "compile": True})
+        breaks.append(sum(torch._dynamo.utils.counters["graph_break"].values()))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    return model, graphs, breaks

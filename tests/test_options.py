@@ -19,7 +19,7 @@ import torch
 from ultralytics import YOLO
 from ultralytics.utils import YAML
 
-from tests.counting import AttentionCalls
+from tests.counting import AttentionCalls, train_compiled
 from tests.test_patch import patched_layers
 from tests.test_telemetry import FORWARD, events, interrupted, of
 from yolo_flash import AttentionSpec, FlashConfig, cli, patch_model
@@ -156,17 +156,7 @@ def test_compile_breaks_the_graph_where_stock_does(
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **ignored: compiler(model, backend="eager"))
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "")
-    breaks, graphs = [], []
-    for patched in (False, True):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        model: Any = YOLO(tiny_model)
-        if patched:
-            patch_model(model, backend="sdpa_flash")
-        model.train(**{**tiny_args, "compile": True})
-        breaks.append(sum(torch._dynamo.utils.counters["graph_break"].values()))
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    torch._dynamo.reset()
+    model, graphs, breaks = train_compiled(tiny_model, tiny_args)
     assert graphs[0] == graphs[1] > 0
     assert breaks[0] == breaks[1]
     (counts,) = of(events(model), "kernels")  # of the second step: the first one compiles

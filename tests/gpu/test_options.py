@@ -8,7 +8,7 @@ import pytest
 import torch
 from ultralytics import YOLO
 
-from tests.counting import AttentionCalls
+from tests.counting import AttentionCalls, train_compiled
 from tests.test_options import LAYERS, train
 from tests.test_patch import patched_layers
 from tests.test_telemetry import events, of
@@ -88,17 +88,7 @@ def test_frozen_attention_needs_no_backward(tiny_model: str, args: dict[str, Any
 
 
 def test_compile_breaks_the_graph_where_stock_does_and_runs_the_kernels(tiny_model: str, args: dict[str, Any]) -> None:
-    breaks, graphs = [], []
-    for patched in (False, True):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        model: Any = YOLO(tiny_model)
-        if patched:
-            patch_model(model, backend="sdpa_flash")
-        model.train(**{**args, "compile": True})
-        breaks.append(sum(torch._dynamo.utils.counters["graph_break"].values()))
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    torch._dynamo.reset()
+    model, graphs, breaks = train_compiled(tiny_model, args)
     assert graphs[0] == graphs[1] > 0
     assert breaks[0] == breaks[1]
     (kernels,) = of(events(model), "kernels")  # of the second step: the first one compiles
