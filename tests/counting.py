@@ -67,10 +67,9 @@ def run_out_of_memory_once(model: Any) -> None:
     def fail_once(trainer: Any) -> None:
         if not done:
             done.append(True)
-            forward = trainer.model.forward
 
             def out_of_memory(*args: Any, **kwargs: Any) -> Any:
-                trainer.model.forward = forward
+                del trainer.model.forward
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
             trainer.model.forward = out_of_memory

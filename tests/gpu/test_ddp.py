@@ -117,7 +117,7 @@ def test_gradients_from_graphs_are_those_of_eager_ranks(
         model.train(trainer=GradientTrainer, **args)
         first, second = (torch.load(folder / f"rank{rank}.pt") for rank in (0, 1))
         assert first["replaying"] == second["replaying"] == (mode == "on")
-        assert torch.equal(first["gradients"], second["gradients"])
+        torch.testing.assert_close(first["gradients"], second["gradients"], rtol=0, atol=0, equal_nan=True)
         assert len(first["gradients"]) == STEPS // accumulate
         found[mode] = first["gradients"]
 

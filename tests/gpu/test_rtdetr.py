@@ -56,7 +56,7 @@ def compare(module: nn.Module, x: Tensor, dtype: torch.dtype, backend: str) -> N
             ours = run_module(patched(module, backend), plain, x, weight)
     assert calls.forward == calls.backward == {backend: 1}
     limits = errors(stock, truth)
-    rounding = torch.finfo(dtype).eps * (4 if dtype is torch.float32 else 1)  # float32 sums are tiled in another way
+    rounding = torch.finfo(dtype).eps * (8 if dtype is torch.float32 else 1)  # float32 sums are tiled in another way
     for name, found in errors(ours, truth).items():
         assert found <= 2 * limits[name] + rounding, (name, found, limits[name])
 
