@@ -1,6 +1,8 @@
 """One GPU and two in Ultralytics' trainer, stock, eager and from CUDA graphs: the tables of docs/results/ddp-h100.md.
 
-    python scripts/study_ddp.py data.yaml model.yaml imgsz batch [results.jsonl]     batch: images of each GPU
+    python scripts/study_ddp.py data.yaml model.yaml imgsz batch results.jsonl [arm ...]     batch: images of each GPU
+
+An arm is `1:eager` or `2:graphs`, all six without.
 
 All arms get ready side by side and train one after the other: epochs with the loader, whose losses are compared, then
 as many whose batches are the loader's first ones from memory, then one under torch's profiler, for what of the
@@ -26,7 +28,7 @@ from ultralytics import YOLO
 from yolo_flash import patch_model
 from yolo_flash.bench_train import InMemory
 
-ARMS = [(gpus, arm) for gpus in (1, 2) for arm in ("unpatched", "eager", "graphs")]
+ARMS = [f"{gpus}:{arm}" for gpus in (1, 2) for arm in ("unpatched", "eager", "graphs")]
 EPOCHS, WARM_UP, WORKERS = 6, 2, 8
 
 
@@ -129,17 +131,17 @@ def until(files: list[Path], process: subprocess.Popen[Any], log: Path) -> None:
 
 
 def main() -> None:
-    data, config, imgsz, batch, *rest = sys.argv[1:]
-    if rest[-1:] == ["only"]:
-        one_arm(data, config, int(imgsz), int(batch), int(rest[0]), rest[1], rest[2])
+    data, config, imgsz, batch, results, *arms = sys.argv[1:]
+    if results == "only":
+        one_arm(data, config, int(imgsz), int(batch), int(arms[0]), arms[1], arms[2])
         return
     found: dict[tuple[int, str], dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as root:
         started = []
-        for gpus, arm in ARMS:
+        for gpus, arm in [(int(name[0]), name[2:]) for name in arms or ARMS]:
             folder = Path(root, f"{arm}{gpus}")
             folder.mkdir()
-            command = [sys.executable, __file__, data, config, imgsz, batch, str(gpus), arm, str(folder), "only"]
+            command = [sys.executable, __file__, data, config, imgsz, batch, "only", str(gpus), arm, str(folder)]
             with (folder / "log.txt").open("w") as log:
                 process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "2"})
             started.append((gpus, arm, folder, process))
@@ -152,12 +154,10 @@ def main() -> None:
             ranks = [json.loads(file.read_text()) for file in files]
             quiet = min(ranks, key=lambda rank: float(rank["all_reduce_ms"]))
             found[gpus, arm] = {**ranks[0], "all_reduce_ms": quiet["all_reduce_ms"], "alone_ms": quiet["alone_ms"]}
-            print(gpus, arm, found[gpus, arm], file=sys.stderr, flush=True)
             process.wait()
-            if rest:
-                with Path(rest[0]).open("a", encoding="utf-8") as file:
-                    row = {"model": config, "imgsz": int(imgsz), "gpus": gpus, "arm": arm, **found[gpus, arm]}
-                    print(json.dumps(row), file=file)
+            with Path(results).open("a", encoding="utf-8") as file:
+                row = {"model": config, "imgsz": int(imgsz), "gpus": gpus, "arm": arm, **found[gpus, arm]}
+                print(json.dumps(row), file=file)
     print(f"{config} imgsz={imgsz}, batch of {batch} on each GPU\n")
     print(
         "| GPUs | arm | iteration ms | without the loader | images/s then | efficiency | all-reduce ms | of it alone |"
@@ -167,7 +167,8 @@ def main() -> None:
     for (gpus, arm), facts in found.items():
         loader, memory = facts["ms"][WARM_UP:EPOCHS], facts["ms"][EPOCHS:]
         speed[gpus, arm] = facts["images"] / statistics.median(memory) * 1e3
-        efficiency = f"{speed[gpus, arm] / speed[1, arm] / gpus:.0%}" if gpus > 1 else ""
+        alone = speed.get((1, arm))
+        efficiency = f"{speed[gpus, arm] / alone / gpus:.0%}" if gpus > 1 and alone else ""
         print(
             f"| {gpus} | {arm} | {spread(loader)} | {spread(memory)} | {speed[gpus, arm]:.0f} | {efficiency} | "
             f"{facts['all_reduce_ms']:.2f} | {facts['alone_ms']:.2f} |"

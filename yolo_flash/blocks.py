@@ -162,7 +162,8 @@ def _leave_stock(block: FlashBlock, x: Tensor) -> bool:
     return (
         torch.jit.is_tracing()
         or torch.onnx.is_in_onnx_export()
-        or getattr(torch.compiler, "is_exporting", bool)()  # torch >= 2.7
+        # The flag and not `is_exporting()`, which some versions of torch answer with True in every compilation.
+        or getattr(torch.compiler, "_is_exporting_flag", False)
         or block.format == "coreml"
         or block.total_ops is not None
         or x.is_meta
