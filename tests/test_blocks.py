@@ -351,6 +351,16 @@ def test_compiles_without_a_graph_break(kind: str) -> None:
     assert all("_scaled_dot_product_flash_attention_for_cpu" in graph for graph in graphs)
 
 
+def test_compiles_fused_where_torch_takes_every_compilation_for_an_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.11 does, where compiled models therefore ran stock attention."""
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True, raising=False)
+    block = patched(make("area4", train=False))
+    torch._dynamo.reset()
+    with torch.no_grad(), AttentionCalls() as calls:
+        torch.compile(block, backend="eager", fullgraph=True)(torch.randn(2, 64, 8, 8))
+    assert calls.forward == {"sdpa_flash": 1}
+
+
 def test_compiles_for_training() -> None:
     block = patched(make("area4"))
     x = torch.randn(2, 64, 8, 8)

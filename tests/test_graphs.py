@@ -657,9 +657,17 @@ def test_on_is_refused_before_the_first_step_and_auto_says_why_once(tiny_args: d
 
 
 def test_off_says_nothing(tiny_args: dict[str, Any], log: list[str]) -> None:
-    model = train(tiny_args)  # the default
+    model = train(tiny_args, graphs="off")
     assert not [line for line in log if "graphs" in line]
     assert not of(events(model), "graphs")
+
+
+def test_the_default_says_in_one_line_why_a_cpu_has_none(tiny_args: dict[str, Any], log: list[str]) -> None:
+    model = train(tiny_args)
+    assert [line for line in log if "graphs" in line] == [
+        "yolo-flash: no CUDA graphs: needs an NVIDIA GPU, the device is cpu"
+    ]
+    assert [told["why_not"] for told in of(events(model), "graphs")] == ["needs an NVIDIA GPU, the device is cpu"]
 
 
 @pytest.mark.parametrize(("value", "mode"), [(True, "on"), (False, "off"), ("on", "on"), ("auto", "auto")])

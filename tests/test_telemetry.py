@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars
@@ -13,8 +15,9 @@ import torch
 from ultralytics import YOLO
 
 from tests.counting import run_out_of_memory_once
-from yolo_flash import AttentionSpec, patch_model, telemetry
+from yolo_flash import AttentionSpec, FlashConfig, patch_model, telemetry
 from yolo_flash import backends as backends_module
+from yolo_flash.runtime import Runtime
 from yolo_flash.telemetry import attention_kernels, known_columns, readable, score_bytes
 
 OPERATOR = "_scaled_dot_product_flash_attention_for_cpu"
@@ -132,6 +135,45 @@ def test_a_profile_that_contradicts_the_plan_is_a_warning(
     assert len([line for line in log if warning in line]) == 1
 
 
+@pytest.mark.parametrize("said", [None, "0"])
+def test_the_profiler_is_told_to_let_go_of_the_driver_unless_the_user_has_said(
+    said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "TEARDOWN_CUPTI"
+    monkeypatch.delenv(name, raising=False)
+    if said is not None:
+        monkeypatch.setenv(name, said)
+    monkeypatch.setattr(telemetry, "_LETS_GO", True)
+    told: list[str | None] = []
+    follower = telemetry.Telemetry(FlashConfig(), Runtime(FlashConfig()))
+    follower._profile = SimpleNamespace(stop=lambda: told.append(os.environ.get(name)), events=list)  # type: ignore[assignment]
+    assert telemetry._PROFILER.acquire(blocking=False)
+    assert follower._stop_profile() == []
+    assert told == [said or "1"]
+    assert os.environ.get(name) == said
+
+
+@pytest.mark.parametrize("lets_go", [True, False])
+def test_kernels_are_profiled_only_where_the_profiler_lets_go(lets_go: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry, "_LETS_GO", lets_go)
+    asked: list[set[Any]] = []
+
+    def profile(activities: list[Any]) -> Any:
+        asked.append(set(activities))
+        return SimpleNamespace(start=lambda: None, stop=lambda: None, events=list)
+
+    monkeypatch.setattr(telemetry, "profile", profile)
+    follower = telemetry.Telemetry(FlashConfig(), Runtime(FlashConfig()))
+    trainer = SimpleNamespace(device=torch.device("cuda"), args=SimpleNamespace(compile=False))
+    follower.on_train_batch_start(trainer)
+    follower._stop_profile()
+    cpu, cuda = telemetry.ProfilerActivity.CPU, telemetry.ProfilerActivity.CUDA
+    assert asked == [{cpu, cuda} if lets_go else {cpu}]
+    follower._profiled = True
+    follower.graphs(trainer, {"why_not": "", "capture_seconds": 1.0, "pool_bytes": 1})
+    assert follower._profiled is not lets_go  # a replay has no operators
+
+
 def test_a_stock_run_says_that_nothing_fused_ran(tiny_args: dict[str, Any], log: list[str]) -> None:
     rows = events(train(tiny_args, backend="stock"))
     assert of(rows, "kernels") == [{"event": "kernels", "counts": {}, "graphs": False}]
@@ -170,7 +212,7 @@ def test_an_out_of_memory_halving_discards_the_profile_and_profiles_again(tiny_a
     model.train(**{**tiny_args, "batch": 4, "imgsz": 64})
     rows = events(model)
     kinds = [row["event"] for row in rows if row["event"] != "plan"]
-    assert kinds == ["run", "kernels", "epoch"]
+    assert kinds == ["run", "graphs", "kernels", "epoch"]
     assert of(rows, "kernels")[0]["counts"][FORWARD] == 8
     assert len(of(rows, "plan")) == 2 * 16  # planned again for the halved batch
 

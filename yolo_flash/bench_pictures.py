@@ -19,7 +19,7 @@ TECHNIQUES = {  # of a training step, in the order in which each builds on the o
     "unpatched": "+ channels_last\n(stock on CUDA)",
     "sdpa_flash": "+ fused attention\n(torch's flash)",
     "triton_area": "+ our kernel\n(triton_area)",
-    "graphs": "+ CUDA graphs\n(of the network)",
+    "graphs": "+ CUDA graphs\n(network and loss)",
 }
 _MARKERS = "os^DvPhX*d"
 _GREY = "#dddddd"

@@ -45,7 +45,7 @@ class FlashConfig:
     layers: dict[str, str] = field(default_factory=dict)
     deterministic: Literal["prefer", "strict"] = "prefer"
     autotune: bool = True
-    graphs: Literal["off", "on", "auto"] = "off"
+    graphs: Literal["off", "on", "auto"] = "auto"
     graphs_predict: bool = False
     log: bool = True
 
