@@ -227,6 +227,18 @@ def test_a_file_that_cannot_be_written_costs_one_warning(tiny_args: dict[str, An
     assert len([line for line in log if "no more plan, kernels, memory and speed" in line]) == 1
 
 
+def test_a_profiler_that_cannot_be_made_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def profile(activities: list[Any]) -> Any:
+        raise RuntimeError("no activities")
+
+    monkeypatch.setattr(telemetry, "profile", profile)
+    follower = telemetry.Telemetry(FlashConfig(), Runtime(FlashConfig()))
+    trainer = SimpleNamespace(device=torch.device("cpu"), args=SimpleNamespace(compile=False))
+    with pytest.raises(RuntimeError, match="no activities"):
+        follower.on_train_batch_start(trainer)
+    assert not telemetry._PROFILER.locked()
+
+
 def test_no_profiler_is_left_when_a_step_raises(tiny_args: dict[str, Any]) -> None:
     model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
 

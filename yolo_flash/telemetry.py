@@ -136,7 +136,11 @@ class Telemetry:
         activities = [ProfilerActivity.CPU]
         if trainer.device.type == "cuda" and _LETS_GO:
             activities.append(ProfilerActivity.CUDA)
-        self._profile = profile(activities=activities)  # from here on `_stop_profile` gives the lock back
+        try:
+            self._profile = profile(activities=activities)  # from here on `_stop_profile` gives the lock back
+        except BaseException:
+            _PROFILER.release()
+            raise
         self._profile.start()
         self._restart_clock()
 
