@@ -7,12 +7,15 @@ An arm is `1:eager` or `2:graphs`, all six without.
 All arms get ready side by side and train one after the other: epochs with the loader, whose losses are compared, then
 as many whose batches are the loader's first ones from memory, then one under torch's profiler, for what of the
 all-reduce runs beside other kernels. A rank that comes first waits in it, so the rank counts where it took less.
+Milliseconds are an epoch's divided by its iterations, of which two GPUs have half as many.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -130,20 +133,28 @@ def until(files: list[Path], process: subprocess.Popen[Any], log: Path) -> None:
         time.sleep(0.05)
 
 
+def end(process: subprocess.Popen[Any]) -> None:
+    """End a process and the ranks that it has started, which wait for their turn."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def main() -> None:
     data, config, imgsz, batch, results, *arms = sys.argv[1:]
     if results == "only":
         one_arm(data, config, int(imgsz), int(batch), int(arms[0]), arms[1], arms[2])
         return
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     found: dict[tuple[int, str], dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as root:
+    with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as ends:
         started = []
         for gpus, arm in [(int(name[0]), name[2:]) for name in arms or ARMS]:
             folder = Path(root, f"{arm}{gpus}")
             folder.mkdir()
             command = [sys.executable, __file__, data, config, imgsz, batch, "only", str(gpus), arm, str(folder)]
             with (folder / "log.txt").open("w") as log:
-                process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "2"})
+                process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
+            ends.callback(end, process)
             started.append((gpus, arm, folder, process))
         for gpus, _, folder, process in started:
             until([folder / f"ready{rank}" for rank in range(gpus)], process, folder / "log.txt")

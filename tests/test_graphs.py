@@ -581,6 +581,34 @@ def detector() -> Any:
     return YOLO("yolo12n.yaml").model
 
 
+class OfTheUser(nn.Module):
+    """Whose forward may be another in every step."""
+
+
+def test_auto_leaves_modules_alone_that_nobody_has_looked_through(detector: Any) -> None:
+    model = copy.deepcopy(detector)
+    model.model[1].add_module("mine", OfTheUser())
+    (found,) = not_supported_reasons(a_trainer(model, "cuda"), "auto")
+    assert "OfTheUser may do something else in every step: flash.graphs=on captures it" in found
+    assert not_supported_reasons(a_trainer(model, "cuda"), "on") == []
+
+
+@pytest.mark.parametrize(("ranks", "room", "fits"), [(1, 1.5, True), (2, 1.5, False), (2, 2.5, True)])
+def test_ranks_want_room_for_their_validation_too(
+    ranks: int, room: float, fits: bool, detector: Any, replays: list[Replay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphed_step_module, "free_bytes", lambda device: int(room * 2**30))
+    monkeypatch.setattr(graphed_step_module, "_everywhere", lambda trainer, mine: mine)
+    graphs, trainer = StepGraphs("auto"), a_trainer(copy.deepcopy(detector))
+    trainer.world_size = ranks
+    graphs.prepare(trainer)
+    for _ in range(5):
+        graphs.before_forward(trainer, {"img": torch.rand(2, 3, 32, 32)})
+        graphs.after_step(trainer)
+    assert (graphs.step is not None) is fits
+    assert fits or "the batches beside them need up to 2.0 GiB" in graphs.why_not
+
+
 def test_a_plain_run_on_a_card_may_have_graphs(detector: Any) -> None:
     assert not_supported_reasons(a_trainer(detector, "cuda"), "auto") == []
 

@@ -227,6 +227,22 @@ def test_a_file_that_cannot_be_written_costs_one_warning(tiny_args: dict[str, An
     assert len([line for line in log if "no more plan, kernels, memory and speed" in line]) == 1
 
 
+def test_the_memory_of_graphs_counts_as_allocated(tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch counts it as reserved alone: a user would take the rest for free."""
+    monkeypatch.setattr(telemetry, "peak_memory_gib", lambda device: (1.0, 4.5))
+    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash", graphs="off")
+    held = iter((0.0, 2.0, 9.0))
+
+    def capture(trainer: Any) -> None:
+        if (pool := next(held)) > 0:
+            facts = {"why_not": "", "capture_seconds": 1.0, "pool_bytes": int(pool * 2**30), "again": "for this test"}
+            trainer._flash_telemetry.graphs(trainer, facts)
+
+    model.add_callback("on_train_epoch_start", capture)
+    model.train(**{**tiny_args, "epochs": 3, "val": False})
+    assert [row["peak_allocated_gib"] for row in of(events(model), "epoch")] == [1.0, 3.0, 4.5]
+
+
 def test_a_profiler_that_cannot_be_made_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def profile(activities: list[Any]) -> Any:
         raise RuntimeError("no activities")

@@ -18,6 +18,7 @@ from . import fixed_loss
 from .capture import answer_step, capture_step
 from .fixed_loss import Capacity, FixedShapeLoss
 from .graphs import FlashGraphError, GraphedStep, forget_answer, has_hooks
+from .guard import is_out_of_memory
 from .measuring import first_line, free_bytes, readable
 
 _TIMED = 3  # steps of each kind that `auto` compares
@@ -204,15 +205,19 @@ class StepGraphs:
                 self.step, outside = capture_step(model, batch, self._targets, self._capacity, **how)
                 self._loss_outside = self._loss_outside or outside
             except Exception as error:  # whatever it is: the trainer would halve the batch, or end
-                why_not = first_line(error)
+                short = "there is too little memory for them: " if is_out_of_memory(error) else ""
+                why_not = short + first_line(error)
         facts = {"again": again} if again else {}
         if self.step is not None:
             facts |= self._facts()
             if self.mode == "auto":
                 # The last batch of an epoch and validation run beside the graphs, whose memory they cannot use.
+                # Ranks cannot free them in the middle of a validation, whose batches are twice as large.
                 room = free_bytes(batch["img"].device)
-                if room < self.step.pool_bytes:
-                    need = f"its graphs hold {readable(self.step.pool_bytes)}, and the batches beside them need as much"
+                beside = self.step.pool_bytes * (2 if trainer.world_size > 1 else 1)
+                if room < beside:
+                    held = readable(self.step.pool_bytes)
+                    need = f"its graphs hold {held}, and the batches beside them need up to {readable(beside)}"
                     why_not = f"{need}, {readable(room)} are free: a smaller batch would do"
         # Later captures are a rank's own: the others do not take part in a vote.
         if why_not if again else not _everywhere(trainer, not why_not):
@@ -265,6 +270,8 @@ def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
         reasons.append(f"a hook on {hooked[0] or 'the model'} would not be called")
     if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         reasons.append("SyncBatchNorm talks to other ranks")
+    if mode == "auto" and (unknown := _unknown_module(model)):
+        reasons.append(f"{unknown} may do something else in every step: flash.graphs=on captures it as it is")
     if torch.is_anomaly_enabled():
         reasons.append("torch's anomaly detection reads every operator")
     if args.multi_scale and (mode == "auto" or trainer.world_size > 1):  # of every rank by itself
@@ -272,6 +279,12 @@ def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
     if args.rect and (mode == "auto" or trainer.world_size > 1):
         reasons.append("rect=True gives batches of many shapes")
     return reasons
+
+
+def _unknown_module(model: nn.Module) -> str:
+    """The class of a module that neither torch, Ultralytics nor we wrote: its Python is not looked through."""
+    known = ("torch.", "torchvision.", "ultralytics.", f"{__package__}.")
+    return next((type(m).__name__ for m in model.modules() if not type(m).__module__.startswith(known)), "")
 
 
 def _boxes_stay(trainer: Any) -> bool:

@@ -43,7 +43,7 @@ _ATTENTION_KERNEL = re.compile(
 )  # of all libraries
 _PROFILER = threading.Lock()  # torch has one for the process: two at a time mix their events
 # Whether the profiler can let go of the driver. Where it does not, every later launch takes the host longer, for the
-# rest of the process: steps of yolo12n took 129 ms instead of 93 on an H100 (pytorch issue 144455).
+# rest of the process: by a third in docs/results/ddp-h100.md (pytorch issue 144455).
 _LETS_GO = torch.version.cuda is None or Version(torch.version.cuda) >= Version("12.6")
 
 
@@ -64,11 +64,12 @@ class Telemetry:
         self._profiled_speed = 0.0
         self._eager_kernels: Counter[str] = Counter()
         self._replaying = False
+        self._pool_gib = 0.0
 
     def plan(self, trainer: Any, rows: list[PlanRow], machine: Machine) -> None:
         """Log and write the plan; called again when the batch was halved, which also discards a profile under way."""
         self._rows, self._machine = rows, machine
-        self._replaying = False  # graphs of another batch are gone
+        self._replaying, self._pool_gib = False, 0.0  # graphs of another batch are gone
         self._stop_profile()
         LOGGER.info(describe(rows, machine))
         if self._file is None:
@@ -101,9 +102,10 @@ class Telemetry:
         """Say whether steps run from CUDA graphs, why not, or what they gain; their first step is profiled too."""
         self._write("graphs", **facts)
         if why_not := facts["why_not"]:
-            self._replaying = False
+            self._replaying, self._pool_gib = False, 0.0
             LOGGER.info(f"yolo-flash: no CUDA graphs: {why_not}")
             return
+        self._pool_gib = facts["pool_bytes"] / GIB
         if again := facts.get("again"):
             LOGGER.info(f"yolo-flash: CUDA graphs captured again in {facts['capture_seconds']:.1f} s: {again}")
             return
@@ -114,7 +116,8 @@ class Telemetry:
         cost = f"captured in {facts['capture_seconds']:.1f} s, they hold {readable(facts['pool_bytes'])}"
         outside = facts.get("loss_outside")
         LOGGER.info(f"yolo-flash: {gain}; {cost}" + (f"; the loss stays outside of them: {outside}" if outside else ""))
-        self._profiled, self._replaying = not _LETS_GO, True  # replays are kernels, without operators
+        self._profiled = self._profiled and not _LETS_GO  # replays are kernels, without operators
+        self._replaying = True
 
     def saw_images(self, count: int) -> None:
         """Count the images of a batch on their way to the model."""
@@ -181,6 +184,7 @@ class Telemetry:
         alone = not self._images  # an epoch of one step, which was profiled
         speed = self._profiled_speed if alone else self._speed(trainer)
         allocated, reserved = peak_memory_gib(trainer.device)
+        allocated = min(allocated + self._pool_gib, reserved)  # torch leaves the memory of graphs out
         backends = self._in_force()
         failed = self._runtime.failed
         trainer.lr.update({PEAK: round(allocated, 4), SPEED: round(speed, 2)})
@@ -267,7 +271,7 @@ def _letting_go() -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[name]
+        os.environ.pop(name, None)
 
 
 def plan_entry(row: PlanRow) -> dict[str, Any]:
