@@ -187,7 +187,7 @@ def warn_no_targets(model: nn.Module) -> None:
     name = Path(str(config.get("yaml_file") if isinstance(config, dict) else type(model).__name__)).stem
     LOGGER.warning(
         f"yolo-flash: {name} has no attention layer that the plugin knows (of YOLO10, 11, 12, 26 or RT-DETR): "
-        f"it runs stock."
+        f"its blocks run stock."
     )
 
 
