@@ -63,13 +63,12 @@ class Telemetry:
         self._since = 0.0
         self._profiled_speed = 0.0
         self._eager_kernels: Counter[str] = Counter()
-        self._replaying = False
-        self._pool_gib = 0.0
+        self._pool_gib: float | None = None  # memory of the graphs that steps run from; None while they run eager
 
     def plan(self, trainer: Any, rows: list[PlanRow], machine: Machine) -> None:
         """Log and write the plan; called again when the batch was halved, which also discards a profile under way."""
         self._rows, self._machine = rows, machine
-        self._replaying, self._pool_gib = False, 0.0  # graphs of another batch are gone
+        self._pool_gib = None  # graphs of another batch are gone
         self._stop_profile()
         LOGGER.info(describe(rows, machine))
         if self._file is None:
@@ -102,7 +101,7 @@ class Telemetry:
         """Say whether steps run from CUDA graphs, why not, or what they gain; their first step is profiled too."""
         self._write("graphs", **facts)
         if why_not := facts["why_not"]:
-            self._replaying, self._pool_gib = False, 0.0
+            self._pool_gib = None
             LOGGER.info(f"yolo-flash: no CUDA graphs: {why_not}")
             return
         self._pool_gib = facts["pool_bytes"] / GIB
@@ -117,7 +116,6 @@ class Telemetry:
         outside = facts.get("loss_outside")
         LOGGER.info(f"yolo-flash: {gain}; {cost}" + (f"; the loss stays outside of them: {outside}" if outside else ""))
         self._profiled = self._profiled and not _LETS_GO  # replays are kernels, without operators
-        self._replaying = True
 
     def saw_images(self, count: int) -> None:
         """Count the images of a batch on their way to the model."""
@@ -155,12 +153,12 @@ class Telemetry:
         operators, kernels = attention_kernels(self._stop_profile())
         self._profiled = True
         counts = dict(operators | kernels)
-        self._write("kernels", counts=counts, graphs=self._replaying)
+        self._write("kernels", counts=counts, graphs=self._pool_gib is not None)
         names: Counter[str] = Counter()
         for name, count in counts.items():
             names[_short_name(name)] += count
         ran = ", ".join(f"{count} x {name}" for name, count in names.items()) or "no fused attention"
-        if self._replaying:  # operators are Python's, kernels the GPU's
+        if self._pool_gib is not None:  # operators are Python's, kernels the GPU's
             LOGGER.info(f"yolo-flash: one step from graphs ran {ran}")
             if missing := self._eager_kernels.keys() - kernels.keys():
                 LOGGER.warning(
@@ -184,7 +182,7 @@ class Telemetry:
         alone = not self._images  # an epoch of one step, which was profiled
         speed = self._profiled_speed if alone else self._speed(trainer)
         allocated, reserved = peak_memory_gib(trainer.device)
-        allocated = min(allocated + self._pool_gib, reserved)  # torch leaves the memory of graphs out
+        allocated = min(allocated + (self._pool_gib or 0.0), reserved)  # torch leaves the memory of graphs out
         backends = self._in_force()
         failed = self._runtime.failed
         trainer.lr.update({PEAK: round(allocated, 4), SPEED: round(speed, 2)})
