@@ -31,8 +31,11 @@ def train(args: dict[str, Any], backend: str = "sdpa_flash", **settings: Any) ->
 
 
 def events(model: YOLO) -> list[dict[str, Any]]:
-    lines = (Path(model.trainer.save_dir) / "flash.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_events(Path(model.trainer.save_dir) / "flash.jsonl")
+
+
+def read_events(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def of(rows: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:

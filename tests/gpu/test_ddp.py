@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import RANK
 
 from tests.test_patch import load_without_plugin, patched_layers
-from tests.test_telemetry import of
+from tests.test_telemetry import events, of, read_events
 from yolo_flash import patch_model
 
 pytestmark = [
@@ -56,10 +55,6 @@ def losses(folder: Path) -> list[list[float]]:
     return [[float(row[f"train/{name}_loss"]) for name in ("box", "cls", "dfl")] for row in rows]
 
 
-def events(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 @pytest.mark.parametrize("start", ["yaml", "pt"])
 def test_a_run_on_two_devices_has_the_losses_of_stock(start: str, tiny_model: str, tiny_args: dict[str, Any]) -> None:
     model = tiny_model
@@ -76,7 +71,7 @@ def test_a_run_on_two_devices_has_the_losses_of_stock(start: str, tiny_model: st
     assert len(wanted) == 4
     for a, b in zip(found, wanted, strict=True):
         assert a == pytest.approx(b, rel=0.02)
-    rows = events(Path(ours.trainer.save_dir) / "flash.jsonl")  # of rank 0 alone
+    rows = events(ours)  # of rank 0 alone
     assert len(of(rows, "run")) == 1
     assert len(of(rows, "epoch")) == 4
     (kernels,) = of(rows, "kernels")
@@ -91,7 +86,7 @@ def test_the_command_trains_on_two_devices(coco8: str, tiny_model: str, tmp_path
     result = subprocess.run([*command, *options], cwd=tmp_path, text=True, capture_output=True)
     assert result.returncode == 0, result.stderr[-2000:]
     (file,) = tmp_path.rglob("flash.jsonl")
-    assert len(of(events(file), "epoch")) == 2
+    assert len(of(read_events(file), "epoch")) == 2
     assert result.stdout.count("yolo-flash: one step ran") + result.stderr.count("yolo-flash: one step ran") == 1
 
 
