@@ -5,7 +5,6 @@ python scripts/study_profiler.py keep|let-go        keep: the profiler stays att
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import time
@@ -13,7 +12,9 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import DeviceType, ProfilerActivity, profile
+
+from yolo_flash.telemetry import stop_profiler
 
 STEPS, REPEATS = 30, 5
 
@@ -38,9 +39,11 @@ def profiled(call: Callable[[], object], let_go: bool) -> None:
     call()
     torch.cuda.synchronize()
     if let_go:
-        os.environ["TEARDOWN_CUPTI"] = "1"
-    running.stop()
-    os.environ.pop("TEARDOWN_CUPTI", None)
+        stop_profiler(running)
+    else:
+        running.stop()
+    if not any(event.device_type == DeviceType.CUDA for event in running.events() or []):
+        sys.exit("The profiler saw no kernel.")
 
 
 def main() -> None:
@@ -67,7 +70,7 @@ def main() -> None:
     timed("after two, the second of a graph's replay", step)
     profiled(captured().replay, let_go)
     profiled(step, let_go)
-    timed("after four", step)
+    timed("after four, the last two in quick succession", step)
 
 
 if __name__ == "__main__":

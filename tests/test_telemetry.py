@@ -148,12 +148,34 @@ def test_the_profiler_is_told_to_let_go_of_the_driver_unless_the_user_has_said(
         monkeypatch.setenv(name, said)
     monkeypatch.setattr(telemetry, "_LETS_GO", True)
     told: list[str | None] = []
+    calls: list[str | None] = []  # of CUDA, in one of which the profiler detaches
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append(os.environ.get(name)))
     follower = telemetry.Telemetry(FlashConfig(), Runtime(FlashConfig()))
-    follower._profile = SimpleNamespace(stop=lambda: told.append(os.environ.get(name)), events=list)  # type: ignore[assignment]
+    activities = {telemetry.ProfilerActivity.CUDA}
+    follower._profile = SimpleNamespace(  # type: ignore[assignment]
+        activities=activities, stop=lambda: told.append(os.environ.get(name)), events=list
+    )
     assert telemetry._PROFILER.acquire(blocking=False)
     assert follower._stop_profile() == []
     assert told == [said or "1"]
+    assert set(calls) == ({"1"} if said is None else set())
     assert os.environ.get(name) == said
+
+
+def test_a_profiler_that_cannot_stop_leaves_neither_variable_nor_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TEARDOWN_CUPTI", raising=False)
+    monkeypatch.setattr(telemetry, "_LETS_GO", True)
+
+    def stop() -> None:
+        raise RuntimeError("no trace")
+
+    follower = telemetry.Telemetry(FlashConfig(), Runtime(FlashConfig()))
+    follower._profile = SimpleNamespace(activities={telemetry.ProfilerActivity.CUDA}, stop=stop)  # type: ignore[assignment]
+    assert telemetry._PROFILER.acquire(blocking=False)
+    with pytest.raises(RuntimeError, match="no trace"):
+        follower._stop_profile()
+    assert "TEARDOWN_CUPTI" not in os.environ
+    assert not telemetry._PROFILER.locked()
 
 
 @pytest.mark.parametrize("lets_go", [True, False])
@@ -163,9 +185,10 @@ def test_kernels_are_profiled_only_where_the_profiler_lets_go(lets_go: bool, mon
 
     def profile(activities: list[Any]) -> Any:
         asked.append(set(activities))
-        return SimpleNamespace(start=lambda: None, stop=lambda: None, events=list)
+        return SimpleNamespace(activities=set(activities), start=lambda: None, stop=lambda: None, events=list)
 
     monkeypatch.setattr(telemetry, "profile", profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     follower = telemetry.Telemetry(FlashConfig(), Runtime(FlashConfig()))
     trainer = SimpleNamespace(device=torch.device("cuda"), args=SimpleNamespace(compile=False))
     follower.on_train_batch_start(trainer)

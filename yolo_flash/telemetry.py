@@ -6,7 +6,6 @@ loggers. The trainer catches what goes wrong here: telemetry neither fails a run
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -14,7 +13,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ _ATTENTION_KERNEL = re.compile(
 _PROFILER = threading.Lock()  # torch has one for the process: two at a time mix their events
 # Whether the profiler can let go of the driver. Where it does not, every later launch takes the host longer, for the
 # rest of the process: by a third in docs/results/ddp-h100.md (pytorch issue 144455).
+_LET_GO = "TEARDOWN_CUPTI"
 _LETS_GO = torch.version.cuda is None or Version(torch.version.cuda) >= Version("12.6")
 
 
@@ -245,8 +245,7 @@ class Telemetry:
         if running is None:
             return []
         try:
-            with _letting_go():
-                running.stop()
+            stop_profiler(running)
         finally:
             _PROFILER.release()
         return running.events() or []
@@ -258,18 +257,26 @@ class Telemetry:
             file.write(json.dumps({"event": event, **facts}) + "\n")
 
 
-@contextlib.contextmanager
-def _letting_go() -> Iterator[None]:
-    """Have a profiler that stops let go of the driver, unless the user has said whether it shall."""
-    name = "TEARDOWN_CUPTI"
-    if name in os.environ or not _LETS_GO:
-        yield
+def stop_profiler(running: profile) -> None:
+    """Stop a profiler, and have it let go of the driver unless the user has said whether it shall.
+
+    A thread of the profiler's own asks for the variable, twice, and detaches within some later call of CUDA (kineto,
+    CuptiActivityApi.cpp): calls are made until it has. Without the variable at its end it would attach again.
+
+    Args:
+        running: That was started.
+    """
+    if _LET_GO in os.environ or not _LETS_GO or ProfilerActivity.CUDA not in running.activities:
+        running.stop()
         return
-    os.environ[name] = "1"
+    os.environ[_LET_GO] = "1"
     try:
-        yield
+        running.stop()
+        for _ in range(20):
+            torch.cuda.synchronize()
+            time.sleep(0.001)
     finally:
-        os.environ.pop(name, None)
+        os.environ.pop(_LET_GO, None)
 
 
 def plan_entry(row: PlanRow) -> dict[str, Any]:
