@@ -15,7 +15,7 @@ import torch
 from ultralytics import YOLO
 
 from tests.counting import run_out_of_memory_once
-from yolo_flash import AttentionSpec, FlashConfig, patch_model, telemetry
+from yolo_flash import AttentionSpec, FlashConfig, measuring, patch_model, telemetry
 from yolo_flash import backends as backends_module
 from yolo_flash.runtime import Runtime
 from yolo_flash.telemetry import attention_kernels, known_columns, readable, score_bytes
@@ -146,7 +146,7 @@ def test_the_profiler_is_told_to_let_go_of_the_driver_unless_the_user_has_said(
     monkeypatch.delenv(name, raising=False)
     if said is not None:
         monkeypatch.setenv(name, said)
-    monkeypatch.setattr(telemetry, "_LETS_GO", True)
+    monkeypatch.setattr(measuring, "profiler_lets_go", lambda: True)
     told: list[str | None] = []
     calls: list[str | None] = []  # of CUDA, in one of which the profiler detaches
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append(os.environ.get(name)))
@@ -164,7 +164,7 @@ def test_the_profiler_is_told_to_let_go_of_the_driver_unless_the_user_has_said(
 
 def test_a_profiler_that_cannot_stop_leaves_neither_variable_nor_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TEARDOWN_CUPTI", raising=False)
-    monkeypatch.setattr(telemetry, "_LETS_GO", True)
+    monkeypatch.setattr(measuring, "profiler_lets_go", lambda: True)
 
     def stop() -> None:
         raise RuntimeError("no trace")
@@ -180,7 +180,7 @@ def test_a_profiler_that_cannot_stop_leaves_neither_variable_nor_lock(monkeypatc
 
 @pytest.mark.parametrize("lets_go", [True, False])
 def test_kernels_are_profiled_only_where_the_profiler_lets_go(lets_go: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telemetry, "_LETS_GO", lets_go)
+    monkeypatch.setattr(telemetry, "profiler_lets_go", lambda: lets_go)
     asked: list[set[Any]] = []
 
     def profile(activities: list[Any]) -> Any:

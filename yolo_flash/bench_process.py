@@ -19,11 +19,11 @@ from itertools import pairwise
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
-from torch.profiler import DeviceType, ProfilerActivity, profile
+from torch.profiler import DeviceType
 
 from .backends import check_name
 from .machine import detect
-from .measuring import GIB
+from .measuring import GIB, kernels_profiled
 from .telemetry import peak_memory_gib
 
 UNPATCHED = "unpatched"  # an arm without the plugin
@@ -266,7 +266,7 @@ def _kernel_ms(parts: list[Callable[[], None]], calls: int = 4) -> list[float]:
     One profile for all, since a profiler takes seconds to start and stop: a pause tells the parts apart.
     """
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with kernels_profiled() as profiler:
         for part in parts:
             for _ in range(calls):
                 part()

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import DeviceType, ProfilerActivity, profile
+from torch.profiler import DeviceType
 
 from .backends import BACKENDS, AttentionSpec
 from .bench_report import BOTH, FORWARD, MODES, PEER, SHAPES, Row
-from .measuring import Results, extra_bytes, first_line, graph_ms, reference, relative_error, wait
+from .measuring import Results, extra_bytes, first_line, graph_ms, kernels_profiled, reference, relative_error, wait
 
 Call = Callable[[], Results]
 
@@ -127,7 +127,7 @@ def _profiled_us(call: Call) -> float:
         RuntimeError: The profiler saw no kernel.
     """
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with kernels_profiled() as profiler:
         for _ in range(_CALLS):
             call()
         torch.cuda.synchronize()

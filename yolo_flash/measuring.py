@@ -1,21 +1,25 @@
-"""How trials and benchmarks measure: errors against high precision, milliseconds, memory."""
+"""How trials, benchmarks and proofs measure: errors against high precision, milliseconds, memory, kernels."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import psutil
 import torch
+from packaging.version import Version
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 Results = tuple[Tensor, ...]
 
 GIB = 2**30
 _SCORES_AT_ONCE = 2**26  # half a GiB in float64
 _BYTES_A_SCORE = 128  # four matrices in float64, in a quarter of the free memory
+_LET_GO = "TEARDOWN_CUPTI"  # of torch's profiler
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -114,6 +118,49 @@ def wait(device: torch.device) -> None:
     """Until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+# Profiles -------------------------------------------------------------------------------------------------------------
+def profiler_lets_go() -> bool:
+    """Whether torch's profiler of kernels can let go of the driver.
+
+    Where it does not, every later launch takes the host longer, for the rest of the process: by a third in
+    docs/results/ddp-h100.md (pytorch issue 144455).
+    """
+    return torch.version.cuda is None or Version(torch.version.cuda) >= Version("12.6")
+
+
+def stop_profiler(running: profile) -> None:
+    """Stop a profiler, and have it let go of the driver unless the user has said whether it shall.
+
+    A thread of the profiler's own asks for the variable, twice, and detaches within some later call of CUDA (kineto,
+    CuptiActivityApi.cpp): calls are made until it has. Without the variable at its end it would attach again.
+
+    Args:
+        running: That was started.
+    """
+    if _LET_GO in os.environ or not profiler_lets_go() or ProfilerActivity.CUDA not in running.activities:
+        running.stop()
+        return
+    os.environ[_LET_GO] = "1"
+    try:
+        running.stop()
+        for _ in range(20):
+            torch.cuda.synchronize()
+            time.sleep(0.001)
+    finally:
+        os.environ.pop(_LET_GO, None)
+
+
+@contextlib.contextmanager
+def kernels_profiled() -> Iterator[profile]:
+    """Profile kernels of the GPU; the events are there behind the block."""
+    running = profile(activities=[ProfilerActivity.CUDA])
+    running.start()
+    try:
+        yield running
+    finally:
+        stop_profiler(running)
 
 
 # Timing ---------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import threading
 import time
@@ -20,7 +19,6 @@ from typing import Any
 import psutil
 import torch
 import ultralytics
-from packaging.version import Version
 from torch.profiler import DeviceType, ProfilerActivity, profile
 from ultralytics.utils import LOGGER
 
@@ -29,7 +27,7 @@ from .backends import BACKENDS, AttentionSpec, short
 from .config import FlashConfig
 from .files import write_file
 from .machine import Machine
-from .measuring import GIB, readable
+from .measuring import GIB, profiler_lets_go, readable, stop_profiler
 from .pictures import draw_run
 from .planning import PlanRow, describe
 from .runtime import Runtime
@@ -41,10 +39,6 @@ _ATTENTION_KERNEL = re.compile(
     r"flash|fmha|sdpa|attention|dot_do_o|convert_dq|area_(?:for|back)ward", re.IGNORECASE
 )  # of all libraries
 _PROFILER = threading.Lock()  # torch has one for the process: two at a time mix their events
-# Whether the profiler can let go of the driver. Where it does not, every later launch takes the host longer, for the
-# rest of the process: by a third in docs/results/ddp-h100.md (pytorch issue 144455).
-_LET_GO = "TEARDOWN_CUPTI"
-_LETS_GO = torch.version.cuda is None or Version(torch.version.cuda) >= Version("12.6")
 
 
 class Telemetry:
@@ -115,7 +109,7 @@ class Telemetry:
         cost = f"captured in {facts['capture_seconds']:.1f} s, they hold {readable(facts['pool_bytes'])}"
         outside = facts.get("loss_outside")
         LOGGER.info(f"yolo-flash: {gain}; {cost}" + (f"; the loss stays outside of them: {outside}" if outside else ""))
-        self._profiled = self._profiled and not _LETS_GO  # replays are kernels, without operators
+        self._profiled = self._profiled and not profiler_lets_go()  # replays are kernels, without operators
 
     def saw_images(self, count: int) -> None:
         """Count the images of a batch on their way to the model."""
@@ -135,7 +129,7 @@ class Telemetry:
         if torch.autograd._profiler_enabled() or not _PROFILER.acquire(blocking=False):
             return
         activities = [ProfilerActivity.CPU]
-        if trainer.device.type == "cuda" and _LETS_GO:
+        if trainer.device.type == "cuda" and profiler_lets_go():
             activities.append(ProfilerActivity.CUDA)
         try:
             self._profile = profile(activities=activities)  # from here on `_stop_profile` gives the lock back
@@ -255,28 +249,6 @@ class Telemetry:
             return
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, **facts}) + "\n")
-
-
-def stop_profiler(running: profile) -> None:
-    """Stop a profiler, and have it let go of the driver unless the user has said whether it shall.
-
-    A thread of the profiler's own asks for the variable, twice, and detaches within some later call of CUDA (kineto,
-    CuptiActivityApi.cpp): calls are made until it has. Without the variable at its end it would attach again.
-
-    Args:
-        running: That was started.
-    """
-    if _LET_GO in os.environ or not _LETS_GO or ProfilerActivity.CUDA not in running.activities:
-        running.stop()
-        return
-    os.environ[_LET_GO] = "1"
-    try:
-        running.stop()
-        for _ in range(20):
-            torch.cuda.synchronize()
-            time.sleep(0.001)
-    finally:
-        os.environ.pop(_LET_GO, None)
 
 
 def plan_entry(row: PlanRow) -> dict[str, Any]:
