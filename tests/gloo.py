@@ -76,17 +76,22 @@ class GraphTrainer(GlooTrainer):
         if not self.ddp:
             graphed_step.not_supported_reasons = lambda trainer, mode: []
         self.replayed: list[int] = []
+        self.averaged: list[bool] = []  # in which optimizer steps by us, not by DDP
         self._flash_graphs._capture_step = self.capture
 
-    def capture(self, model: Any, images: Any, loss: Any, extra: Any, shared: bool) -> Any:
+    def capture(self, model: Any, images: Any, loss: Any, extra: Any) -> Any:
         if os.environ.get("NO_GRAPHS_ON") == str(RANK):
             raise RuntimeError("not on this rank")
-        assert shared
         return Counting(self.replayed, model, loss, images.shape)
+
+    def optimizer_step(self) -> None:
+        self.averaged.append(not self.model.require_backward_grad_sync)
+        super().optimizer_step()
 
     def final_eval(self) -> None:
         graphs: Any = self._flash_graphs
-        facts = {"replayed": len(self.replayed), "why_not": graphs.why_not}
+        facts = {"replayed": len(self.replayed), "why_not": graphs.why_not, "averaged": self.averaged}
+        facts["given back"] = self.model.require_backward_grad_sync
         super().final_eval()
         Path(os.environ["REPORT_FOLDER"], f"graphs{RANK}.json").write_text(json.dumps(facts))
 

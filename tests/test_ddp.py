@@ -78,9 +78,12 @@ def test_ranks_run_from_graphs_or_none_does(
         monkeypatch.setenv("NO_GRAPHS_ON", without)
         model = patch_model(YOLO(tiny_model), graphs=mode)
         # Four images a step on two ranks: one step an epoch, of which the first runs eager, under auto the first four.
-        model.train(trainer=GraphTrainer, **{**tiny_args, "batch": 4, "imgsz": 32, "epochs": 5})
+        model.train(trainer=GraphTrainer, **{**tiny_args, "batch": 4, "nbs": 4, "imgsz": 32, "epochs": 5})
         told = [json.loads((folder / f"graphs{rank}.json").read_text()) for rank in (0, 1)]
         assert [facts["replayed"] for facts in told] == {"graphs": [4, 4]}.get(case, [0, 0])
+        ours = [False, *[case == "graphs"] * 4]
+        assert [facts["averaged"] for facts in told] == [ours, ours]
+        assert all(facts["given back"] for facts in told)
         if case == "one cannot":
             assert [facts["why_not"] for facts in told] == ["another rank cannot", "RuntimeError: not on this rank"]
         weights[case] = [json.loads((folder / f"rank{rank}.json").read_text())["weights"] for rank in (0, 1)]

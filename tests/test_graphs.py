@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from ultralytics import RTDETR, YOLO, YOLOWorld
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
@@ -40,8 +41,8 @@ class Replay:
     pool_bytes = 2**30
     seconds = 0.5
 
-    def __init__(self, model: Any, images: Tensor, loss: Any = None, extra: Any = (), shared: bool = False) -> None:
-        self.model, self.shape, self.loss, self.shared = model, images.shape, loss, shared
+    def __init__(self, model: Any, images: Tensor, loss: Any = None, extra: Any = ()) -> None:
+        self.model, self.shape, self.loss = model, images.shape, loss
         self.extra = [tensor.shape for tensor in extra]
         self.calls: list[int] = []
         self.changed = False
@@ -120,7 +121,6 @@ def test_the_loss_of_detection_is_in_the_graphs(
     model = train({**tiny_args, "epochs": 2}, config, graphs="on")
     (replay,) = replays
     assert isinstance(replay.loss, FixedShapeLoss)
-    assert not replay.shared
     assert len(replay.calls) == 3
     (told,) = of(events(model), "graphs")
     assert told["boxes"] == replay.loss.capacity.boxes > 0
@@ -279,7 +279,7 @@ def test_a_rank_that_has_still_to_vote_captures_nothing_anew(
     monkeypatch.setattr(graphed_step_module.dist, "all_gather_object", gather)
     clock_of(monkeypatch, 2.0, 1.0)
     model, graphs, trainer, batch = with_criterion("auto")
-    trainer.world_size = 2
+    among_ranks(trainer)
     crowd = {**batch, "batch_idx": torch.zeros(50), "cls": torch.zeros(50, 1), "bboxes": torch.full((50, 4), 0.5)}
     steps: list[int] = []
     for number in range(1, 10):
@@ -576,6 +576,16 @@ def a_trainer(model: nn.Module, device: str = "cpu", **args: Any) -> Any:
     )
 
 
+def among_ranks(trainer: Any) -> Any:
+    """The trainer of one of two ranks, whose model DDP has, without a process group."""
+    model = DistributedDataParallel.__new__(DistributedDataParallel)
+    nn.Module.__init__(model)
+    model.module, model._comm_hooks = trainer.model, []
+    model.require_backward_grad_sync = True
+    trainer.model, trainer.world_size = model, 2
+    return trainer
+
+
 @pytest.fixture(scope="module")
 def detector() -> Any:
     return YOLO("yolo12n.yaml").model
@@ -600,12 +610,17 @@ def test_ranks_want_room_for_their_validation_too(
     monkeypatch.setattr(graphed_step_module, "free_bytes", lambda device: int(room * 2**30))
     monkeypatch.setattr(graphed_step_module, "_everywhere", lambda trainer, mine: mine)
     graphs, trainer = StepGraphs("auto"), a_trainer(copy.deepcopy(detector))
-    trainer.world_size = ranks
+    if ranks > 1:
+        among_ranks(trainer)
     graphs.prepare(trainer)
     for _ in range(5):
         graphs.before_forward(trainer, {"img": torch.rand(2, 3, 32, 32)})
         graphs.after_step(trainer)
     assert (graphs.step is not None) is fits
+    if ranks > 1:
+        assert trainer.model.require_backward_grad_sync is not fits  # DDP averages where there are no graphs
+        graphs.release(trainer)
+        assert trainer.model.require_backward_grad_sync
     assert fits or "the batches beside them need up to 2.0 GiB" in graphs.why_not
 
 
@@ -634,9 +649,17 @@ def test_on_takes_the_batches_that_have_the_shape(args: dict[str, Any], detector
 
 @pytest.mark.parametrize("args", [{"multi_scale": 0.5}, {"rect": True}])
 def test_ranks_whose_shapes_differ_have_none(args: dict[str, Any], detector: Any) -> None:
-    trainer = a_trainer(detector, "cuda", **args)
-    trainer.world_size = 2
+    trainer = among_ranks(a_trainer(detector, "cuda", **args))
     assert len(not_supported_reasons(trainer, "on")) == 1
+
+
+def test_ranks_that_average_in_another_way_have_none(detector: Any) -> None:
+    trainer = among_ranks(a_trainer(detector, "cuda"))
+    assert not_supported_reasons(trainer, "on") == []
+    trainer.model._comm_hooks.append((print, None))
+    assert not_supported_reasons(trainer, "on") == ["a communication hook of DDP would not be called"]
+    trainer.model = detector
+    assert not_supported_reasons(trainer, "on") == ["ranks need DistributedDataParallel, found DetectionModel"]
 
 
 def test_a_device_without_graphs(detector: Any, monkeypatch: pytest.MonkeyPatch) -> None:

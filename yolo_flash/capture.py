@@ -22,7 +22,6 @@ def capture_step(
     batch: dict[str, Any],
     targets: Tensor | None,
     capacity: Capacity,
-    shared: bool = False,
     capture: Callable[..., GraphedStep] = GraphedStep,
 ) -> tuple[GraphedStep, str]:
     """Capture a step.
@@ -32,7 +31,6 @@ def capture_step(
         batch: On that device.
         targets: The boxes of the batch, padded to the capacity; None if they are not known on the CPU.
         capacity: Of the loss.
-        shared: Whether others wait for the gradients, see `GraphedStep`.
         capture: Gives the graphs.
 
     Returns:
@@ -50,11 +48,11 @@ def capture_step(
             off = loss_error(model, loss, batch, targets)
             if off <= _LOSS_ERROR:
                 extra = [targets, fixed_loss.gains(model.criterion)]
-                return capture(model, images, loss, extra, shared), ""
+                return capture(model, images, loss, extra), ""
             why_not = f"in fixed shapes it is off by {off:.1e}"
         except Exception as error:  # of another Ultralytics or torch, or there is too little memory
             why_not = first_line(error)
-    return capture(model, images, None, (), shared), why_not
+    return capture(model, images, None, ()), why_not
 
 
 def answer_step(model: Any, step: GraphedStep, batch: dict[str, Any], targets: Tensor | None) -> None:

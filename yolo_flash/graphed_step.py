@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
@@ -20,6 +21,7 @@ from .fixed_loss import Capacity, FixedShapeLoss
 from .graphs import FlashGraphError, GraphedStep, forget_answer, has_hooks
 from .guard import is_out_of_memory
 from .measuring import first_line, free_bytes, readable
+from .ranks import RankAverage
 
 _TIMED = 3  # steps of each kind that `auto` compares
 _GAIN = 1.05  # below it graphs do not pay for their memory
@@ -50,6 +52,7 @@ class StepGraphs:
         self.step: GraphedStep | None = None
         self.why_not = "flash.graphs=off" if mode == "off" else ""
         self._capture_step = capture
+        self._ranks: RankAverage | None = None  # of all ranks, also of one that has lost its graphs
         self._changes = self._growths = 0  # captures for changed models, and for more boxes
         self._capacity = Capacity()
         self._shape: tuple[int, int, int] = (0, 0, 0)
@@ -148,7 +151,13 @@ class StepGraphs:
         held = self.step is not None
         self._begin_again()
         self._drop(trainer)
+        self._close_ranks()
         return held
+
+    def before_optimizer(self) -> None:
+        """Average the gradients of ranks that run from graphs, whose backward meets no hook of DDP."""
+        if self._ranks is not None:
+            self._ranks.average()
 
     def _begin_again(self) -> None:
         self._seen, self._decided, self._epoch = 0, False, -1
@@ -164,6 +173,11 @@ class StepGraphs:
             forget_answer(unwrap_model(trainer.model))
         if held:
             trainer._clear_memory()
+
+    def _close_ranks(self) -> None:
+        ranks, self._ranks = self._ranks, None
+        if ranks is not None:
+            ranks.close()
 
     def _full(self, images: Tensor) -> bool:
         return (images.shape[0], *images.shape[2:]) == self._shape
@@ -201,8 +215,9 @@ class StepGraphs:
         if not why_not:
             try:
                 self._fit_targets(batch)
-                how = {"shared": trainer.world_size > 1, "capture": self._capture_step}
-                self.step, outside = capture_step(model, batch, self._targets, self._capacity, **how)
+                self.step, outside = capture_step(model, batch, self._targets, self._capacity, self._capture_step)
+                if trainer.world_size > 1 and self._ranks is None:
+                    self._ranks = RankAverage(trainer.model)
                 self._loss_outside = self._loss_outside or outside
             except Exception as error:  # whatever it is: the trainer would halve the batch, or end
                 short = "there is too little memory for them: " if is_out_of_memory(error) else ""
@@ -222,6 +237,8 @@ class StepGraphs:
         # Later captures are a rank's own: the others do not take part in a vote.
         if why_not if again else not _everywhere(trainer, not why_not):
             self._drop(trainer)
+            if not again:
+                self._close_ranks()
             self.why_not = why_not or "another rank cannot"
             if self.mode == "on" and not growing:
                 raise FlashGraphError(f"flash.graphs=on: {self.why_not}. flash.graphs=auto goes on without graphs.")
@@ -272,6 +289,11 @@ def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
         reasons.append("SyncBatchNorm talks to other ranks")
     if mode == "auto" and (unknown := _unknown_module(model)):
         reasons.append(f"{unknown} may do something else in every step: flash.graphs=on captures it as it is")
+    if trainer.world_size > 1:
+        if not isinstance(trainer.model, DistributedDataParallel):
+            reasons.append(f"ranks need DistributedDataParallel, found {type(trainer.model).__name__}")
+        elif trainer.model._comm_hooks:
+            reasons.append("a communication hook of DDP would not be called")
     if torch.is_anomaly_enabled():
         reasons.append("torch's anomaly detection reads every operator")
     if args.multi_scale and (mode == "auto" or trainer.world_size > 1):  # of every rank by itself

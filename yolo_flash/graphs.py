@@ -5,8 +5,8 @@ Captured is the network for one shape of images and, where it has shapes that do
 
 - gradients are copied or added to `.grad`, all in a few launches: `.grad` would take over what it is given, and the
   next replay would overwrite it while it is accumulated (pytorch issue 181723);
-- the parameters that are captured are aliases, leaves of their own over the same memory: hooks of DDP and of users stay
-  with the real ones, and no gradient is accumulated on a stream of somebody else;
+- the parameters that are captured are aliases, leaves of their own over the same memory: hooks stay with the real ones,
+  and no gradient is accumulated on a stream of somebody else;
 - capturing leaves no trace: buffers, which BatchNorm changes, and random generators are as before, to the bit;
 - a replay is refused when the model is no longer the one that was captured.
 """
@@ -48,7 +48,6 @@ class GraphedStep:
         images: Tensor,
         loss: Callable[..., Any] | None = None,
         extra: Sequence[Tensor] = (),
-        shared: bool = False,
     ) -> None:
         """Warm up and capture on these images.
 
@@ -57,7 +56,6 @@ class GraphedStep:
             images: `[batch, channels, height, width]`, on that device.
             loss: Takes what the network gives and the extra tensors; never waits for the device.
             extra: Tensors of the loss, of any device; each call brings others of the same shapes.
-            shared: Whether others wait for the gradients, as DDP does: they then go through autograd, one by one.
 
         Raises:
             RuntimeError: The network does something that cannot be captured, such as a synchronisation; or there is too
@@ -69,7 +67,6 @@ class GraphedStep:
         self._modules = list(model.modules())
         self._signature = self._sign()
         self._replays = 0
-        self._shared = shared
         self._inputs = [images.detach().clone(), *(tensor.to(images.device, copy=True) for tensor in extra)]
         self._handle = torch.zeros((), device=images.device, requires_grad=True)
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -100,7 +97,7 @@ class GraphedStep:
             *extra: Tensors of the loss.
         """
         # Hooks on a parameter want to see its gradient on its way; else it goes straight to `.grad`, with all others.
-        through = self._shared or any(map(_hooked, self._parameters))
+        through = any(map(_hooked, self._parameters))
         parameters = self._parameters if through else [self._handle]
         outputs = iter(_Replay.apply(self, through, (images, *extra), *parameters))
         leaves = [next(outputs) if leaf is _OUTPUT else leaf for leaf in self._leaves]

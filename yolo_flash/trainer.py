@@ -146,6 +146,11 @@ class FlashTrainerMixin(_TrainerBase):
         self._tell_graphs(self._flash_graphs.before_forward(self, batch))
         return batch
 
+    def optimizer_step(self) -> None:
+        """Step with the gradients of all ranks."""
+        self._flash_graphs.before_optimizer()
+        super().optimizer_step()
+
     @property
     def tloss(self) -> Any:
         """Running means of the loss items, on the CPU while steps run from graphs."""

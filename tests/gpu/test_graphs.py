@@ -216,9 +216,7 @@ def a_batch(of_image: list[int], seed: int, images: int = 4, side: int = 128) ->
     return boxes, {**{name: value.cuda() for name, value in boxes.items()}, "img": pictures.cuda()}
 
 
-def with_loss(
-    model: Any, dtype: torch.dtype, shared: bool = False
-) -> tuple[Callable[[dict[str, Any], dict[str, Any]], Any], GraphedStep]:
+def with_loss(model: Any, dtype: torch.dtype) -> tuple[Callable[[dict[str, Any], dict[str, Any]], Any], GraphedStep]:
     """Forward of a batch by replay."""
     model.args = get_cfg()
     model.criterion = model.init_criterion()
@@ -226,7 +224,7 @@ def with_loss(
     capacity = Capacity().grown(needed(boxes, 4, (128, 128), model.criterion))
     with autocast(dtype):
         targets = pad_targets(boxes, 4, capacity.boxes)
-        captured, why_not = capture_step(model, batch, targets, capacity, shared)
+        captured, why_not = capture_step(model, batch, targets, capacity)
     assert why_not == ""
 
     def run(boxes: dict[str, Any], batch: dict[str, Any]) -> Any:
@@ -237,14 +235,13 @@ def with_loss(
     return run, captured
 
 
-@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("config", ["yolo12n.yaml", "yolo26n.yaml"])
-def test_replays_with_their_loss_are_eager_steps(config: str, dtype: torch.dtype, shared: bool) -> None:
+def test_replays_with_their_loss_are_eager_steps(config: str, dtype: torch.dtype) -> None:
     """Losses, loss items and accumulated gradients, each as near to eager as eager is to itself."""
     first = network(config)
     second, third = copy.deepcopy(first), copy.deepcopy(first)
-    replay, _ = with_loss(third, dtype, shared)
+    replay, _ = with_loss(third, dtype)
     for model in (first, second):
         model.args = get_cfg()
     crowds = [[0] * 9 + [1] * 4 + [3] * 7, [2], [], [0] * 12 + [1] * 2]
