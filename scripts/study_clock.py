@@ -2,10 +2,10 @@
 
     python scripts/study_clock.py data.yaml model.yaml imgsz batch [arm ...]      arms: unpatched, eager, graphs
 
-Each phase on the host's clock, without waiting for the GPU: a phase that waits for it has its time. Means of the steps
-from the third epoch on but the first of each, in one process for each arm. From graphs the loss is part of the network.
-Then ten steps under torch's profiler: what
-the GPU was busy, and how often the host waited for it.
+Each phase on the host's clock, without waiting for the GPU: a phase that waits for it has its time. Medians of the
+steps of three epochs but the first of each, whose batches are the loader's first ones from memory, in one process for
+each arm, with an optimizer step in every one. From graphs the loss is part of the network. Then ten steps under
+torch's profiler: what the GPU was busy, and how often the host waited for it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from ultralytics import YOLO
 
 from yolo_flash import patch_model
 from yolo_flash.bench_process import until_ready
+from yolo_flash.bench_train import InMemory
 
 PHASES = ("data", "to device", "network", "loss", "backward", "optimizer and EMA", "rest")
-EPOCHS, PROFILED = 6, 10
+WARM_UP, EPOCHS, PROFILED = 2, 7, 10
 
 
 class Clock:
@@ -76,6 +77,10 @@ class Clock:
 
         trainer.scaler.scale = scaled
 
+    def on_train_epoch_start(self, trainer: Any) -> None:
+        if trainer.epoch == WARM_UP:
+            trainer.train_loader = InMemory(trainer.train_loader)
+
     def on_train_batch_start(self, trainer: Any) -> None:
         criterion = getattr(trainer.model, "criterion", None)
         if self.loss_alone and criterion is not None and not hasattr(criterion, "timed"):
@@ -93,7 +98,7 @@ class Clock:
         now["network"] = now.pop("forward", 0.0) - now.get("loss", 0.0)
         now["rest"] = total - sum(value for phase, value in now.items() if phase != "data")
         first, self.epoch = trainer.epoch != self.epoch, trainer.epoch
-        if trainer.epoch >= 2 and not first and self.profile is None:
+        if WARM_UP <= trainer.epoch < EPOCHS - 2 and not first:
             for phase in PHASES:
                 self.steps[phase].append(now.get(phase, 0.0))
             self.steps["step"].append(total)
@@ -128,7 +133,7 @@ def one_arm(data: str, config: str, imgsz: int, batch: int, arm: str) -> dict[st
     clock, model = Clock(loss_alone=arm != "graphs"), YOLO(config)  # there it is part of the network
     if arm != "unpatched":
         model = patch_model(model, graphs="on" if arm == "graphs" else "off")
-    for event in ("on_train_start", "on_train_batch_start", "on_train_batch_end"):
+    for event in ("on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end"):
         model.add_callback(event, getattr(clock, event))
     device = 0 if torch.cuda.is_available() else "cpu"
     torch.zeros(1, device="cuda" if device == 0 else "cpu")  # loads CUDA
@@ -136,10 +141,10 @@ def one_arm(data: str, config: str, imgsz: int, batch: int, arm: str) -> dict[st
     sys.stdin.readline()
     with tempfile.TemporaryDirectory() as folder:
         model.train(
-            data=data, imgsz=imgsz, batch=batch, epochs=EPOCHS, cache="ram", project=folder, plots=False, val=False,
+            data=data, imgsz=imgsz, batch=batch, nbs=batch, epochs=EPOCHS, cache="ram", project=folder, plots=False, val=False,
             save=False, pretrained=False, close_mosaic=0, device=device, verbose=False,
         )  # fmt: skip
-    return {name: statistics.mean(values) for name, values in clock.steps.items()} | clock.gpu
+    return {name: statistics.median(values) for name, values in clock.steps.items()} | clock.gpu
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
-STEPS = 12  # of two ranks, each with a quarter of coco8's pictures: one step an epoch
+STEPS = 20  # of two ranks, each with a quarter of coco8's pictures: one step an epoch
 
 
 class GradientTrainer(DetectionTrainer):
