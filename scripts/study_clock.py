@@ -141,8 +141,8 @@ def one_arm(data: str, config: str, imgsz: int, batch: int, arm: str) -> dict[st
     sys.stdin.readline()
     with tempfile.TemporaryDirectory() as folder:
         model.train(
-            data=data, imgsz=imgsz, batch=batch, nbs=batch, epochs=EPOCHS, cache="ram", project=folder, plots=False, val=False,
-            save=False, pretrained=False, close_mosaic=0, device=device, verbose=False,
+            data=data, imgsz=imgsz, batch=batch, nbs=batch, epochs=EPOCHS, cache="ram", project=folder, plots=False,
+            val=False, save=False, pretrained=False, close_mosaic=0, device=device, verbose=False,
         )  # fmt: skip
     return {name: statistics.median(values) for name, values in clock.steps.items()} | clock.gpu
 

@@ -116,9 +116,10 @@ def test_gradients_from_graphs_are_those_of_eager_ranks(
         assert len(first["gradients"]) == STEPS // accumulate
         found[mode] = first["gradients"]
 
-    finite = found["off"].isfinite().all(dim=1)  # the scale of the first steps may be too high
-    assert finite.sum() >= 3
-    eager, again, replayed = (found[mode][finite] for mode in ("off", "again", "on"))
+    # The scale of the first steps may be too high, and later ones are chaotic: what is rounded otherwise grows.
+    first = found["off"].isfinite().all(dim=1).nonzero().flatten()[:4]
+    assert len(first) == 4
+    eager, again, replayed = (found[mode][first] for mode in ("off", "again", "on"))
     noise = (again - eager).norm(dim=1) / eager.norm(dim=1)
     distance = (replayed - eager).norm(dim=1) / eager.norm(dim=1)
     assert (distance <= torch.clamp(2 * noise, min=1e-3)).all(), (distance, noise)
