@@ -220,7 +220,7 @@ def test_a_users_loss_stays_outside(model: Any) -> None:
 class Captured:
     """In the place of the graphs."""
 
-    def __init__(self, model: Any, images: Tensor, loss: Any, extra: Any, shared: bool) -> None:
+    def __init__(self, model: Any, images: Tensor, loss: Any, extra: Any) -> None:
         self.loss = loss
 
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from yolo_flash.ranks import RankAverage
 
-CASES = ("plain", "accumulated", "taken over in between", "given back")
+CASES = ("plain", "accumulated", "taken over in between", "given back", "frozen and woken")
 WORLD = 2
 
 
@@ -51,11 +51,19 @@ def backward(model: nn.Module, batch: int) -> None:
 def step_of(case: str, ours: bool) -> dict[str, Any]:
     """Gradients that an optimizer would see, and whether DDP averages them."""
     model = a_network()
-    if case == "taken over in between":
+    if case == "frozen and woken":
+        model.module.always.requires_grad_(False)
+    if case in ("frozen and woken", "taken over in between"):
         backward(model, 0)
     ranks = RankAverage(model) if ours else None
-    for batch in {"plain": [1], "accumulated": [1, 2], "taken over in between": [1], "given back": [1]}[case]:
-        backward(model, batch)
+    if case == "frozen and woken":
+        if ranks is not None:
+            ranks.average()
+        model.zero_grad()
+        model.module.always.requires_grad_(True)
+    backward(model, 1)
+    if case == "accumulated":
+        backward(model, 2)
     if case == "given back":
         if ranks is not None:
             ranks.close()

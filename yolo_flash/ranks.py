@@ -25,10 +25,14 @@ class RankAverage:
             model: Whose trained parameters lie on one device.
         """
         self._model = model
-        self._parameters = [p for p in model.module.parameters() if p.requires_grad]
+        self._all = list(model.module.parameters())
+        self._lay_out()
+        model.require_backward_grad_sync = False
+
+    def _lay_out(self) -> None:
+        self._parameters = [p for p in self._all if p.requires_grad]
         counts = [p.numel() for p in self._parameters]
-        device = self._parameters[0].device
-        self._flat = torch.zeros(sum(counts) + len(counts), dtype=torch.float32, device=device)
+        self._flat = torch.zeros(sum(counts) + len(counts), dtype=torch.float32, device=self._all[0].device)
         *gradients, self._found = self._flat.split([*counts, len(counts)])
         # In the layout of the parameters, where a copy of many tensors is one launch.
         layouts = [torch.empty_like(p, device="meta").stride() for p in self._parameters]
@@ -36,13 +40,14 @@ class RankAverage:
             gradient.as_strided(p.shape, layout)
             for gradient, p, layout in zip(gradients, self._parameters, layouts, strict=True)
         ]
-        model.require_backward_grad_sync = False
 
     def average(self) -> None:
         """Give every rank the mean of the gradients of all, which are there since the last optimizer step.
 
         A parameter that some rank has no gradient for counts as zero there; one that no rank has, stays without.
         """
+        if [*map(id, self._parameters)] != [id(p) for p in self._all if p.requires_grad]:
+            self._lay_out()  # a layer was frozen or woken, on every rank
         pairs = list(zip(self._parameters, self._gradients, strict=True))
         there = [(p.grad, mine) for p, mine in pairs if p.grad is not None]
         own, mine = [gradient for gradient, _ in there], [gradient for _, gradient in there]
