@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from ultralytics import RTDETR, YOLO, YOLOWorld
+from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG
@@ -30,6 +31,7 @@ from yolo_flash import graphs as graphs_module
 from yolo_flash.fixed_loss import Capacity, FixedShapeLoss
 from yolo_flash.graphed_step import StepGraphs, not_supported_reasons
 from yolo_flash.graphs import FlashGraphError, GraphedStep
+from yolo_flash.ranks import RankAverage
 
 pytestmark = pytest.mark.usefixtures("tiny_model")  # writes tiny.yaml
 
@@ -563,9 +565,15 @@ def test_auto_batch_leaves_the_graphs_their_memory(
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
+class PlainTrainer(SimpleNamespace):
+    """Without a run."""
+
+    _do_train = BaseTrainer._do_train
+
+
 def a_trainer(model: nn.Module, device: str = "cpu", **args: Any) -> Any:
     known = {"compile": False, "multi_scale": 0.0, "rect": False, "imgsz": 32, **args}
-    return SimpleNamespace(
+    return PlainTrainer(
         model=model,
         args=SimpleNamespace(**known),
         device=torch.device(device),
@@ -580,7 +588,7 @@ def among_ranks(trainer: Any) -> Any:
     """The trainer of one of two ranks, whose model DDP has, without a process group."""
     model = DistributedDataParallel.__new__(DistributedDataParallel)
     nn.Module.__init__(model)
-    model.module, model._comm_hooks = trainer.model, []
+    model.module, model._comm_hooks, model.parameters_to_ignore = trainer.model, [], set()
     model.require_backward_grad_sync = True
     trainer.model, trainer.world_size = model, 2
     return trainer
@@ -624,6 +632,30 @@ def test_ranks_want_room_for_their_validation_too(
     assert fits or "the batches beside them need up to 2.0 GiB" in graphs.why_not
 
 
+def test_ranks_that_graphs_do_not_pay_for_give_their_gradients_back_behind_a_step(
+    detector: Any, replays: list[Replay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the two DDP would average what it has not seen all of."""
+    monkeypatch.setattr(graphed_step_module, "_everywhere", lambda trainer, mine: mine)
+    monkeypatch.setattr(graphed_step_module.dist, "get_rank", lambda: 0)
+    averaged: list[int] = []
+    monkeypatch.setattr(RankAverage, "average", lambda self: averaged.append(1))
+    clock_of(monkeypatch, 1.0, 1.0)
+    graphs, trainer = StepGraphs("auto"), among_ranks(a_trainer(copy.deepcopy(detector)))
+    graphs.prepare(trainer)
+    for _ in range(7):
+        assert trainer.model.require_backward_grad_sync is (graphs.step is None)
+        graphs.before_forward(trainer, {"img": torch.rand(2, 3, 32, 32)})
+        graphs.after_step(trainer)
+    assert "a step takes" in graphs.why_not
+    assert graphs.step is None
+    assert not trainer.model.require_backward_grad_sync
+    for _ in range(2):
+        graphs.before_optimizer()
+        assert trainer.model.require_backward_grad_sync
+    assert averaged == [1]
+
+
 def test_a_plain_run_on_a_card_may_have_graphs(detector: Any) -> None:
     assert not_supported_reasons(a_trainer(detector, "cuda"), "auto") == []
 
@@ -658,6 +690,13 @@ def test_ranks_that_average_in_another_way_have_none(detector: Any) -> None:
     assert not_supported_reasons(trainer, "on") == []
     trainer.model._comm_hooks.append((print, None))
     assert not_supported_reasons(trainer, "on") == ["a communication hook of DDP would not be called"]
+    trainer.model._comm_hooks.clear()
+    trainer.optimizer_step = print
+    assert not_supported_reasons(trainer, "on") == ["the optimizer step of the trainer was replaced"]
+    del trainer.optimizer_step
+    trainer.__class__ = SimpleNamespace  # with a loop of its own
+    assert not_supported_reasons(trainer, "on") == ["the optimizer step of the trainer was replaced"]
+    trainer.__class__ = PlainTrainer
     trainer.model = detector
     assert not_supported_reasons(trainer, "on") == ["ranks need DistributedDataParallel, found DetectionModel"]
 

@@ -14,20 +14,29 @@ from torch.nn.parallel import DistributedDataParallel
 
 from yolo_flash.ranks import RankAverage
 
-CASES = ("plain", "accumulated", "taken over in between", "given back", "frozen and woken")
+CASES = (
+    "plain",
+    "complete",  # on rank 1, where every trained parameter has a gradient
+    "accumulated",
+    "second step",
+    "taken over in between",
+    "given back",
+    "frozen and woken",
+    "frozen in between",
+)
 WORLD = 2
 
 
 class Net(nn.Module):
-    """Some parameters take part on one rank alone, or on none."""
+    """Some parameters take part on rank 1 alone, or on none."""
 
-    def __init__(self) -> None:
+    def __init__(self, never: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3)
         self.norm = nn.BatchNorm2d(8)
         self.seldom = nn.Linear(8, 4)
-        self.never = nn.Linear(8, 4)
         self.always = nn.Linear(8, 4)
+        self.never = nn.Linear(8, 4).requires_grad_(never)
         self.frozen = nn.Linear(8, 4).requires_grad_(False)
 
     def forward(self, images: Tensor, seldom: bool) -> Tensor:
@@ -36,23 +45,25 @@ class Net(nn.Module):
         return y + self.seldom(x) if seldom else y
 
 
-def a_network() -> DistributedDataParallel:
+def a_network(never: bool = True) -> DistributedDataParallel:
     torch.manual_seed(0)
-    net = Net().to(memory_format=torch.channels_last)
+    net = Net(never).to(memory_format=torch.channels_last)
     return DistributedDataParallel(net, find_unused_parameters=True)
 
 
-def backward(model: nn.Module, batch: int) -> None:
+def backward(model: nn.Module, batch: int, seldom: bool | None = None) -> None:
     source = torch.Generator().manual_seed(10 * batch + dist.get_rank())
     images = torch.rand(2, 3, 8, 8, generator=source)
-    (model(images, seldom=dist.get_rank() == 1).square().sum() * WORLD).backward()
+    seldom = dist.get_rank() == 1 if seldom is None else seldom
+    (model(images, seldom=seldom).square().sum() * WORLD).backward()
 
 
 def step_of(case: str, ours: bool) -> dict[str, Any]:
     """Gradients that an optimizer would see, and whether DDP averages them."""
-    model = a_network()
+    model = a_network(never=case != "complete")
+    always = model.module.always
     if case == "frozen and woken":
-        model.module.always.requires_grad_(False)
+        always.requires_grad_(False)
     if case in ("frozen and woken", "taken over in between"):
         backward(model, 0)
     ranks = RankAverage(model) if ours else None
@@ -60,20 +71,26 @@ def step_of(case: str, ours: bool) -> dict[str, Any]:
         if ranks is not None:
             ranks.average()
         model.zero_grad()
-        model.module.always.requires_grad_(True)
-    backward(model, 1)
-    if case == "accumulated":
-        backward(model, 2)
-    if case == "given back":
+        always.requires_grad_(True)
+    if case == "second step":
+        backward(model, 0, seldom=True)
         if ranks is not None:
-            ranks.close()
-            ranks = None
+            ranks.average()
+        model.zero_grad()
+    backward(model, 1)
+    if case == "frozen in between":
+        always.requires_grad_(False)
+    if case in ("accumulated", "frozen in between"):
         backward(model, 2)
     if ranks is not None:
         ranks.average()
         assert all(p.grad.stride() == p.stride() for p in model.parameters() if p.grad is not None)
+    if case == "given back":
+        if ranks is not None:
+            ranks.close()
+        backward(model, 2)
     return {
-        "gradients": {name: p.grad for name, p in model.module.named_parameters()},
+        "gradients": {name: None if p.grad is None else p.grad.clone() for name, p in model.module.named_parameters()},
         "synchronises": model.require_backward_grad_sync,
     }
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
@@ -53,6 +54,7 @@ class StepGraphs:
         self.why_not = "flash.graphs=off" if mode == "off" else ""
         self._capture_step = capture
         self._ranks: RankAverage | None = None  # of all ranks, also of one that has lost its graphs
+        self._leaving = False  # DDP averages again behind the next optimizer step: not with gradients of both
         self._changes = self._growths = 0  # captures for changed models, and for more boxes
         self._capacity = Capacity()
         self._shape: tuple[int, int, int] = (0, 0, 0)
@@ -142,7 +144,9 @@ class StepGraphs:
         facts = {"eager_ms": eager, "graph_ms": replayed, **self._facts()}
         first = trainer.world_size <= 1 or dist.get_rank() == 0  # whose clock decides for all
         if not _everywhere(trainer, not first or eager >= _GAIN * replayed):
-            self.release(trainer)
+            self._begin_again()
+            self._drop(trainer)
+            self._leaving = self._ranks is not None
             self.why_not = f"a step takes {replayed:.1f} ms from graphs and {eager:.1f} ms without"
         return facts | {"why_not": self.why_not}
 
@@ -150,14 +154,16 @@ class StepGraphs:
         """Free the graphs and their memory; whether there were any."""
         held = self.step is not None
         self._begin_again()
-        self._drop(trainer)
         self._close_ranks()
+        self._drop(trainer)
         return held
 
     def before_optimizer(self) -> None:
         """Average the gradients of ranks that run from graphs, whose backward meets no hook of DDP."""
         if self._ranks is not None:
             self._ranks.average()
+        if self._leaving:
+            self._close_ranks()
 
     def _begin_again(self) -> None:
         self._seen, self._decided, self._epoch = 0, False, -1
@@ -175,7 +181,7 @@ class StepGraphs:
             trainer._clear_memory()
 
     def _close_ranks(self) -> None:
-        ranks, self._ranks = self._ranks, None
+        ranks, self._ranks, self._leaving = self._ranks, None, False
         if ranks is not None:
             ranks.close()
 
@@ -294,6 +300,9 @@ def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
             reasons.append(f"ranks need DistributedDataParallel, found {type(trainer.model).__name__}")
         elif trainer.model._comm_hooks:
             reasons.append("a communication hook of DDP would not be called")
+        # There ranks average their gradients.
+        if "optimizer_step" in vars(trainer) or not _has_stock_loop(trainer):
+            reasons.append("the optimizer step of the trainer was replaced")
     if torch.is_anomaly_enabled():
         reasons.append("torch's anomaly detection reads every operator")
     if args.multi_scale and (mode == "auto" or trainer.world_size > 1):  # of every rank by itself
@@ -301,6 +310,10 @@ def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
     if args.rect and (mode == "auto" or trainer.world_size > 1):
         reasons.append("rect=True gives batches of many shapes")
     return reasons
+
+
+def _has_stock_loop(trainer: Any) -> bool:
+    return getattr(type(trainer), "_do_train", None) is BaseTrainer._do_train
 
 
 def _unknown_module(model: nn.Module) -> str:

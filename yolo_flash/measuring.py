@@ -134,7 +134,8 @@ def stop_profiler(running: profile) -> None:
     """Stop a profiler, and have it let go of the driver unless the user has said whether it shall.
 
     A thread of the profiler's own asks for the variable, twice, and detaches within some later call of CUDA (kineto,
-    CuptiActivityApi.cpp): calls are made until it has. Without the variable at its end it would attach again.
+    CuptiActivityApi.cpp). It does not say when: a fifth of a second is many times what it needs. Without the variable
+    at its end it would attach again.
 
     Args:
         running: That was started.
@@ -147,7 +148,7 @@ def stop_profiler(running: profile) -> None:
         running.stop()
         for _ in range(20):
             torch.cuda.synchronize()
-            time.sleep(0.001)
+            time.sleep(0.01)
     finally:
         os.environ.pop(_LET_GO, None)
 
