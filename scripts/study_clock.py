@@ -29,7 +29,7 @@ from yolo_flash import patch_model
 from yolo_flash.bench_process import until_ready
 from yolo_flash.bench_train import InMemory
 
-PHASES = ("data", "to device", "network", "loss", "backward", "optimizer and EMA", "rest")
+PHASES = ("to device", "network", "loss", "backward", "optimizer and EMA", "rest")
 WARM_UP, EPOCHS, PROFILED = 2, 7, 10
 
 
@@ -41,7 +41,7 @@ class Clock:
         self.steps: defaultdict[str, list[float]] = defaultdict(list)
         self.now: dict[str, float] = {}
         self.epoch = -1
-        self.last = self.begun = 0.0
+        self.begun = 0.0
         self.profile: profile | None = None
         self.profiled = 0
         self.gpu: dict[str, float] = {}
@@ -88,15 +88,14 @@ class Clock:
             trainer.model.criterion.timed = True
             if hasattr(criterion, "update"):
                 trainer.model.criterion.update = criterion.update
-        self.now = {"data": (time.perf_counter() - self.last) * 1e3}
+        self.now = {}
         self.start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any) -> None:
-        self.last = time.perf_counter()
         now = self.now
-        total = (self.last - self.start) * 1e3
+        total = (time.perf_counter() - self.start) * 1e3
         now["network"] = now.pop("forward", 0.0) - now.get("loss", 0.0)
-        now["rest"] = total - sum(value for phase, value in now.items() if phase != "data")
+        now["rest"] = total - sum(now.values())
         first, self.epoch = trainer.epoch != self.epoch, trainer.epoch
         if WARM_UP <= trainer.epoch < EPOCHS - 2 and not first:
             for phase in PHASES:

@@ -300,9 +300,8 @@ def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
             reasons.append(f"ranks need DistributedDataParallel, found {type(trainer.model).__name__}")
         elif trainer.model._comm_hooks:
             reasons.append("a communication hook of DDP would not be called")
-        # There ranks average their gradients.
-        if "optimizer_step" in vars(trainer) or not _has_stock_loop(trainer):
-            reasons.append("the optimizer step of the trainer was replaced")
+        if "optimizer_step" in vars(trainer) or type(trainer)._do_train is not BaseTrainer._do_train:
+            reasons.append("a training loop or optimizer step of a user's own may not average the gradients of ranks")
     if torch.is_anomaly_enabled():
         reasons.append("torch's anomaly detection reads every operator")
     if args.multi_scale and (mode == "auto" or trainer.world_size > 1):  # of every rank by itself
@@ -310,10 +309,6 @@ def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
     if args.rect and (mode == "auto" or trainer.world_size > 1):
         reasons.append("rect=True gives batches of many shapes")
     return reasons
-
-
-def _has_stock_loop(trainer: Any) -> bool:
-    return getattr(type(trainer), "_do_train", None) is BaseTrainer._do_train
 
 
 def _unknown_module(model: nn.Module) -> str:

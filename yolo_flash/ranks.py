@@ -45,27 +45,28 @@ class RankAverage:
 
         A parameter that some rank has no gradient for counts as zero there; one that no rank has, stays without.
         """
-        there = [p.grad is not None for p in self._parameters]
-        if there != self._there:
+        gradients = [p.grad for p in self._parameters]
+        there = [gradient is not None for gradient in gradients]
+        if there != self._there:  # seldom: the copy waits for the device
             self._there = there
             self._mine.copy_(torch.tensor(there))
-        pairs = list(zip(self._parameters, self._means, strict=True))
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        means = [mean for p, mean in pairs if p.grad is not None]
-        absent = [mean for p, mean in pairs if p.grad is None]
         self._shares.copy_(self._mine)
+        own = [gradient for gradient in gradients if gradient is not None]
+        means = [mean for mean, mine in zip(self._means, there, strict=True) if mine]
+        absent = [mean for mean, mine in zip(self._means, there, strict=True) if not mine]
         if absent:
             torch._foreach_zero_(absent)
-        if gradients:
-            torch._foreach_copy_(means, gradients)
+        if own:
+            torch._foreach_copy_(means, own)
         self._flat *= 1 / dist.get_world_size()
         dist.all_reduce(self._flat)
-        if gradients:
-            torch._foreach_copy_(gradients, means)
-        if any(p.requires_grad and p.grad is None for p in self._parameters):
-            for (p, mean), share in zip(pairs, self._shares.tolist(), strict=True):
-                if p.grad is None and share:
-                    p.grad = mean.to(p.dtype, copy=True)
+        if own:
+            torch._foreach_copy_(own, means)
+        missing = [i for i, p in enumerate(self._parameters) if p.requires_grad and not there[i]]
+        if missing:
+            shares = self._shares.tolist()
+            for p, mean in [(self._parameters[i], self._means[i]) for i in missing if shares[i]]:
+                p.grad = mean.to(p.dtype, copy=True)
         self._model.require_forward_param_sync = True  # of buffers, where the model was told to send them
 
     def close(self) -> None:

@@ -125,17 +125,14 @@ class Telemetry:
         """Profile one step: the first, or the second under `compile`, whose first one compiles."""
         if self._profiled or self._profile is not None or (trainer.args.compile and not self._images):
             return
-        # The user's own profiler, or that of a training in another thread: a later step will do.
-        if torch.autograd._profiler_enabled() or not _PROFILER.acquire(blocking=False):
-            return
         activities = [ProfilerActivity.CPU]
         if trainer.device.type == "cuda" and profiler_lets_go():
             activities.append(ProfilerActivity.CUDA)
-        try:
-            self._profile = profile(activities=activities)  # from here on `_stop_profile` gives the lock back
-        except BaseException:
-            _PROFILER.release()
-            raise
+        profiler = profile(activities=activities)  # which may fail: before there is a lock to give back
+        # The user's own profiler, or that of a training in another thread: a later step will do.
+        if torch.autograd._profiler_enabled() or not _PROFILER.acquire(blocking=False):
+            return
+        self._profile = profiler  # from here on `_stop_profile` gives the lock back
         self._profile.start()
         self._restart_clock()
 
