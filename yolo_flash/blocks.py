@@ -9,7 +9,7 @@ from torch import Tensor
 from ultralytics.nn.modules.block import AAttn, Attention
 
 from .backends import BACKENDS, AttentionSpec
-from .guard import Job, attend, memory_format
+from .guard import Job, attend, memory_format, transformed
 from .runtime import Runtime
 from .stock_pickle import StockPickle
 
@@ -158,7 +158,12 @@ def spec_fields(
 
 
 def _leave_stock(block: FlashBlock, x: Tensor) -> bool:
-    """Exporters, tracers and the counter of GFLOPs look at operators: they get the stock ones, which they all know."""
+    """Who looks at operators gets the stock ones, which all know: exporters, tracers, transforms, the GFLOPs counter.
+
+    So does an input without images, on which kernels and plans would divide by zero.
+    """
+    if not torch.compiler.is_compiling() and (transformed() or x.numel() == 0):
+        return True
     return (
         torch.jit.is_tracing()
         or torch.onnx.is_in_onnx_export()
