@@ -159,7 +159,7 @@ class _Attention(torch.autograd.Function):
         qkv, *kept = ctx.saved_tensors
         spec, backend = ctx.job.spec, ctx.job.backend
         if has_to_be_differentiable():
-            return _written_out(qkv, *grads, spec), None, None
+            return _written_out(qkv, grads, spec), None, None
         packed = _pack(qkv, spec)
         dout, dimage = (_pack(grad.contiguous(memory_format=torch.channels_last), spec) for grad in grads)
         differentiate = BACKENDS[backend].backward
@@ -174,11 +174,11 @@ class _Attention(torch.autograd.Function):
         return _unpack(grad, grads[0]).contiguous(memory_format=ctx.layout), None, None
 
 
-def _written_out(qkv: Tensor, dout: Tensor, dimage: Tensor, spec: AttentionSpec) -> Tensor:
+def _written_out(qkv: Tensor, grads: tuple[Tensor, ...], spec: AttentionSpec) -> Tensor:
     """The gradient of the image `qkv`: no memory format is asked for, which `vmap` does not know."""
-    packed, grad, through_image = (_pack(t, spec).transpose(1, 2) for t in (qkv, dout, dimage))
+    packed, dout, through_image = (_pack(t, spec).transpose(1, 2) for t in (qkv, *grads))
     q, k, v = packed.split([spec.head_dim, spec.head_dim, spec.head_dim_v], dim=-1)
-    dq, dk, dv = written_out(q, k, v, grad, spec.head_dim**-0.5)
+    dq, dk, dv = written_out(q, k, v, dout, spec.head_dim**-0.5)
     both = torch.cat((dq, dk, dv + through_image), dim=-1).transpose(1, 2).contiguous()
     return _unpack(both, qkv)
 

@@ -120,8 +120,8 @@ class _Guarded(torch.autograd.Function):
         inputs = ctx.saved_tensors
         spec, backend = ctx.job.spec, ctx.job.backend
         if has_to_be_differentiable():
-            tensors = (t.transpose(1, 2) for t in (*inputs[:3], grad))
-            grads = written_out(*tensors, spec.head_dim**-0.5, inputs[3])
+            q, k, v, dout = (t.transpose(1, 2) for t in (*inputs[:3], grad))
+            grads = written_out(q, k, v, dout, spec.head_dim**-0.5, inputs[3])
             return None, *(t.transpose(1, 2) for t in grads), None
         inner, ctx.inner = ctx.inner, None  # what it holds is freed now, and not when the loss is
         grad = grad.contiguous()  # the CPU's flash backward reads garbage where the last stride is not 1
