@@ -106,9 +106,16 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def has_to_be_differentiable() -> bool:
-    """Whether a backward that runs now is itself differentiated (`create_graph=True`) or transformed, as by `vmap`."""
-    return torch.is_grad_enabled() or transformed()
+def needs_rules(*grads: Tensor) -> bool:
+    """Whether a backward that is given these gradients is itself differentiated (`create_graph=True`) or transformed.
+
+    `is_grads_batched=True` shows in the gradients alone, as a tensor of an older kind of `vmap`.
+    """
+    return torch.is_grad_enabled() or transformed() or any(map(_is_batched, grads))
+
+
+def _is_batched(t: Tensor) -> bool:
+    return torch._C._functorch.is_legacy_batchedtensor(t) or torch._C._functorch.is_batchedtensor(t)
 
 
 def written_out(
@@ -158,7 +165,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         qkv, *kept = ctx.saved_tensors
         spec, backend = ctx.job.spec, ctx.job.backend
-        if has_to_be_differentiable():
+        if needs_rules(*grads):
             return _written_out(qkv, grads, spec), None, None
         packed = _pack(qkv, spec)
         dout, dimage = (_pack(grad.contiguous(memory_format=torch.channels_last), spec) for grad in grads)
@@ -258,4 +265,6 @@ class _Relayout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if not torch.compiler.is_compiling() and _is_batched(grad):  # `vmap` knows no memory format
+            return grad, None, None
         return grad.contiguous(memory_format=ctx.back), None, None

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .backends import AttentionSpec
-from .guard import Job, give_up, has_to_be_differentiable, written_out
+from .guard import Job, give_up, needs_rules, written_out
 
 aten = torch.ops.aten
 
@@ -119,7 +119,7 @@ class _Guarded(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         spec, backend = ctx.job.spec, ctx.job.backend
-        if has_to_be_differentiable():
+        if needs_rules(grad):
             q, k, v, dout = (t.transpose(1, 2) for t in (*inputs[:3], grad))
             grads = written_out(q, k, v, dout, spec.head_dim**-0.5, inputs[3])
             return None, *(t.transpose(1, 2) for t in grads), None
