@@ -108,13 +108,13 @@ class FlashBlock(StockPickle):
     # What a user changes ----------------------------------------------------------------------------------------------
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute as on the stock block, and remember it."""
+        self._note_edit(name)  # before it may be somebody else's: `__class__` is set like this too
         super().__setattr__(name, value)
-        self._note_edit(name)
 
     def __delattr__(self, name: str) -> None:
         """Delete an attribute as on the stock block, and remember it."""
-        super().__delattr__(name)
         self._note_edit(name)
+        super().__delattr__(name)
 
     def _note_edit(self, name: str) -> None:
         if name not in _UNREAD and not name.startswith(PREFIX):
@@ -267,8 +267,6 @@ def _leave_stock(block: FlashBlock, x: Tensor) -> bool:
 
     So does an input without images, on which kernels and plans would divide by zero.
     """
-    if not torch.compiler.is_compiling() and (transformed() or x.numel() == 0):
-        return True
     return (
         torch.jit.is_tracing()
         or torch.onnx.is_in_onnx_export()
@@ -277,6 +275,7 @@ def _leave_stock(block: FlashBlock, x: Tensor) -> bool:
         or block.format == "coreml"
         or block.total_ops is not None
         or x.is_meta
+        or (not torch.compiler.is_compiling() and (transformed() or x.numel() == 0))
     )
 
 
