@@ -41,6 +41,7 @@ class FlashBlock(StockPickle):
         _flash_edits: How often an attribute was set since the block was patched; text, to which a compiled graph is
             bound, where it would take a number for a size.
         _flash_verdict: What the block was compared as, see `code`, and why it is to run as stock: empty if it is not.
+            None where nobody is to be heeded: in the blocks of measurements and comparisons, which are our own.
         calls: The functions by name that the stock forward calls, as `stock_code.foreign` takes them.
         separate: Whether queries, keys and values are three tensors, and not the packed output of one convolution.
         total_ops: Set by thop, which Ultralytics counts GFLOPs with, for the time of its forwards.
@@ -54,7 +55,7 @@ class FlashBlock(StockPickle):
     _flash_choice: str
     _flash_runtime: Runtime
     _flash_edits: str = ""
-    _flash_verdict: tuple[tuple[Any, ...], str]
+    _flash_verdict: tuple[tuple[Any, ...], str] | None = None
     qkv: Any
     pe: Any
     proj: Any
@@ -122,10 +123,14 @@ class FlashBlock(StockPickle):
 
     def why_stock(self) -> str:
         """Why the block no longer computes what ours computes, as `likeness.difference` says it; empty if it does."""
+        verdict = self._flash_verdict
+        if verdict is None:
+            return ""
         code = self.code(self._flash_edits)
-        if self._flash_verdict[0] != code:
-            self.__dict__["_flash_verdict"] = code, difference(self, type(self))  # type: ignore[arg-type]
-        return self._flash_verdict[1]
+        if verdict[0] != code:
+            verdict = code, difference(self, type(self))  # type: ignore[arg-type]
+            self.__dict__["_flash_verdict"] = verdict
+        return verdict[1]
 
     def _was_changed(self) -> bool:
         """Whether the stock forward has to run for a change, of which one line tells.
@@ -169,7 +174,6 @@ class FlashAAttn(FlashBlock, AAttn):
     """YOLO12's area attention (arXiv 2502.12524): the image is cut into `area` strips that attend within themselves."""
 
     _stock: ClassVar[type] = AAttn
-    _flash_verdict = (AAttn.forward, ""), ""
     format: str | None = None  # what the stock block lacks, `torch.nn.Module` looks for slowly
 
     @staticmethod
@@ -184,7 +188,6 @@ class FlashAttention(FlashBlock, Attention):
     """The attention of PSA in YOLO10, 11 and 26: keys narrower than values."""
 
     _stock: ClassVar[type] = Attention
-    _flash_verdict = (Attention.forward, ""), ""
 
     @staticmethod
     def problem(block: Any, batch: int, tokens: int) -> tuple[int, int, int, int, int]:

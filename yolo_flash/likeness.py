@@ -79,7 +79,7 @@ def _compare(block: nn.Module, cls: type[FlashBlock]) -> str:
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
             twin = _twin(block, generator)
-            become(twin, cls, layer="", choice="sdpa_math", runtime=runtime, verdict=(cls.code(), ""))
+            become(twin, cls, layer="", choice="sdpa_math", runtime=runtime)
             for given in _inputs(twin, generator):
                 for training in (True, False):
                     for module in twin.modules():

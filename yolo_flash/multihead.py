@@ -32,7 +32,6 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
     """Self-attention without its weights; whatever else is asked for, the stock forward does."""
 
     _stock: ClassVar[type] = nn.MultiheadAttention
-    _flash_verdict = (nn.MultiheadAttention.forward, functional.multi_head_attention_forward, ""), ""
     calls = (functional,), ("multi_head_attention_forward",)
     separate: ClassVar[bool] = True
     format: str | None = None  # what the stock block lacks, `torch.nn.Module` looks for slowly

@@ -71,7 +71,8 @@ def patch_modules(module: nn.Module, config: FlashConfig, runtime: Runtime | Non
     runtime = runtime or Runtime(config)
     unpatch_modules(module)  # those too that were changed since, and have to stay stock now
     for name, block in blocks.items():
-        become(block, BLOCKS[type(block)], layer=name, choice=choices[name], runtime=runtime)
+        cls = BLOCKS[type(block)]
+        become(block, cls, layer=name, choice=choices[name], runtime=runtime, verdict=(cls.code(), ""))
     return runtime
 
 
