@@ -11,6 +11,7 @@ import pytest
 import torch
 from ultralytics.utils import YAML
 
+from tests.counting import settle
 from tests.datasets import create_dataset
 from tests.test_options import LAYERS
 from tests.twins import Twin, predict_twins, train_twins
@@ -41,7 +42,7 @@ def test_features_show_an_error_of_attention(tiny_model: str, monkeypatch: pytes
 
     predict_twins(tiny_model, use)
     monkeypatch.setitem(backends_module.BACKENDS, "sdpa_flash", _with_forward(flash, forward))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="the features are off"):
         predict_twins(tiny_model, use)
 
 
@@ -62,7 +63,7 @@ def test_pictures_of_odd_shapes(tiny_model: str) -> None:
     assert sum(len(result.boxes) for result in stock.result) > 0
 
 
-@pytest.mark.parametrize("imgsz", [[64], [32, 96], (96, 64, 32), 0, 33, -5, "64", "nonsense", 64.5])
+@pytest.mark.parametrize("imgsz", [[32, 96], (96, 64, 32), 0, 33, "nonsense"])
 def test_sides_of_every_kind(imgsz: Any, tiny_model: str, coco8: str) -> None:
     """What Ultralytics corrects or refuses, in prediction and validation."""
 
@@ -107,7 +108,7 @@ def test_other_numbers_of_channels(channels: int, tiny_model: str, tiny_args: di
         ]
 
     best = ours.model.trainer.best
-    stock, ours = predict_twins(best, use)
+    stock, ours = predict_twins(best, use, weights=lambda model: model.float())
     assert not stock.error
     for x, y in zip(ours.result, stock.result, strict=True):
         assert len(y)
@@ -116,7 +117,10 @@ def test_other_numbers_of_channels(channels: int, tiny_model: str, tiny_args: di
 
 def test_yolo26_p6_predicts_as_stock() -> None:
     stock, ours = predict_twins(
-        "yolo26n-p6.yaml", lambda twin: twin.model.predict(picture(128, 192, 3), imgsz=192, **QUIET), layers=2
+        "yolo26n-p6.yaml",
+        lambda twin: twin.model.predict(picture(128, 192, 3), imgsz=192, **QUIET),
+        layers=2,
+        weights=lambda model: settle(model, side=128),
     )
     assert not stock.error
     assert ours.model.model.stride.max() == 64

@@ -6,14 +6,13 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from ultralytics import YOLO
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
@@ -172,12 +171,17 @@ def recorded(model: Any) -> list[list[Tensor]]:
     return features
 
 
-def predict_twins(config: str | Path, use: Callable[[Twin], Any], layers: int = LAYERS) -> tuple[Twin, Twin]:
+def predict_twins(
+    config: str | Path,
+    use: Callable[[Twin], Any],
+    layers: int = LAYERS,
+    weights: Callable[[nn.Module], object] = settle,
+) -> tuple[Twin, Twin]:
     """Use both for forwards; each is fused, and the features that reach the head are those of stock."""
     kept: list[list[list[Tensor]]] = []
 
     def prepare(model: Any) -> None:
-        settle(model.model)
+        weights(model.model)
         kept.append(recorded(model))
 
     stock, ours = twins(config, use, prepare=prepare)
@@ -185,9 +189,8 @@ def predict_twins(config: str | Path, use: Callable[[Twin], Any], layers: int = 
     assert ours.error == stock.error
     assert ours.calls.forward == ({"sdpa_flash": layers * len(got)} if got else {})
     assert len(got) == len(expected)
-    with torch.no_grad() if expected else nullcontext():
-        for ours_now, stock_now in zip(got, expected, strict=True):
-            for x, y in zip(ours_now, stock_now, strict=True):
-                assert x.shape == y.shape
-                assert (x - y).norm() <= 1e-4 * y.norm()
+    for ours_now, stock_now in zip(got, expected, strict=True):
+        for x, y in zip(ours_now, stock_now, strict=True):
+            assert x.shape == y.shape
+            assert (x - y).norm() <= 1e-4 * y.norm(), "the features are off"
     return stock, ours
