@@ -153,7 +153,8 @@ def _is_own(function: FunctionType, file: str | None, qualified_name: str) -> bo
 def _is_own_helper(function: FunctionType) -> bool:
     if function.__code__.co_filename.startswith(_TORCH):
         return True  # torch makes some of its functions by others
-    return _package(function.__module__) in PACKAGES and _is_own(function, None, function.__qualname__)
+    known = (*PACKAGES, *sys.stdlib_module_names)
+    return _package(function.__module__) in known and _is_own(function, None, function.__qualname__)
 
 
 def _in_file_of(function: FunctionType, module: str | None) -> bool:
