@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections import defaultdict
@@ -20,6 +21,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from tests.counting import AttentionCalls, randomise, settle
 from tests.test_options import LAYERS
 from tests.test_patch import patched_layers
+from tests.test_tasks import EnoughError
 from yolo_flash import patch_model
 from yolo_flash.patch import targets
 
@@ -126,8 +128,16 @@ def train_twins(
     layers: int = LAYERS,
     prepare: Callable[[Any], object] | None = None,
     before: Callable[[], object] = lambda: None,
+    whole: bool = False,
 ) -> tuple[Twin, Twin]:
-    """Train both, from weights to which attention matters; each of so many steps is fused and has the loss of stock."""
+    """Train both, from weights to which attention matters; each of so many steps is fused and has the loss of stock.
+
+    The run of stock ends with its last step unless it is asked for as a whole.
+    """
+
+    def enough(trainer: Any) -> None:
+        if trainer.epoch + 1 == trainer.epochs:
+            raise EnoughError
 
     def start(trainer: Any) -> None:
         randomise(trainer.model)
@@ -136,7 +146,10 @@ def train_twins(
     def use(twin: Twin) -> None:
         if str(config).endswith(".yaml"):
             twin.model.add_callback("on_train_start", start)
-        twin.train(**{**SGD, **args})
+        if not whole and type(twin.model) is YOLO:
+            twin.model.add_callback("on_train_epoch_end", enough)
+        with contextlib.suppress(EnoughError):
+            twin.train(**{**SGD, **args})
 
     stock, ours = twins(config, use, prepare=prepare, before=before)
     assert (stock.error, ours.error) == ("", "")
