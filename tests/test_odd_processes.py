@@ -227,7 +227,6 @@ def test_files_of_the_user_with_the_names_of_ours_are_not_imported(tiny_model: s
     assert answer["ours"] == []
 
 
-@pytest.mark.xfail(strict=True, reason="an AttributeError of an import is taken for a name that does not exist")
 def test_an_import_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     """A triton.py of the user ends torch._dynamo, and so Ultralytics, with an AttributeError that names it."""
 
