@@ -40,6 +40,13 @@ def test_shipped_models_are_stock_patched_and_fused(name):
     assert foreign(model.eval().fuse(verbose=False).modules()) == ""
 
 
+def test_what_torch_s_compiler_does_to_torch_is_torch_s(model):
+    from torch._dynamo.mutation_guard import install_generation_tagging_init
+
+    install_generation_tagging_init()  # as every compilation does, for good
+    assert foreign(model.modules()) == ""
+
+
 def test_the_criterion_and_the_trainer_are_stock(model):
     assert foreign(parts_of(model.init_criterion())) == ""
     trainer = object.__new__(DetectionTrainer)

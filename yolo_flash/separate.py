@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .backends import AttentionSpec
+from .backends import AttentionSpec, flash_for_cpu
 from .guard import Job, give_up, needs_rules, written_out
 
 aten = torch.ops.aten
@@ -52,8 +52,7 @@ def _math(inputs: Inputs, spec: AttentionSpec) -> Tensor:
 
 def _flash(inputs: Inputs, spec: AttentionSpec) -> Tensor:
     if inputs[0].device.type == "cpu":
-        operator = aten._scaled_dot_product_flash_attention_for_cpu
-        return _attend(inputs, spec, 1, operator, attn_mask=_bias(inputs[3], spec))
+        return _attend(inputs, spec, 1, flash_for_cpu, attn_mask=_bias(inputs[3], spec))
     return _attend(inputs, spec, 8, aten._scaled_dot_product_flash_attention)
 
 

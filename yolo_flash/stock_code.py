@@ -120,10 +120,11 @@ def _foreign_in_class(cls: type, wanted: set[str] | None) -> str:
     for name, function in _functions(cls, vars(cls) if wanted is None else wanted):
         if isinstance(function, partial):
             return f"{cls.__name__}.{name}"
-        if not known or file is None or not _is_own(function, file, f"{cls.__qualname__}.{name}"):
-            alias = known and _package(cls.__module__) == "torch" and _in_file_of(function, cls.__module__)
-            if not alias:  # torch.nn.Module has two: `forward` and `__call__`
-                return f"{cls.__name__}.{name}"
+        # Torch has other names for some of its functions (`nn.Module.__call__`), and dynamo replaces one for good.
+        torch_s = _package(cls.__module__) == "torch" and function.__code__.co_filename.startswith(_TORCH)
+        own = known and file is not None and _is_own(function, file, f"{cls.__qualname__}.{name}")
+        if not (own or torch_s):
+            return f"{cls.__name__}.{name}"
     return ""
 
 
