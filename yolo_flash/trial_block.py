@@ -26,7 +26,8 @@ from .stock_pickle import become
 
 _PARTS = ("output", "gradient of q", "gradient of k", "gradient of v")
 _HIGH = 120.0  # a score of the hard inputs: its exponential overflows float32, that of its negative is zero there
-_HARD_SCORES = {"cpu": 2**24, "cuda": 2**27}  # of one image: beyond, a trial would take seconds more
+_HARD_SCORES = {"cpu": 2**22, "cuda": 2**24}  # as many kinds of hard inputs as make this, one at least
+_HARD_LARGEST = {"cpu": 2**24, "cuda": 2**27}  # of one image: beyond, a trial would take seconds more
 
 
 # The block ------------------------------------------------------------------------------------------------------------
@@ -217,16 +218,18 @@ def hard_probe(spec: AttentionSpec, device: torch.device) -> Probe | None:
     """Scores far below 0, one dominating key, scores far above 0: a group of each, on the first image at least.
 
     cuDNN's backward gave NaN for the first of them (cudnn-frontend issue 1072). The gradients of q, k and v are held
-    together: those of q and k are zero but for rounding where one key has all the weight. Scores of 120 are rounded in
-    float32 before their exponentials are taken, whoever takes them.
+    together: those of q and k are zero but for rounding where one key has all the weight. A score of 120 is off by 1e-5
+    in float32, and a fused backward, which takes exponentials again, meets it four times: in the score, in the
+    logarithm of the sum, in their difference, and in the product with a key as large.
 
     Returns:
         None where one image is so large that this would take seconds; small ones have shown what kernel there is.
     """
-    room = _HARD_SCORES.get(device.type, 0) // max(1, spec.area * spec.scores // spec.batch)
-    if not room:
+    scores = spec.area * spec.scores // spec.batch
+    if scores > _HARD_LARGEST.get(device.type, 0):
         return None
-    groups = spec.area * min(room, -(-len(_HARD) // spec.area))
+    images = max(1, min(_HARD_SCORES[device.type] // scores, -(-len(_HARD) // spec.area)))
+    groups = spec.area * images
     given, upstream = _hard_inputs(spec, groups, device)
     truth = _exact(spec, given, upstream)
 
@@ -241,7 +244,7 @@ def hard_probe(spec: AttentionSpec, device: torch.device) -> Probe | None:
                 by_kind[f"gradient for {kind}"] = relative_error(*joint)
         return by_kind
 
-    rounding = _HIGH * torch.finfo(torch.float32).eps
+    rounding = 4 * _HIGH * torch.finfo(torch.float32).eps
     return Probe(groups, given, upstream, errors, rounding, usual=_HIGH * torch.finfo(spec.dtype).eps)
 
 

@@ -29,6 +29,7 @@ from .selector import Trial
 
 Trials = dict[str, Trial]
 
+_CPU: Any = torch.backends.mkldnn  # whose `matmul` torch's stubs do not have
 _MOST_KNOWN = 512  # files that `known` looks at, the newest first
 _METHODS = ("graph", "events", "clock", "")
 _NOT_USABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
@@ -230,23 +231,23 @@ def _facts(machine: Machine) -> dict[str, Any]:
 
 
 def _arithmetic() -> Iterator[tuple[str, str]]:
-    """How torch multiplies float32, on GPUs and on CPUs: by switches of the process, old ones and new ones."""
-    cpu: Any = torch.backends.mkldnn
-    switches: dict[str, Callable[[], object]] = {
-        "float32": torch.get_float32_matmul_precision,
-        "tf32": lambda: torch.backends.cuda.matmul.allow_tf32,
-        "cudnn tf32": lambda: torch.backends.cudnn.allow_tf32,
-        "half sums": lambda: torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
-        "bfloat16 sums": lambda: torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
-        "matmul": lambda: torch.backends.cuda.matmul.fp32_precision,  # from torch 2.9 on
-        "cudnn": lambda: torch.backends.cudnn.fp32_precision,
-        "cpu": lambda: cpu.matmul.fp32_precision,
+    """How torch multiplies: by switches of the process, of which torch 2.9 has new ones.
+
+    Once a new one is set, torch refuses to read the old one beside it.
+    """
+    gpu, cudnn, cpu = torch.backends.cuda.matmul, torch.backends.cudnn, _CPU
+    switches: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "float32": (torch.get_float32_matmul_precision, lambda: (gpu.fp32_precision, cpu.matmul.fp32_precision)),
+        "tf32": (lambda: gpu.allow_tf32, lambda: gpu.fp32_precision),
+        "cudnn tf32": (lambda: cudnn.allow_tf32, lambda: cudnn.fp32_precision),
+        "float16 sums": (lambda: gpu.allow_fp16_reduced_precision_reduction, lambda: ""),
+        "bfloat16 sums": (lambda: gpu.allow_bf16_reduced_precision_reduction, lambda: ""),
     }
-    for name, switch in switches.items():
+    for name, (old, new) in switches.items():
         try:
-            yield name, str(switch())
-        except (RuntimeError, AttributeError) as error:  # not to be read once the new ones were set, or not there yet
-            yield name, type(error).__name__
+            yield name, str(old())
+        except RuntimeError:
+            yield name, str(new())
 
 
 @functools.lru_cache(maxsize=1)
