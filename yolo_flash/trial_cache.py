@@ -246,7 +246,7 @@ def _arithmetic() -> Iterator[tuple[str, str]]:
     for name, (old, new) in switches.items():
         try:
             yield name, str(old())
-        except RuntimeError:
+        except RuntimeError:  # only where there are new ones
             yield name, str(new())
 
 
