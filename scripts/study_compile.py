@@ -1,6 +1,6 @@
 """Compile our Triton kernels for cards that are not there: registers, spills and shared memory of every tile.
 
-    python scripts/study_compile.py compile [sm ...]            # with the Triton of this environment, JSON a line
+    python scripts/study_compile.py compile [sm_80 ...] [32/64 ...]    # with the Triton of this environment
     python scripts/study_compile.py table docs/results/compile-triton.md 3.3.1 3.4.0 3.5.1
 
 `compile` runs the compiler and the `ptxas` that come with Triton, which need no GPU. `table` has pip fetch each version
@@ -31,12 +31,12 @@ POINTERS = {  # of each kernel, in order; the statistics are float32
 
 
 # Compile --------------------------------------------------------------------------------------------------------------
-def jobs(sm: int) -> Iterator[tuple[str, int, int, int, Any]]:
+def jobs(sm: int, dims: list[str]) -> Iterator[tuple[str, int, int, int, Any]]:
     """`(kernel, seq_len, head_dim, head_dim_v, tiles)`: one for each tiles that a card may get, by head dims."""
     from yolo_flash.kernels import area
 
     seen = set()
-    for dim, dim_v in DIMS:
+    for dim, dim_v in [pair for pair in DIMS if not dims or f"{pair[0]}/{pair[1]}" in dims]:
         for kernel in POINTERS:
             for seq_len in SEQ_LENS:
                 tiles = area.tiles_for(kernel, seq_len, dim, dim_v, divmod(sm, 10))  # type: ignore[arg-type]
@@ -87,12 +87,12 @@ def _ptxas(ptx: str, folder: Path) -> dict[str, int]:
     return {"registers": int(registers[1]), "spilt": int(spilt[1]) if spilt else 0}  # type: ignore[index]
 
 
-def compile_all(sms: list[int]) -> Iterator[dict[str, Any]]:
-    """One row for each kernel that `auto` may start on these cards."""
+def compile_all(sms: list[int], dims: list[str]) -> Iterator[dict[str, Any]]:
+    """One row for each kernel that `auto` may start on these cards, for all head dims or some."""
     import triton
 
     for sm in sms:
-        for kernel, seq_len, dim, dim_v, tiles in jobs(sm):
+        for kernel, seq_len, dim, dim_v, tiles in jobs(sm, dims):
             row: dict[str, Any] = {
                 "triton": triton.__version__,
                 "sm": sm,
@@ -145,7 +145,8 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
 def main(args: list[str]) -> None:
     """See the head of the file."""
     if args[0] == "compile":
-        for row in compile_all([int(sm) for sm in args[1:]] or list(SHARED_KIB)):
+        cards = [int(word.removeprefix("sm_")) for word in args[1:] if word.startswith("sm_")]
+        for row in compile_all(cards or list(SHARED_KIB), [word for word in args[1:] if "/" in word]):
             print(json.dumps(row), flush=True)
         return
     file, versions = Path(args[1]), args[2:]
