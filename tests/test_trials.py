@@ -211,3 +211,16 @@ def test_what_was_not_planned_is_counted_up_to_a_limit(monkeypatch: pytest.Monke
     for batch in range(10, 20):
         mine.decide(dataclasses.replace(AREA, batch=batch), "auto", CPU)
     assert len(mine.unplanned) == 5
+
+
+@pytest.mark.parametrize("layout", ["nchw", "separate"])
+def test_a_measurement_within_a_prediction_is_as_any_other(layout: Any) -> None:
+    """Whose inference mode and autocast are not those of the spec."""
+    spec = dataclasses.replace(AREA, layout=layout, area=1)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        trials = autotune.judge(spec, CPU, ["stock", "sdpa_flash"])
+        assert torch.is_inference_mode_enabled()
+    for trial in trials.values():
+        assert trial.why_not == ""
+        assert trial.error is not None
+        assert trial.error < 1e-6
