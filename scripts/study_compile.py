@@ -75,14 +75,18 @@ def resources(sm: int, kernel: str, seq_len: int, dim: int, dim_v: int, tiles: A
 def _ptxas(ptx: str, folder: Path) -> dict[str, int]:
     """What ptxas tells of a kernel."""
     target = re.search(r"\.target (sm_\w+)", ptx)[1]  # type: ignore[index]
-    recent = folder / "ptxas-blackwell"
-    tool = recent if int(re.sub(r"\D", "", target)) >= 100 and recent.exists() else folder / "ptxas"
+    tools = [tool for name in ("ptxas", "ptxas-blackwell") if (tool := folder / name).exists()]
+    if int(re.sub(r"\D", "", target)) >= 100:
+        tools.reverse()
     with tempfile.TemporaryDirectory() as temporary:
         (file := Path(temporary) / "kernel.ptx").write_text(ptx)
-        command = [str(tool), "-v", f"--gpu-name={target}", str(file), "-o", str(file.with_suffix(".cubin"))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"ptxas: {done.stderr.strip()}")
+        for tool in tools:  # Triton 3.9 writes for Hopper what its older ptxas cannot read, and takes the other one
+            command = [str(tool), "-v", f"--gpu-name={target}", str(file), "-o", str(file.with_suffix(".cubin"))]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if not done.returncode:
+                break
+        else:
+            raise RuntimeError(f"ptxas: {done.stderr.strip().replace(temporary, '')}")
     registers, spilt = re.search(r"Used (\d+) registers", done.stderr), re.search(r"(\d+) bytes spill st", done.stderr)
     return {"registers": int(registers[1]), "spilt": int(spilt[1]) if spilt else 0}  # type: ignore[index]
 
