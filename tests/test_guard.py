@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.counting import AttentionCalls
 from tests.test_blocks import LAYOUTS, channels, make, patched
 from tests.versions import TORCH
-from yolo_flash import FlashConfig, FlashKernelError
+from yolo_flash import FlashConfig, FlashKernelError, blocks, guard
 from yolo_flash.backends import BACKENDS, AttentionSpec
 from yolo_flash.machine import detect
 from yolo_flash.patch import patch_modules
@@ -85,13 +85,11 @@ def test_the_backward_operator_is_called_as_autograd_calls_it(name: str, device:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["area4", "psa", "psa 36/72"])
 def test_the_node_gives_what_the_graph_gives(kind: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit; under torch.compile and in functional transforms it is the graph that runs."""
-    if TORCH < (2, 6):
-        pytest.skip("this torch runs such a function nowhere but in a real transform")
+    """To the bit; under torch.compile it is the graph that runs."""
     block = patched(make(kind)).to(memory_format=LAYOUTS[layout])
     x = torch.randn(2, channels(block), 8, 6).to(memory_format=LAYOUTS[layout])
     node = gradients(block, x)
-    monkeypatch.setattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+    monkeypatch.setattr(blocks, "attend", lambda qkv, job: guard._run(qkv, job.spec, job.backend))
     for a, b in zip(node, gradients(block, x), strict=True):
         assert torch.equal(a, b)
 
@@ -107,13 +105,6 @@ def test_a_retained_graph_is_differentiated_twice_with_one_forward() -> None:
     assert (calls.forward, calls.backward) == ({"sdpa_flash": 1}, {"sdpa_flash": 2})
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(loss, x)
-
-
-def test_a_gradient_of_a_gradient_is_refused_and_not_wrong() -> None:
-    x = torch.randn(2, 64, 8, 8, requires_grad=True)
-    (grad,) = torch.autograd.grad(patched(make("area4"))(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.square().sum().backward()
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -133,7 +124,7 @@ def test_an_error_of_a_hook_is_no_error_of_the_backend() -> None:
     block: Any = patched(make("area1"), "auto")
 
     def stop(t: Tensor) -> Tensor:
-        if t.shape[-1] == 96:  # packed
+        if t.ndim == 4 and t.shape[1] == 192:  # the packed image
             raise RuntimeError("enough")
         return t
 

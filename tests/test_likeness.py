@@ -44,11 +44,12 @@ def different(block: nn.Module) -> str:
 
 
 def change(monkeypatch: pytest.MonkeyPatch, cls: type, old: str, new: str) -> None:
-    """Give a stock class a forward whose source reads a little differently."""
+    """Give a stock class a forward whose source reads a little differently, as another release of Ultralytics may."""
     source = textwrap.dedent(inspect.getsource(cls.forward))  # type: ignore[attr-defined]
     assert old in source
     names = dict(vars(stock_blocks))
-    exec(source.replace(old, new), names)
+    exec(compile(source.replace(old, new), str(stock_blocks.__file__), "exec"), names)
+    names["forward"].__qualname__ = f"{cls.__name__}.forward"
     monkeypatch.setattr(cls, "forward", names["forward"])
 
 
@@ -62,6 +63,7 @@ def test_the_blocks_that_we_know_are_the_same(kind: str) -> None:
     ("cls", "old", "new"),
     [
         (AAttn, "(self.head_dim**-0.5)", "(1.05 * self.head_dim**-0.5)"),
+        (AAttn, "(self.head_dim**-0.5)", "(1.001 * self.head_dim**-0.5)"),
         (AAttn, "q, k, v =", "k, v, q ="),
         (AAttn, "self.pe(v)", "self.pe(x)"),
         (AAttn, "self.proj(x)", "self.proj(x) + 0.05"),
@@ -78,7 +80,7 @@ def test_a_changed_block_is_seen(cls: type, old: str, new: str, monkeypatch: pyt
     block = AAttn(64, 2, 4) if cls is AAttn else Attention(128, 2)
     assert different(block) == ""
     change(monkeypatch, cls, old, new)
-    assert "off ours on a test input, 0.5% is allowed" in different(block)
+    assert "off ours on a test input, 0.001% is allowed" in different(block)
 
 
 def test_weights_that_hide_attention_hide_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,15 +228,15 @@ def test_equal_blocks_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_comparison_is_a_few_small_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels: list[int] = []
-    forward = AAttn.forward
+    run = likeness._run
 
-    def spy(block: Any, x: Tensor) -> Tensor:
-        pixels.append(x.shape[0] * x.shape[2] * x.shape[3])
-        return forward(block, x)
+    def spy(cls: Any, twin: nn.Module, given: dict[str, Tensor]) -> Tensor:
+        pixels.append(given["x"].shape[0] * given["x"].shape[2] * given["x"].shape[3])
+        return run(cls, twin, given)
 
-    monkeypatch.setattr(AAttn, "forward", spy)
+    monkeypatch.setattr(likeness, "_run", spy)
     different(AAttn(64, 2, 4))
-    assert pixels == [48, 48]  # stock, in training and in prediction; ours as often
+    assert pixels == [48] * 4  # stock and ours, in training and in prediction
 
 
 # Left stock -----------------------------------------------------------------------------------------------------------
@@ -247,7 +249,7 @@ def test_left_stock_with_one_line(monkeypatch: pytest.MonkeyPatch, log: list[str
     assert patched_layers(module) == 1
     assert len(log) == 1
     assert "yolo-flash: stock attention stays in 0 and 1 more: this AAttn (ultralytics " in log[0]
-    assert "off ours on a test input, 0.5% is allowed. All else works; a newer yolo-flash may know it." in log[0]
+    assert "off ours on a test input, 0.001% is allowed. All else works; a newer yolo-flash may know it." in log[0]
     assert list(targets(module)) == ["1"]
 
 

@@ -1,36 +1,61 @@
-"""The attention blocks that we take over: how each packs its queries, keys and values, and its fused forward."""
+"""The attention blocks that we take over: how each packs its queries, keys and values, and its fused forward.
+
+Each keeps an eye on what it stands in for: a block that a user edits after it was patched, or whose class is given
+another forward, is compared once more with the stock one, and runs as stock where the two have come to differ.
+"""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from ultralytics.nn.modules.block import AAttn, Attention
+from ultralytics.utils import LOGGER
 
-from .backends import BACKENDS, AttentionSpec
-from .guard import Job, attend, memory_format
+from .backends import BACKENDS, AttentionSpec, BackendNotSupportedError
+from .guard import Job, attend, memory_format, transformed
+from .likeness import difference
 from .runtime import Runtime
-from .stock_pickle import StockPickle
+from .stock_pickle import PREFIX, StockPickle, stock_twin
+
+_UNREAD = frozenset(vars(nn.Module())) | {"__class__", "_compiled_call_impl", "total_ops", "total_params"}
+"""Attributes of a block that change nothing of what its stock forward computes; `training` is one of them."""
+
+_told: WeakKeyDictionary[Runtime, set[str]] = WeakKeyDictionary()
 
 
 class FlashBlock(StockPickle):
     """The forward that the blocks share: 1x1 convolution to packed qkv, attention, positional convolution, projection.
 
+    An attribute that is set on a block, or deleted, counts: `attn.scale *= 2`, fewer heads, another `pe`. A change in
+    place of an object that the block holds, or of `vars(attn)`, passes unseen; modules and tensors are safe from that,
+    since ours runs the same ones.
+
     Attributes:
         _flash_layer: The block's name in the model, for messages.
         _flash_choice: `auto` or the name of the backend for this block.
         _flash_runtime: Shared by the blocks of a model.
+        _flash_edits: How often an attribute was set since the block was patched; text, to which a compiled graph is
+            bound, where it would take a number for a size.
+        _flash_verdict: What the block was compared as, see `code`, and why it is to run as stock: empty if it is not.
+            None where nobody is to be heeded: in the blocks of measurements and comparisons, which are our own.
+        calls: The functions by name that the stock forward calls, as `stock_code.foreign` takes them.
         separate: Whether queries, keys and values are three tensors, and not the packed output of one convolution.
         total_ops: Set by thop, which Ultralytics counts GFLOPs with, for the time of its forwards.
     """
 
+    calls: ClassVar[tuple[tuple[ModuleType, ...], tuple[str, ...]]] = (), ()
     separate: ClassVar[bool] = False
     total_ops: float | None = None
 
     _flash_layer: str
     _flash_choice: str
     _flash_runtime: Runtime
+    _flash_edits: str = ""
+    _flash_verdict: tuple[tuple[Any, ...], str] | None = None
     qkv: Any
     pe: Any
     proj: Any
@@ -42,11 +67,16 @@ class FlashBlock(StockPickle):
         """`(groups, seq_len, head_dim, head_dim_v, area)` for an input of that size; None if the block cannot run."""
         raise NotImplementedError
 
+    @classmethod
+    def code(cls, edits: str = "") -> tuple[Any, ...]:
+        """What the stock forward is made of at this moment: its function, those it calls by name, and the edits."""
+        return cls._stock.forward, edits  # type: ignore[attr-defined]
+
     def forward(self, x: Tensor) -> Tensor:
         """Attention over an image `[batch, channels, height, width]`, in and out; see the stock block for its meaning.
 
         Raises:
-            BackendNotSupportedError: The backend asked for by name cannot run this input.
+            BackendNotSupportedError: The backend asked for by name cannot run this input, or the block was changed.
             FlashKernelError: The backend asked for by name raised.
         """
         plan = self._plan(x)
@@ -57,7 +87,7 @@ class FlashBlock(StockPickle):
 
     def _plan(self, x: Tensor) -> tuple[AttentionSpec, str] | None:
         """The problem that an input poses, and the backend for it; None where the stock forward runs."""
-        fields = None if _leave_stock(self, x) else self._spec_fields(x)
+        fields = None if _leave_stock(self, x) or self._was_changed() else self._spec_fields(x)
         return None if fields is None else self._choose(fields, x.device)
 
     def _choose(self, fields: tuple[Any, ...], device: torch.device) -> tuple[AttentionSpec, str] | None:
@@ -75,6 +105,69 @@ class FlashBlock(StockPickle):
         nhwc = memory_format(x) is torch.channels_last
         modes = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
         return spec_fields(self, type(self), batch, height * width, _compute_dtype(x), nhwc, *modes)
+
+    # What a user changes ----------------------------------------------------------------------------------------------
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute as on the stock block, and remember it."""
+        self._note_edit(name)  # before it may be somebody else's: `__class__` is set like this too
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute as on the stock block, and remember it."""
+        self._note_edit(name)
+        super().__delattr__(name)
+
+    def _note_edit(self, name: str) -> None:
+        if name not in _UNREAD and not name.startswith(PREFIX):
+            self.__dict__["_flash_edits"] = str(int(self._flash_edits or 0) + 1)
+
+    def why_stock(self) -> str:
+        """Why the block no longer computes what ours computes, as `likeness.difference` says it; empty if it does."""
+        verdict = self._flash_verdict
+        if verdict is None:
+            return ""
+        code = self.code(self._flash_edits)
+        if verdict[0] != code:
+            verdict = code, difference(self, type(self))  # type: ignore[arg-type]
+            self.__dict__["_flash_verdict"] = verdict
+        return verdict[1]
+
+    def _was_changed(self) -> bool:
+        """Whether the stock forward has to run for a change, of which one line tells.
+
+        Raises:
+            BackendNotSupportedError: A backend was asked for by name.
+        """
+        if torch.compiler.is_compiling():
+            return self._was_changed_in_graph(self._flash_edits)
+        return self.why_stock() != "" and self._tell()
+
+    @torch.compiler.assume_constant_result
+    def _was_changed_in_graph(self, edits: str) -> bool:
+        """The same, asked once for a graph: the edits are its to guard."""
+        return self.why_stock() != "" and self._tell()
+
+    def _tell(self) -> bool:
+        layer, choice, reason = self._flash_layer, self._flash_choice, self.why_stock()
+        if choice not in ("auto", "stock"):
+            raise BackendNotSupportedError(unknown_block(self, layer, choice, reason))
+        told = _told.setdefault(self._flash_runtime, set())
+        if choice == "auto" and reason not in told:
+            told.add(reason)
+            LOGGER.warning(
+                f"yolo-flash: stock attention runs in {layer or 'the block'} from now on, and in all that were changed "
+                f"alike: this {self._stock.__name__} is no longer the one that was patched: {reason}."
+            )
+        return True
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles, and puts in the place of this block in a module that it is given."""
+        LOGGER.warning(
+            f"yolo-flash: torch.jit.script gets stock attention for {self._flash_layer or 'the block'}, and leaves it "
+            f"in the model that it was given: call patch_model again to go on with that."
+        )
+        stock: nn.Module = stock_twin(self)
+        return stock
 
 
 class FlashAAttn(FlashBlock, AAttn):
@@ -100,6 +193,21 @@ class FlashAttention(FlashBlock, Attention):
     def problem(block: Any, batch: int, tokens: int) -> tuple[int, int, int, int, int]:
         """The whole image is one group."""
         return batch, tokens, block.key_dim, block.head_dim, 1
+
+
+def unknown_block(block: Any, layer: str, choice: str, reason: str) -> str:
+    """The message of an error: a backend asked for by name in a block that has to stay stock.
+
+    Args:
+        block: Stock or patched.
+        layer: Its name.
+        choice: The backend's name.
+        reason: As `likeness.difference` gives it.
+    """
+    return (
+        f"{choice} cannot run in {layer or 'the block'}: this {block.__class__.__name__} is not the one that this "
+        f"version knows: {reason}. flash.backend=auto, or flash.layers={layer}:stock, leaves it stock."
+    )
 
 
 def block_spec(
@@ -158,7 +266,10 @@ def spec_fields(
 
 
 def _leave_stock(block: FlashBlock, x: Tensor) -> bool:
-    """Exporters, tracers and the counter of GFLOPs look at operators: they get the stock ones, which they all know."""
+    """Who looks at operators gets the stock ones, which all know: exporters, tracers, transforms, the GFLOPs counter.
+
+    So does an input without images, on which kernels and plans would divide by zero.
+    """
     return (
         torch.jit.is_tracing()
         or torch.onnx.is_in_onnx_export()
@@ -167,6 +278,7 @@ def _leave_stock(block: FlashBlock, x: Tensor) -> bool:
         or block.format == "coreml"
         or block.total_ops is not None
         or x.is_meta
+        or (not torch.compiler.is_compiling() and (transformed() or x.numel() == 0))
     )
 
 

@@ -1,7 +1,8 @@
 """Attention on an image as one node of autograd, in which a backend may fail: another one answers, in either direction.
 
 The node calls the backend's own operator for its gradient: with a graph of autograd inside, and a node for every change
-of layout around it, the host took twice as long.
+of layout around it, the host took twice as long. No fused operator has a gradient of its gradient: where one is asked
+for, or a transform looks on, the gradient is written out in operators that have every rule.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from .backends import BACKENDS, AttentionSpec
 from .runtime import Runtime
@@ -56,9 +57,11 @@ def attend(qkv: Tensor, job: Job) -> tuple[Tensor, Tensor]:
     """
     if torch.compiler.is_compiling():
         return _run(qkv, job.spec, job.backend)
-    one_node = qkv.requires_grad and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
-    if one_node and BACKENDS[job.backend].fused:
-        out, image = _Attention.apply(qkv, job)
+    if qkv.requires_grad and torch.is_grad_enabled() and BACKENDS[job.backend].fused:
+        layout = memory_format(qkv)
+        if not qkv.is_contiguous(memory_format=torch.channels_last):
+            qkv = _relayout(qkv, torch.channels_last, back=layout)  # outside of the node, which so keeps one copy alone
+        out, image = _Attention.apply(qkv, job, layout)
         return out, image
     return _answered(job, qkv.device, lambda backend: _run(qkv, job.spec, backend))[1]
 
@@ -98,24 +101,73 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if nhwc else torch.contiguous_format
 
 
+def transformed() -> bool:
+    """Whether `torch.func` or forward-mode AD sees every operator now: the fused ones lack the rules for it."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def needs_rules(*grads: Tensor) -> bool:
+    """Whether a backward that is given these gradients is itself differentiated (`create_graph=True`) or transformed.
+
+    `is_grads_batched=True` shows in the gradients alone, as a tensor of an older kind of `vmap`.
+    """
+    return torch.is_grad_enabled() or transformed() or any(map(_is_batched, grads))
+
+
+def _is_batched(t: Tensor) -> bool:
+    return torch._C._functorch.is_legacy_batchedtensor(t) or torch._C._functorch.is_batchedtensor(t)
+
+
+def written_out(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of attention in plain operators: exact, to be differentiated any number of times, not fused.
+
+    Args:
+        q: Queries `[..., seq_len_q, head_dim]`.
+        k: Keys `[..., seq_len_k, head_dim]`.
+        v: Values `[..., seq_len_k, head_dim_v]`.
+        dout: Gradient of the output, `[..., seq_len_q, head_dim_v]`.
+        scale: Of the scores.
+        mask: Bool `[seq_len_q, seq_len_k]`, True where a key is not seen.
+
+    Returns:
+        The gradients of q, k and v, computed in float32 at least and in the dtypes of these.
+    """
+    dtypes = q.dtype, k.dtype, v.dtype
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v, dout = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v, dout))
+        scores = q @ k.transpose(-2, -1) * scale
+        if mask is not None:
+            scores = scores.masked_fill(mask, float("-inf"))
+        weights = scores.softmax(dim=-1)
+        dweights = dout @ v.transpose(-2, -1)
+        dscores = weights * (dweights - (weights * dweights).sum(dim=-1, keepdim=True)) * scale
+        grads = dscores @ k, dscores.transpose(-2, -1) @ q, weights.transpose(-2, -1) @ dout
+        dq, dk, dv = (grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))
+    return dq, dk, dv
+
+
 # One node -------------------------------------------------------------------------------------------------------------
 class _Attention(torch.autograd.Function):
     """The whole of it: layouts, backend, errors."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, job: Job) -> tuple[Tensor, Tensor]:
-        ctx.layout = layout = memory_format(qkv)
-        packed = _pack(qkv.contiguous(memory_format=torch.channels_last), job.spec)
+    def forward(ctx: Any, qkv: Tensor, job: Job, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
+        ctx.layout = layout
+        packed = _pack(qkv, job.spec)
         backend, (out, image, *kept) = _answered(job, qkv.device, lambda name: _forward(name)(packed, job.spec))
         ctx.job = job if backend == job.backend else job._replace(backend=backend)
-        ctx.save_for_backward(packed, *(t for t in kept if not isinstance(t, int)))
+        ctx.save_for_backward(qkv, *(t for t in kept if not isinstance(t, int)))
         return _unpack(out, qkv).contiguous(memory_format=layout), _unpack(image, qkv).contiguous(memory_format=layout)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        packed, *kept = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        qkv, *kept = ctx.saved_tensors
         spec, backend = ctx.job.spec, ctx.job.backend
+        if needs_rules(*grads):
+            return _written_out(qkv, grads, spec), None, None
+        packed = _pack(qkv, spec)
         dout, dimage = (_pack(grad.contiguous(memory_format=torch.channels_last), spec) for grad in grads)
         differentiate = BACKENDS[backend].backward
         try:
@@ -126,7 +178,16 @@ class _Attention(torch.autograd.Function):
         except Exception as error:
             give_up(ctx.job, error, "the backward of ")
             grad = _by_autograd(packed, dout, dimage, spec, "sdpa_math")
-        return _unpack(grad, grads[0]).contiguous(memory_format=ctx.layout), None
+        return _unpack(grad, grads[0]).contiguous(memory_format=ctx.layout), None, None
+
+
+def _written_out(qkv: Tensor, grads: tuple[Tensor, ...], spec: AttentionSpec) -> Tensor:
+    """The gradient of the image `qkv`: no memory format is asked for, which `vmap` does not know."""
+    packed, dout, through_image = (_pack(t, spec).transpose(1, 2) for t in (qkv, *grads))
+    q, k, v = packed.split([spec.head_dim, spec.head_dim, spec.head_dim_v], dim=-1)
+    dq, dk, dv = written_out(q, k, v, dout, spec.head_dim**-0.5)
+    both = torch.cat((dq, dk, dv + through_image), dim=-1).transpose(1, 2).contiguous()
+    return _unpack(both, qkv)
 
 
 def _by_autograd(packed: Tensor, dout: Tensor, dimage: Tensor, spec: AttentionSpec, backend: str) -> Tensor:
@@ -164,7 +225,8 @@ def _run(qkv: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor
 def _forward(backend: str) -> Callable[[Tensor, AttentionSpec], tuple[Any, ...]]:
     """Of the backend, or, for `stock`, whose forward begins before the packed tensor, of unfused attention."""
     function = BACKENDS[backend].forward or BACKENDS["sdpa_math"].forward
-    assert function is not None
+    if function is None:
+        raise LookupError(f"neither {backend} nor sdpa_math has a forward for packed tensors.")
     return function
 
 
@@ -203,4 +265,6 @@ class _Relayout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if not torch.compiler.is_compiling() and _is_batched(grad):  # `vmap` knows no memory format
+            return grad, None, None
         return grad.contiguous(memory_format=ctx.back), None, None

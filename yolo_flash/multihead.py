@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import linear
 from ultralytics.nn.modules.head import RTDETRDecoder
 from ultralytics.nn.modules.transformer import (
@@ -31,6 +32,7 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
     """Self-attention without its weights; whatever else is asked for, the stock forward does."""
 
     _stock: ClassVar[type] = nn.MultiheadAttention
+    calls = (functional,), ("multi_head_attention_forward",)
     separate: ClassVar[bool] = True
     format: str | None = None  # what the stock block lacks, `torch.nn.Module` looks for slowly
 
@@ -38,6 +40,11 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
     def problem(block: Any, batch: int, tokens: int) -> tuple[int, int, int, int, int]:
         """Each image is one group."""
         return batch, tokens, block.head_dim, block.head_dim, 1
+
+    @classmethod
+    def code(cls, edits: str = "") -> tuple[Any, ...]:
+        """The forward of the stock class, torch's function in which it computes, and the edits."""
+        return nn.MultiheadAttention.forward, functional.multi_head_attention_forward, edits
 
     def forward(  # type: ignore[override]
         self,
@@ -66,7 +73,7 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
             Attention of the shape of `query`, in the dtype of its projection; and the weights, from the stock forward.
 
         Raises:
-            BackendNotSupportedError: The backend asked for by name cannot run this input.
+            BackendNotSupportedError: The backend asked for by name cannot run this input, or the block was changed.
             FlashKernelError: The backend asked for by name raised.
         """
         asked = need_weights or not average_attn_weights or is_causal or key_padding_mask is not None
@@ -100,6 +107,8 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
         return mask is None or (mask.dtype is torch.bool and mask.shape == (tokens, tokens))
 
     def _plan(self, x: Tensor, mask: Tensor | None = None) -> tuple[AttentionSpec, str] | None:
+        if self._was_changed():
+            return None
         modes = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), mask is not None
         fields = spec_fields(self, type(self), *images_and_tokens(self, x), _compute_dtype(x), False, *modes)
         return None if fields is None else self._choose(fields, x.device)

@@ -11,7 +11,7 @@ from torch import nn
 from ultralytics.utils import LOGGER
 
 from .backends import BackendNotSupportedError, check_name
-from .blocks import FlashAAttn, FlashAttention, FlashBlock
+from .blocks import FlashAAttn, FlashAttention, FlashBlock, unknown_block
 from .config import FlashConfig, FlashConfigError
 from .likeness import difference
 from .multihead import FlashMultiheadAttention, unread_weights
@@ -47,7 +47,7 @@ def targets(module: nn.Module) -> dict[str, nn.Module]:
 
 def _strangeness(block: nn.Module) -> str:
     """Why a block has to stay stock; empty if it has not."""
-    return "" if isinstance(block, FlashBlock) else difference(block, BLOCKS[type(block)])
+    return block.why_stock() if isinstance(block, FlashBlock) else difference(block, BLOCKS[type(block)])
 
 
 def patch_modules(module: nn.Module, config: FlashConfig, runtime: Runtime | None = None) -> Runtime:
@@ -69,10 +69,10 @@ def patch_modules(module: nn.Module, config: FlashConfig, runtime: Runtime | Non
     blocks = targets(module)
     _tell_strangers(module)
     runtime = runtime or Runtime(config)
+    unpatch_modules(module)  # those too that were changed since, and have to stay stock now
     for name, block in blocks.items():
-        if isinstance(block, FlashBlock):
-            restore(block)
-        become(block, BLOCKS[type(block)], layer=name, choice=choices[name], runtime=runtime)
+        cls = BLOCKS[type(block)]
+        become(block, cls, layer=name, choice=choices[name], runtime=runtime, verdict=(cls.code(), ""))
     return runtime
 
 
@@ -101,10 +101,7 @@ def layer_choices(module: nn.Module, config: FlashConfig) -> dict[str, str]:
         choices.update(dict.fromkeys(matching, check_name(choice)))
     for name, choice in choices.items():
         if choice not in ("auto", "stock") and (reason := _strangeness(blocks[name])):
-            raise BackendNotSupportedError(
-                f"{choice} cannot run in {name}: this {type(blocks[name]).__name__} is not the one that this version "
-                f"knows: {reason}. flash.backend=auto, or flash.layers={name}:stock, leaves it stock."
-            )
+            raise BackendNotSupportedError(unknown_block(blocks[name], name, choice, reason))
     return choices
 
 
@@ -116,7 +113,7 @@ def _tell_strangers(module: nn.Module) -> None:
     name, reason = next(iter(strangers.items()))
     others = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
     _warn_once(
-        f"yolo-flash: stock attention stays in {name}{others}: this {type(known_blocks(module)[name]).__name__} "
+        f"yolo-flash: stock attention stays in {name}{others}: this {known_blocks(module)[name].__class__.__name__} "
         f"(ultralytics {ultralytics.__version__}, torch {torch.__version__}) is not the one that this version knows: "
         f"{reason}. All else works; a newer yolo-flash may know it."
     )

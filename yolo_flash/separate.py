@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from .backends import AttentionSpec
-from .guard import Job, give_up
+from .guard import Job, give_up, needs_rules, written_out
 
 aten = torch.ops.aten
 
@@ -91,9 +90,8 @@ def attend(inputs: Inputs, job: Job) -> Tensor:
     if torch.compiler.is_compiling():
         return RUNS[backend](inputs, spec)
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    plain = not needed or torch._C._are_functorch_transforms_active()
     try:
-        if plain or backend == "sdpa_math":
+        if not needed or backend == "sdpa_math":
             return RUNS[backend](inputs, spec)
         out: Tensor = _Guarded.apply(job, *inputs)
         return out
@@ -118,10 +116,13 @@ class _Guarded(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         spec, backend = ctx.job.spec, ctx.job.backend
+        if needs_rules(grad):
+            q, k, v, dout = (t.transpose(1, 2) for t in (*inputs[:3], grad))
+            grads = written_out(q, k, v, dout, spec.head_dim**-0.5, inputs[3])
+            return None, *(t.transpose(1, 2) for t in grads), None
         inner, ctx.inner = ctx.inner, None  # what it holds is freed now, and not when the loss is
         grad = grad.contiguous()  # the CPU's flash backward reads garbage where the last stride is not 1
         try:  # a second backward of a retained graph builds it once more

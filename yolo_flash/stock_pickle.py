@@ -24,7 +24,10 @@ class StockPickle:
 
     @__class__.setter
     def __class__(self, cls: type) -> None:
+        """Take somebody else's class, as `torch.nn.utils.parametrize` makes one, and leave nothing for its pickles."""
         object.__dict__["__class__"].__set__(self, cls)
+        if not issubclass(cls, StockPickle):
+            _drop_ours(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the stock object would, its own `__getstate__` included, without our attributes."""
@@ -61,10 +64,21 @@ def become(obj: Any, cls: type[StockPickle], **attributes: Any) -> None:
 def restore(obj: Any) -> None:
     """Undo `become`: the same class and the same attributes as before."""
     stock = type(obj)._stock
+    _drop_ours(obj)
+    object.__dict__["__class__"].__set__(obj, stock)
+
+
+def stock_twin(obj: StockPickle) -> Any:
+    """The stock object that `restore` would make of an instance, beside it: both have the same attributes."""
+    twin: Any = object.__new__(type(obj)._stock)
+    twin.__dict__.update(_without_ours(obj.__dict__))
+    return twin
+
+
+def _drop_ours(obj: Any) -> None:
     kept = _without_ours(obj.__dict__)
     obj.__dict__.clear()
     obj.__dict__.update(kept)
-    object.__dict__["__class__"].__set__(obj, stock)
 
 
 def _without_ours(attributes: dict[str, Any]) -> dict[str, Any]:
