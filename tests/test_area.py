@@ -362,3 +362,64 @@ def test_tiles_are_powers_of_two_that_fit_the_card(capability: tuple[int, int]) 
                 width = sum(1 << (d - 1).bit_length() for d in (dim, dim_v))
                 rows = tiles.block * (tiles.num_stages + 1) + tiles.rows
                 assert rows * width * 2 <= limit, (kernel, dim, dim_v, tiles)
+
+
+# Every tile -----------------------------------------------------------------------------------------------------------
+KERNELS: tuple[area.Kernel, ...] = ("area_forward", "area_backward_q", "area_backward_kv")
+HEADS = ((16, 16), (32, 32), (32, 64), (36, 72), (64, 64), (128, 128))  # dimensions of a key and of a value
+Choice = tuple[tuple[int, int], dict[area.Kernel, area.Tiles]]
+
+
+def every_tiles() -> list[Choice]:
+    """Head dims with each distinct set of tiles that some card gets for them, at some number of tokens."""
+    found: list[Choice] = []
+    for dims in HEADS:
+        for capability in CAPABILITIES:
+            for tokens in (1, 49, 400, 1023, 1024, 1600, 2047, 2048, 4096, 8191, 8192, 65536):
+                choice = dims, {kernel: area.tiles_for(kernel, tokens, *dims, capability) for kernel in KERNELS}
+                if choice not in found:
+                    found.append(choice)
+    return found
+
+
+def tiles_id(choice: Choice) -> str:
+    """`32/64: 64x64w4s3 64x32w4s4 128x64w4s3`, with the registers where they are limited."""
+    (dim, dim_v), tiles = choice
+    sizes = (f"{t.rows}x{t.block}w{t.num_warps}s{t.num_stages}" for t in tiles.values())
+    limits = (f"r{t.max_registers}" if t.max_registers else "" for t in tiles.values())
+    return f"{dim}/{dim_v}: " + " ".join(map("".join, zip(sizes, limits, strict=True)))
+
+
+def take_tiles(tiles: dict[area.Kernel, area.Tiles], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Have all launches use these tiles, whatever the card; the kernels that were launched."""
+    launched: list[str] = []
+    launch = area.launch
+
+    def with_tiles(kernel: area.Kernel, qkv: Tensor, head_dim: int, tensors: tuple[Tensor, ...]) -> None:
+        launched.append(kernel)
+        launch(kernel, qkv, head_dim, tensors, tiles[kernel])
+
+    monkeypatch.setattr(area, "launch", with_tiles)
+    return launched
+
+
+@pytest.mark.parametrize("choice", every_tiles(), ids=tiles_id)
+def test_every_tiles_give_the_outputs_and_gradients_of_float64(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """133 tokens are whole tiles of each size and a rest of 5; warps and registers are for tests/gpu."""
+    dims, tiles = choice
+    launched = take_tiles(tiles, monkeypatch)
+    if PRECISE is torch.float32:
+        check(packed(1, 133, 1, *dims, dtype=PRECISE), dims[0], 1e-6)
+    check(packed(1, 133, 1, *dims), dims[0], 1e-3)
+    assert set(launched) == set(KERNELS)
+
+
+def test_blackwell_gets_no_tiles_of_hopper() -> None:
+    """Its consumer cards have 99 KiB of shared memory, and nobody has measured the others."""
+    for kernel in KERNELS:
+        for tokens in (400, 1600, 8192):
+            for dims in HEADS:
+                ampere = area.tiles_for(kernel, tokens, *dims, (8, 0))
+                for capability in ((10, 0), (10, 3), (11, 0), (12, 0), (12, 1)):
+                    assert area.tiles_for(kernel, tokens, *dims, capability) == ampere
+    assert area.tiles_for("area_forward", 400, 32, 32, (9, 0)) != area.tiles_for("area_forward", 400, 32, 32, (8, 0))

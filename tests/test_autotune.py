@@ -77,8 +77,8 @@ def test_what_is_timed_is_the_block_of_the_model(monkeypatch: pytest.MonkeyPatch
 
     break_flash(monkeypatch, run)
     autotune.judge(AREA, CPU, ["sdpa_flash"])
-    assert {shape for shape, _ in seen} == {(8, 20, 2, 96)}
-    assert {spec for _, spec in seen} == {AREA}
+    assert {shape for shape, _ in seen} == {(8, 20, 2, 96), (4, 20, 2, 96)}  # one image of hard inputs
+    assert {spec for shape, spec in seen if shape[0] == 8} == {AREA}
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -358,8 +358,7 @@ def test_another_version_of_the_code_or_machine_measures_anew(monkeypatch: pytes
 def test_a_lack_of_memory_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     break_flash(monkeypatch, raises(torch.OutOfMemoryError("CUDA out of memory")))
     trial_cache.store({AREA: autotune.judge(AREA, CPU, ["stock", "sdpa_flash"])}, detect(CPU))
-    assert not trial_cache.load([AREA], detect(CPU))
-    monkeypatch.undo()
+    assert list(trial_cache.load([AREA], detect(CPU))[AREA]) == ["stock"]
 
 
 def test_stock_that_does_not_fit_is_remembered() -> None:

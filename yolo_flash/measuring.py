@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import torch
@@ -96,11 +97,50 @@ def readable(size: int) -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated, what torch has cached included."""
+    """Memory that can still be allocated, what torch has cached included; on a CPU within the limits of a container."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return psutil.virtual_memory().available
+    return min(psutil.virtual_memory().available, *container_bytes())
+
+
+def container_bytes(root: Path = Path("/")) -> Iterator[int]:
+    """What the control groups of this process leave it, whatever the host has free: one number for each limit.
+
+    A container is killed at its own limit. Every group above counts too. What files fill of the memory is given back
+    under pressure, and counts as free. Nothing on a system without control groups, and nothing that cannot be read.
+
+    Args:
+        root: Of the file system.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            old = bool(controllers)  # version 1 has a tree for each controller
+            top = root / "sys/fs/cgroup" / ("memory" if old else "")
+            folder = top / path.lstrip("/")
+            for group in (folder, *folder.parents):  # in a container the path may be the host's, and only the top there
+                yield from _group_bytes(group, old)
+                if group == top:
+                    break
+
+
+def _group_bytes(group: Path, old: bool) -> Iterator[int]:
+    """What one control group leaves, if it has a limit."""
+    limit, used, files = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        if old
+        else ("memory.max", "memory.current", "inactive_file")
+    )
+    with contextlib.suppress(OSError, ValueError):  # `max`, where there is no limit, is no number
+        most, now = (int((group / name).read_text()) for name in (limit, used))
+        given_back = 0
+        with contextlib.suppress(OSError, ValueError):
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            given_back = int(statistics.get(files, 0))
+        yield max(0, most - max(0, now - given_back))
 
 
 def extra_bytes(call: Callable[[], Results], device: torch.device) -> int | None:
@@ -165,10 +205,16 @@ def kernels_profiled() -> Iterator[profile]:
 
 
 # Timing ---------------------------------------------------------------------------------------------------------------
-def sampler_of(call: Callable[[], Results], device: torch.device) -> tuple[Callable[[], float], str]:
+def sampler_of(
+    call: Callable[[], Results], device: torch.device, graphs: bool = True
+) -> tuple[Callable[[], float], str]:
     """What gives the milliseconds of one call, and how it measures: `graph`, `events` or, on a CPU, `clock`.
 
-    A CUDA device has to be the current one.
+    Args:
+        call: What to time.
+        device: Where it runs; a CUDA device has to be the current one.
+        graphs: Replay CUDA graphs where the call can be captured. The time of a launch is in `events` alone: times of
+            the two kinds do not compare.
     """
     if device.type == "cpu":
         return lambda: _clock_ms(call), "clock"
@@ -179,12 +225,13 @@ def sampler_of(call: Callable[[], Results], device: torch.device) -> tuple[Calla
         wait(device)
         seconds.append(time.perf_counter() - start)
     calls = max(1, min(10, int(2e-3 / min(seconds))))
-    try:
-        return graph_ms(call, calls), "graph"
-    except Exception:  # an extension may synchronise, allocate, or compile
-        with contextlib.suppress(RuntimeError):
-            wait(device)  # takes what is left of the error
-        return lambda: _event_ms(call, calls), "events"
+    if graphs:
+        try:
+            return graph_ms(call, calls), "graph"
+        except Exception:  # an extension may synchronise, allocate, or compile
+            with contextlib.suppress(RuntimeError):
+                wait(device)  # takes what is left of the error
+    return lambda: _event_ms(call, calls), "events"
 
 
 def graph_ms(call: Callable[[], Results], calls: int = 10) -> Callable[[], float]:

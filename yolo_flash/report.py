@@ -191,7 +191,10 @@ def _fate(name: str, row: PlanRow) -> str:
     """Milliseconds of a backend that lost, or why it was not taken."""
     if name in row.decision.refused:
         return "; ".join(row.decision.refused[name])
-    return f"{row.decision.ms[name]:.3g} ms" if name in row.decision.ms else "ready"
+    if name not in row.decision.ms:
+        return "ready"
+    note = row.decision.notes.get(name)  # of a time that was scaled
+    return f"{row.decision.ms[name]:.3g} ms" + (f" ({note})" if note else "")
 
 
 def _others(rows: list[PlanRow]) -> str:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from ultralytics.utils import LOGGER
+import torch.distributed as dist
+from ultralytics.utils import LOGGER, RANK
 
+from . import trial_cache
 from .backends import AttentionSpec
 from .config import FlashConfig
 from .machine import Machine, detect
-from .selector import Decision, Trial, select
+from .selector import RULES_MEASURED_ON, Decision, Trial, select
+
+Trials = Mapping[AttentionSpec, Mapping[str, Trial]]
+Measure = Callable[[list[AttentionSpec], torch.device], Trials]
+_Key = tuple[tuple[Any, ...], str, torch.device]
 
 _MAX_DECISIONS = 1024  # predict on a folder of mixed aspect ratios meets a new spec an image
+_MAX_MEASURED = 16  # specs that predictions of one model may have measured: half a minute at most
 _UNPLANNED_SIZE = (16, 400)  # groups and tokens of a graph compiled outside of training: a YOLO at 640
 
 
@@ -26,9 +34,13 @@ class Runtime:
         config: The settings of the model.
         failed: Backend -> the error for which it is not used again.
         planned_sizes: (layer, whether training) -> groups and tokens of the run, once they are known.
-        trials: Spec -> backend -> what was measured, see `learn`; the rules decide where there is nothing.
+        trials: Spec -> backend -> what was measured for this run, see `learn`. Behind it stands what earlier runs have
+            measured, see `trial_cache`; the rules decide where there is nothing.
         frugal: Whether a measured backend may need no more memory than what the rules would take.
         unplanned: Specs that a run met and had not measured: they went by the nearest one, or by the rules.
+        measure: Gives trials of a spec that comes again in prediction, where nothing but a rule of another card speaks
+            for its backend; None, as in training, measures nothing.
+        layers: Attention layers that share the Runtime: that many may meet one spec in one forward.
     """
 
     def __init__(self, config: FlashConfig) -> None:
@@ -36,25 +48,81 @@ class Runtime:
         self.config = config
         self.planned_sizes: dict[tuple[str, bool], tuple[int, int]] = {}
         self._decisions: dict[tuple[AttentionSpec, str, torch.device], Decision] = {}
-        self._plans: dict[tuple[tuple[Any, ...], str, torch.device], tuple[AttentionSpec, str]] = {}
+        self._plans: dict[_Key, tuple[AttentionSpec, str]] = {}
         self.failed: dict[str, str] = {}
-        self.trials: Mapping[AttentionSpec, Mapping[str, Trial]] = {}
+        self.trials: Trials = {}
         self._measured_on: Machine | None = None
+        self._known: list[tuple[Machine, dict[AttentionSpec, Mapping[str, Trial]]]] = []
+        self._recalled: set[torch.device] = set()
         self.frugal = False
         self.unplanned: set[AttentionSpec] = set()
+        self.measure: Measure | None = None
+        self.layers = 1
+        self._met: dict[_Key, int] = {}
+        self._tried: set[AttentionSpec] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         """The EMA, the validator and the predictor run copies of the model, by the same decisions."""
         return self
 
-    def learn(self, trials: Mapping[AttentionSpec, Mapping[str, Trial]], machine: Machine) -> None:
+    # What was measured ------------------------------------------------------------------------------------------------
+    def learn(self, trials: Trials, machine: Machine) -> None:
         """Decide by these trials from now on, on the machine where they ran; earlier decisions are forgotten."""
         self.trials, self._measured_on = trials, machine
         self.unplanned.clear()
         self._forget()
 
-    def decide(self, spec: AttentionSpec, choice: str, device: torch.device) -> Decision:
-        """Return the decision for a spec, taken by the rules when it is new.
+    def remember(self, trials: Trials, machine: Machine) -> None:
+        """Decide by these trials too, where `learn` was told nothing of their specs."""
+        for other, known in self._known:
+            if other == machine:
+                known.update(trials)
+                break
+        else:
+            self._known.append((machine, dict(trials)))
+        self._forget()
+
+    def take_over(self, earlier: Runtime) -> None:
+        """Know what another Runtime knows, such as that of a training that is over."""
+        for machine, trials in earlier._known:
+            self.remember(trials, machine)
+        if earlier._measured_on is not None:
+            self.remember(earlier.trials, earlier._measured_on)
+
+    def _recall(self, device: torch.device) -> None:
+        """Read, once a device, what earlier runs have measured.
+
+        Not while a graph is compiled or captured. Never in one of several ranks, whose files may differ: they have to
+        decide alike, and get the numbers of rank 0 with their plan.
+        """
+        if device in self._recalled or not self.config.autotune or device.type not in ("cuda", "cpu"):
+            return
+        if _in_a_rank() or _is_traced(device):
+            return
+        self._recalled.add(device)
+        machine = detect(device)
+        if any(other == machine for other, _ in self._known):  # a card of the same kind, or what a training measured
+            recent = dict(self._measured(machine))
+            self.remember(trial_cache.known(machine), machine)
+            self.remember(recent, machine)
+        else:
+            self.remember(trial_cache.known(machine), machine)
+
+    def _measured(self, machine: Machine) -> Trials:
+        """All trials of a machine, those of this run before others."""
+        mine = [self.trials] if machine == self._measured_on else []
+        known = [trials for other, trials in self._known if other == machine]
+        return ChainMap(*(dict(trials) for trials in (*mine, *known)))
+
+    # Decisions --------------------------------------------------------------------------------------------------------
+    def decide(self, spec: AttentionSpec, choice: str, device: torch.device, recall: bool = True) -> Decision:
+        """Return the decision for a spec: by what was measured on this machine, now or earlier, or by the rules.
+
+        Args:
+            spec: The problem.
+            choice: `auto` or a backend's name.
+            device: Where it runs.
+            recall: Whether files of earlier runs may be read.
 
         Raises:
             BackendNotSupportedError: `choice` names a backend that cannot run the spec.
@@ -64,9 +132,12 @@ class Runtime:
         if decision is None:
             if len(self._decisions) >= _MAX_DECISIONS:
                 self._forget()
+            if recall and choice == "auto":
+                self._recall(device)
             decision = self.select(spec, choice, detect(device))
             self._decisions[key] = decision
-            if choice == "auto" and self.trials and spec not in self.trials:
+            unplanned = choice == "auto" and self.trials and not decision.trials
+            if unplanned and len(self.unplanned) < _MAX_DECISIONS:
                 self.unplanned.add(spec)
         return decision
 
@@ -83,11 +154,40 @@ class Runtime:
         """
         key = (fields, choice, device)
         plan = self._plans.get(key)
-        if plan is None:
+        if plan is None or (self._met and key in self._met):
+            if self.measure is not None:
+                self._meet(key)
             spec = AttentionSpec(*fields)
             plan = spec, self.decide(spec, choice, device).backend
             self._plans[key] = plan  # of which there are no more than decisions: they are forgotten together
         return plan
+
+    def _meet(self, key: _Key) -> None:
+        """Count how often a prediction goes by a rule of another card, and have its spec measured the third time.
+
+        Every layer may meet the spec in one forward, so that it has come a third time when it was met more than twice
+        as often as there are layers. A spec is measured once, whatever came of it, and of a model 16 at most.
+        """
+        fields, choice, device = key
+        spec = AttentionSpec(*fields)
+        if device.type != "cuda" or spec.training or choice != "auto" or not self.config.autotune or _in_a_rank():
+            return
+        founded = detect(device).capability == RULES_MEASURED_ON or not self.decide(spec, choice, device).by_rules
+        if founded or spec in self._tried or len(self._tried) >= _MAX_MEASURED:
+            self._met.pop(key, None)
+            return
+        count = self._met.get(key, 0) + 1
+        if count <= 2 * self.layers or _is_traced(device):
+            if key in self._met or len(self._met) < _MAX_DECISIONS:
+                self._met[key] = count
+            return
+        self._met.pop(key, None)
+        self._tried.add(spec)
+        try:
+            if self.measure is not None:
+                self.remember(self.measure([spec], device), detect(device))
+        except Exception as error:  # a prediction goes on, by the rules
+            LOGGER.warning(f"yolo-flash: {spec} could not be measured: {type(error).__name__}: {error}")
 
     @torch.compiler.assume_constant_result
     def decide_for_compile(self, layer: str, choice: str, spec_parts: tuple[Any, ...], device: str) -> str:
@@ -101,14 +201,16 @@ class Runtime:
         """
         training = AttentionSpec.with_sizes(spec_parts, 1, 1).training
         batch, seq_len = self.planned_sizes.get((layer, training), _UNPLANNED_SIZE)
-        return self.decide(AttentionSpec.with_sizes(spec_parts, batch, seq_len), choice, torch.device(device)).backend
+        return self.decide(
+            AttentionSpec.with_sizes(spec_parts, batch, seq_len), choice, torch.device(device), recall=False
+        ).backend
 
     def select(self, spec: AttentionSpec, choice: str, machine: Machine) -> Decision:
         """The decision for a spec on any machine, with this model's settings and without the backends that failed.
 
         Never measures: it is called inside steps, compilations and captures.
         """
-        known = self.trials if machine == self._measured_on else {}
+        known = self._measured(machine)
         near = spec if spec in known else self._nearest(spec, known) if choice == "auto" else None
         decision = select(
             *(spec, machine, choice, self.config.deterministic, self.failed),
@@ -118,7 +220,7 @@ class Runtime:
         if near is None or near == spec:
             return decision
         why = f"as measured for {near.batch} x {near.seq_len_q} tokens"
-        return replace(decision, why=why, ms={}, error={}, extra_bytes={})
+        return replace(decision, why=why, trials={})
 
     @staticmethod
     def _nearest(spec: AttentionSpec, known: Iterable[AttentionSpec]) -> AttentionSpec | None:
@@ -131,7 +233,7 @@ class Runtime:
             )
 
         alike = [other for other in known if other.without_sizes() == spec.without_sizes()]
-        best = min(alike, key=distance, default=None)
+        best = min(alike, key=lambda other: (distance(other), other.batch, other.seq_len_q), default=None)
         return best if best is not None and distance(best) < math.inf else None
 
     def fail(self, layer: str, spec: AttentionSpec, backend: str, error: Exception) -> None:
@@ -147,3 +249,14 @@ class Runtime:
     def _forget(self) -> None:
         self._decisions.clear()
         self._plans.clear()
+
+
+def _in_a_rank() -> bool:
+    return RANK != -1 or (dist.is_available() and dist.is_initialized())
+
+
+def _is_traced(device: torch.device) -> bool:
+    """Whether this very moment a graph is compiled, or captured from the device."""
+    if torch.compiler.is_compiling():
+        return True
+    return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

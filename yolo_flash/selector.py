@@ -12,6 +12,8 @@ from .machine import Machine
 
 ASKED_FOR = "asked for"  # why an explicit choice is taken
 TIE = 0.03  # times this near are equal: the spread of repeats
+WIDE = 0.3  # samples of a GPU that lie further apart, relative to their median, are no measurement
+RULES_MEASURED_ON = (9, 0)  # the compute capability of the card whose numbers are behind the rules for GPUs
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Trial:
     Attributes:
         ms: Milliseconds of one call, median of the samples; forward and backward if the spec trains. None without.
         ms_low: Lowest sample.
-        ms_high: Highest sample.
+        ms_high: Highest sample; far from the lowest one, something else was at work, and the trial is not kept.
         error: Largest relative error against high precision, of the output and the gradients.
         extra_bytes: Peak memory above what was there before; None where the device does not tell.
         why_not: Why it cannot be used: it raised, was wrong, or did not fit. Empty if it can.
@@ -42,6 +44,18 @@ class Trial:
     first_seconds: float = 0.0
     no_memory: bool = False
 
+    @property
+    def spread(self) -> float:
+        """From the lowest to the highest sample, relative to the median."""
+        if self.ms is None or self.ms_low is None or self.ms_high is None:
+            return 0.0
+        return (self.ms_high - self.ms_low) / self.ms
+
+    @property
+    def wide(self) -> bool:
+        """Whether something else was at work beside a GPU's samples; on a CPU something else always is."""
+        return self.method != "clock" and self.spread > WIDE
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -53,9 +67,8 @@ class Decision:
         why: One clause for the log.
         refused: Backend -> the reasons for which it cannot or shall not run.
         reproducible: Whether the winner's backward gives the same bits every time.
-        ms: Backend -> measured milliseconds; empty where nothing was measured.
-        error: Backend -> measured relative error; empty where nothing was measured.
-        extra_bytes: Backend -> measured peak memory of attention, where the device tells.
+        trials: Backend -> what it did with this very spec; empty where nothing was measured.
+        by_rules: Whether `auto` took the winner by its rules, without a number.
     """
 
     spec: AttentionSpec
@@ -63,9 +76,23 @@ class Decision:
     why: str
     refused: Mapping[str, tuple[str, ...]]
     reproducible: bool
-    ms: Mapping[str, float] = field(default_factory=dict)
-    error: Mapping[str, float] = field(default_factory=dict)
-    extra_bytes: Mapping[str, int] = field(default_factory=dict)
+    trials: Mapping[str, Trial] = field(default_factory=dict)
+    by_rules: bool = False
+
+    @property
+    def ms(self) -> dict[str, float]:
+        """Backend -> measured milliseconds."""
+        return {name: trial.ms for name, trial in self.trials.items() if trial.ms is not None}
+
+    @property
+    def error(self) -> dict[str, float]:
+        """Backend -> measured relative error."""
+        return {name: trial.error for name, trial in self.trials.items() if trial.error is not None}
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Backend -> what has to be known to read its time, such as `measured on 4 of 64 groups`."""
+        return {name: trial.note for name, trial in self.trials.items() if trial.note and trial.ms is not None}
 
 
 def select(
@@ -101,6 +128,7 @@ def select(
         if reasons:
             refused[name] = tuple(reasons)
     trials = trials or {}
+    by_rules = False
     if check_name(choice) == "auto":
         rules = [
             rule for rule in _rules(spec, machine) if rule[0] not in refused
@@ -110,8 +138,9 @@ def select(
                 refused[name] = (*refused.get(name, ()), trial.why_not)
         timed = {name: trial for name, trial in trials.items() if trial.ms is not None and name not in refused}
         if timed:
-            winner, why = _fastest(timed, rules[0][0], frugal, machine)
+            winner, why = _fastest(timed, [name for name, _ in rules], frugal, machine)
         else:
+            by_rules = not trials
             winner, why = next((rule for rule in rules if rule[0] not in refused), ("stock", "nothing else is left"))
             refused.pop(winner, None)  # stock, which could not be tried
     elif choice in refused:
@@ -121,32 +150,26 @@ def select(
         )
     else:
         winner, why = choice, ASKED_FOR
-    return Decision(
-        spec,
-        winner,
-        why,
-        refused,
-        BACKENDS[winner].reproducible(machine),
-        ms={name: trial.ms for name, trial in trials.items() if trial.ms is not None},
-        error={name: trial.error for name, trial in trials.items() if trial.error is not None},
-        extra_bytes={name: trial.extra_bytes for name, trial in trials.items() if trial.extra_bytes is not None},
-    )
+    return Decision(spec, winner, why, refused, BACKENDS[winner].reproducible(machine), trials, by_rules)
 
 
-def _fastest(timed: Mapping[str, Trial], by_rules: str, frugal: bool, machine: Machine) -> tuple[str, str]:
+def _fastest(timed: Mapping[str, Trial], rules: list[str], frugal: bool, machine: Machine) -> tuple[str, str]:
     """The fastest backend and why; of those within 3 %, the reproducible one, then the one with less memory.
 
     On a CPU, whose clock other processes disturb, the choice of the rules stands unless another is faster beyond doubt.
 
     Args:
         timed: Backend -> Trial, each with a time.
-        by_rules: The backend that the rules take.
-        frugal: Whether its memory must not be exceeded.
+        rules: Backends in the order of the rules, which take the first.
+        frugal: Whether its memory must not be exceeded: that of the first of the rules that was timed, or, where none
+            was, the least that one needs.
         machine: Where they ran.
     """
-    if frugal and by_rules in timed:
-        limit = timed[by_rules].extra_bytes or 0
-        timed = {name: trial for name, trial in timed.items() if (trial.extra_bytes or 0) <= limit}
+    by_rules = rules[0]
+    if frugal:
+        needs = {name: trial.extra_bytes or 0 for name, trial in timed.items()}
+        limit = next((needs[name] for name in rules if name in needs), min(needs.values()))
+        timed = {name: trial for name, trial in timed.items() if needs[name] <= limit}
     ms = {name: trial.ms or 0.0 for name, trial in timed.items()}
     best = min(ms, key=lambda name: ms[name])
     low = {name: trial.ms_low or ms[name] for name, trial in timed.items()}
@@ -174,14 +197,14 @@ def _rules(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str]]:
 
 def _gpu_rules(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str]]:
     padded = spec.head_dim != spec.head_dim_v
-    if machine.capability == (9, 0):  # where it was measured
+    if machine.capability == RULES_MEASURED_ON:
         yield "triton_area", "fused, reads the convolution's output in place"
     if spec.layout == "nchw" and not spec.training:
         # Prediction in NCHW, where torch's fused kernels need a copy of q, k and v: small images do not pay for it.
         least = (30e6 if padded else 4e6) if spec.dtype is torch.float32 else (8e6 if padded else 0)
         if spec.scores < least:
-            yield "stock", _too_small(least)
-    if padded and spec.training and machine.capability == (9, 0):
+            yield "stock", _too_small(least, machine)
+    if padded and spec.training and machine.capability == RULES_MEASURED_ON:
         # In training only, and on the card where it was measured: cuDNN compiles a plan for every new shape.
         yield "sdpa_cudnn", "takes unequal head dims without padding"
     yield "sdpa_flash", "fused, for half precision"
@@ -206,5 +229,7 @@ def _cpu_rules(spec: AttentionSpec) -> Iterator[tuple[str, str]]:
         yield "stock", _too_small(needed)
 
 
-def _too_small(least: float) -> str:
-    return f"below {least:,.0f} scores fused attention gains nothing here"
+def _too_small(least: float, card: Machine | None = None) -> str:
+    if card is None or card.capability == RULES_MEASURED_ON:
+        return f"below {least:,.0f} scores fused attention gains nothing here"
+    return f"below {least:,.0f} scores fused attention gained nothing on an H100; not measured on this card"

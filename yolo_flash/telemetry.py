@@ -256,7 +256,10 @@ class Telemetry:
 
 
 def plan_entry(row: PlanRow) -> dict[str, Any]:
-    """A row of the plan as JSON: layer, block, mode, spec, backend, why, ms, error and the reasons of the refused."""
+    """A row of the plan as JSON: layer, block, mode, spec, backend, why, ms, error and the reasons of the refused.
+
+    `notes` has the backends whose time was scaled, and from what.
+    """
     decision = row.decision
     return {
         "layer": row.layer,
@@ -265,8 +268,9 @@ def plan_entry(row: PlanRow) -> dict[str, Any]:
         "spec": dataclasses.asdict(decision.spec) | {"dtype": short(decision.spec.dtype)},
         "backend": decision.backend,
         "why": decision.why,
-        "ms": dict(decision.ms),
-        "error": dict(decision.error),
+        "ms": decision.ms,
+        "notes": decision.notes,
+        "error": decision.error,
         "refused": {name: list(reasons) for name, reasons in decision.refused.items()},
     }
 

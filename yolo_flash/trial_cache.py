@@ -1,28 +1,38 @@
-"""Trials of earlier runs on disk: one small file for each spec, machine and version of the kernels.
+"""Trials of earlier runs on disk: one small file for each spec, machine and version of the code.
 
 The files lie in Ultralytics' own configuration folder. Each is written whole and swapped in, so that several processes
-may read and write at once; what cannot be read, or was written for something else, is measured again.
+may read and write at once. Only what went well is kept. A file that cannot be read, or says what no trial can say, is
+ignored, and written anew when its spec is measured again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import torch
 import ultralytics
 from ultralytics.utils import LOGGER, NUM_THREADS, USER_CONFIG_DIR
 
-from .backends import BACKENDS, AttentionSpec, short
+from .backends import BACKENDS, AttentionSpec, Layout, short
 from .files import write_file
 from .machine import Machine
 from .selector import Trial
 
 Trials = dict[str, Trial]
+
+_CPU: Any = torch.backends.mkldnn  # whose `matmul` torch's stubs do not have
+_MOST_KNOWN = 512  # files that `known` looks at, the newest first
+_METHODS = ("graph", "events", "clock", "")
+_NOT_USABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
 
 
 def folder() -> Path:
@@ -30,39 +40,162 @@ def folder() -> Path:
     return Path(USER_CONFIG_DIR) / "yolo-flash-trials"
 
 
+# Read -----------------------------------------------------------------------------------------------------------------
 def load(specs: Iterable[AttentionSpec], machine: Machine) -> dict[AttentionSpec, Trials]:
-    """What earlier runs have measured; files that cannot be used are left out, with one warning for all."""
+    """What earlier runs have measured; files that cannot be used are left out, with one warning for all.
+
+    Backends are missing that failed, or were measured badly, in those runs.
+    """
     found: dict[AttentionSpec, Trials] = {}
     spoilt: list[str] = []
     for spec in specs:
+        key = _key(spec, machine)
         try:
-            key = _key(spec, machine)
-            content = json.loads(_file(key).read_text(encoding="utf-8"))
-            if content["key"] != key:
-                raise ValueError("it was written for something else")
-            found[spec] = {name: Trial(**values) for name, values in content["trials"].items()}
+            found[spec] = _trials(json.loads(_file(key).read_text(encoding="utf-8")), key)
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            spoilt.append(f"{folder()}: {type(error).__name__}: {error}")
-    if spoilt:
-        more = f" (and {len(spoilt) - 1} more)" if len(spoilt) > 1 else ""
-        LOGGER.warning(f"yolo-flash: measuring again what cannot be read: {spoilt[0]}{more}")
+        except _NOT_USABLE as error:
+            spoilt.append(f"{_file(key)}: {type(error).__name__}: {error}")
+    _tell(spoilt, "measuring again what cannot be read")
     return found
 
 
-def store(trials: Mapping[AttentionSpec, Mapping[str, Trial]], machine: Machine) -> None:
-    """Keep trials for later runs, but those in which a fused backend had too little memory: there may be more of it."""
-    try:
-        folder().mkdir(parents=True, exist_ok=True)
-        for spec, of_spec in trials.items():
-            if any(trial.no_memory for name, trial in of_spec.items() if BACKENDS[name].fused):
+def known(machine: Machine) -> dict[AttentionSpec, Trials]:
+    """All that earlier runs have measured on a machine, with these versions and settings: the newest files.
+
+    As quick as reading them is. Files of other machines and versions are left alone.
+    """
+    facts = _facts(machine)
+    found: dict[AttentionSpec, Trials] = {}
+    spoilt: list[str] = []
+    for file in _newest():
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            key = content["key"]
+            if {name: value for name, value in key.items() if name != "spec"} != facts:
                 continue
+            spec = _spec(key["spec"])
+            found.setdefault(spec, _trials(content, _key(spec, machine)))
+        except FileNotFoundError:  # deleted since
+            continue
+        except _NOT_USABLE as error:
+            spoilt.append(f"{file}: {type(error).__name__}: {error}")
+    _tell(spoilt, "ignoring measurements that cannot be read")
+    return found
+
+
+def _newest() -> list[Path]:
+    dated: list[tuple[float, str, Path]] = []
+    with contextlib.suppress(OSError):
+        for file in folder().glob("*.json"):
+            with contextlib.suppress(OSError):  # deleted since
+                dated.append((file.stat().st_mtime, file.name, file))
+    return [file for *_, file in sorted(dated, reverse=True)[:_MOST_KNOWN]]
+
+
+def _tell(spoilt: list[str], what: str) -> None:
+    if spoilt:
+        more = f" (and {len(spoilt) - 1} more)" if len(spoilt) > 1 else ""
+        LOGGER.warning(f"yolo-flash: {what}: {spoilt[0]}{more}")
+
+
+# What a file may say --------------------------------------------------------------------------------------------------
+def _trials(content: Any, key: dict[str, Any]) -> Trials:
+    """The trials in the content of a file.
+
+    Raises:
+        ValueError: The file is of something else, or its content can be of no trial; other errors of Python likewise.
+    """
+    if content["key"] != key:
+        raise ValueError("it was written for something else")
+    trials = {_checked("backend", name, name in BACKENDS): _trial(values) for name, values in content["trials"].items()}
+    if not trials:
+        raise ValueError("it has no trial")
+    return trials
+
+
+def _trial(values: Any) -> Trial:
+    """A trial of which every field is of its type and within its range."""
+    checks: dict[str, Callable[[Any], bool]] = {
+        "ms": lambda value: value is None or (_number(value) and value > 0),
+        "ms_low": lambda value: value is None or (_number(value) and value > 0),
+        "ms_high": lambda value: value is None or (_number(value) and value > 0),
+        "error": lambda value: value is None or (_number(value) and value >= 0),
+        "extra_bytes": lambda value: value is None or (type(value) is int and value >= 0),
+        "why_not": lambda value: type(value) is str,
+        "note": lambda value: type(value) is str,
+        "method": lambda value: value in _METHODS,
+        "first_seconds": lambda value: _number(value) and value >= 0,
+        "no_memory": lambda value: type(value) is bool,
+    }
+    if set(values) != set(checks):
+        raise ValueError(f"a trial has the fields {', '.join(map(str, values))}, not {', '.join(checks)}")
+    trial = Trial(**{name: _checked(name, values[name], check(values[name])) for name, check in checks.items()})
+    if (trial.ms is None) != bool(trial.why_not):
+        raise ValueError(f"a trial has ms={trial.ms} and why_not={trial.why_not!r}: one of the two has to be")
+    if trial.ms is not None and not (trial.ms_low or trial.ms) <= trial.ms <= (trial.ms_high or trial.ms):
+        raise ValueError(f"ms={trial.ms} does not lie within {trial.ms_low} and {trial.ms_high}")
+    return trial
+
+
+def _spec(values: Any) -> AttentionSpec:
+    """A spec of which every field is of its type and within its range."""
+    flags = ("mask", "training", "deterministic")
+    fields = [field.name for field in dataclasses.fields(AttentionSpec)]
+    if set(values) != set(fields):
+        raise ValueError(f"a spec has the fields {', '.join(map(str, values))}, not {', '.join(fields)}")
+    dtype = getattr(torch, values["dtype"])
+    for name, value in values.items():
+        if name == "dtype":
+            _checked(name, value, isinstance(dtype, torch.dtype))
+        elif name == "layout":
+            _checked(name, value, value in get_args(Layout))
+        elif name in flags:
+            _checked(name, value, type(value) is bool)
+        else:
+            _checked(name, value, type(value) is int and value > 0)
+    return AttentionSpec(**{**values, "dtype": dtype})
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _checked(name: str, value: Any, good: bool) -> Any:
+    if not good:
+        raise ValueError(f"{name}={value!r} cannot be")
+    return value
+
+
+# Write ----------------------------------------------------------------------------------------------------------------
+def store(trials: Mapping[AttentionSpec, Mapping[str, Trial]], machine: Machine) -> None:
+    """Keep for later runs what went well, see `worth_keeping`."""
+    try:
+        for spec, of_spec in trials.items():
+            good = {name: dataclasses.asdict(trial) for name, trial in of_spec.items() if worth_keeping(name, trial)}
+            if not good:
+                continue
+            folder().mkdir(parents=True, exist_ok=True)
             key = _key(spec, machine)
-            content = {"key": key, "trials": {name: dataclasses.asdict(trial) for name, trial in of_spec.items()}}
-            write_file(_file(key), json.dumps(content, indent=1).encode())
+            write_file(_file(key), json.dumps({"key": key, "trials": good}, indent=1).encode())
     except OSError as error:  # a read-only home; the run has its numbers all the same
         LOGGER.warning(f"yolo-flash: measurements are not kept for the next run: {error}")
+
+
+def worth_keeping(name: str, trial: Trial) -> bool:
+    """Whether a later run may go by a trial: it has a time that stood still.
+
+    A backend that raised, had too little memory or was wrong is tried again by the next run. Most of what makes a
+    kernel fail passes (another process on the card, a full disk below a compiler), and a verdict that is kept would
+    keep the backend out for ever. That holds for wrong numbers too: a backend that is wrong by its nature is refused
+    again, at the cost of a second, and until then it is not taken for anything.
+
+    Unfused attention that does not fit is the exception: it would be forecast in vain at every start. It is measured
+    as soon as there is memory for it.
+    """
+    if trial.why_not:
+        return trial.no_memory and not BACKENDS[name].fused
+    return trial.ms is not None and not trial.wide
 
 
 def clear() -> int:
@@ -73,39 +206,59 @@ def clear() -> int:
     return len(files)
 
 
+# Keys -----------------------------------------------------------------------------------------------------------------
 def _file(key: dict[str, Any]) -> Path:
     return folder() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.json"
 
 
 def _key(spec: AttentionSpec, machine: Machine) -> dict[str, Any]:
     """All that a measurement depends on, as JSON gives it back."""
-    facts = {name: value for name, value in dataclasses.asdict(machine).items() if name != "memory_gib"}
-    key = {
-        "spec": dataclasses.asdict(spec) | {"dtype": short(spec.dtype)},
-        "machine": facts,
+    key = {"spec": dataclasses.asdict(spec) | {"dtype": short(spec.dtype)}, **_facts(machine)}
+    return dict(json.loads(json.dumps(key)))
+
+
+def _facts(machine: Machine) -> dict[str, Any]:
+    """What it depends on besides the spec."""
+    facts = {
+        "machine": {name: value for name, value in dataclasses.asdict(machine).items() if name != "memory_gib"},
         "ultralytics": ultralytics.__version__,  # whose stock blocks are measured too
         "threads": NUM_THREADS if machine.kind == "cpu" else None,
+        "arithmetic": dict(_arithmetic()),
+        "share": os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"),  # of the card, that NVIDIA's MPS leaves us
         "code": _code(),
     }
-    return dict(json.loads(json.dumps(key)))
+    return dict(json.loads(json.dumps(facts)))
+
+
+def _arithmetic() -> Iterator[tuple[str, str]]:
+    """How torch multiplies: by switches of the process, of which torch 2.9 has new ones.
+
+    Once a new one is set, torch refuses to read the old one beside it.
+    """
+    gpu, cudnn, cpu = torch.backends.cuda.matmul, torch.backends.cudnn, _CPU
+    switches: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "float32": (torch.get_float32_matmul_precision, lambda: (gpu.fp32_precision, cpu.matmul.fp32_precision)),
+        "tf32": (lambda: gpu.allow_tf32, lambda: gpu.fp32_precision),
+        "cudnn tf32": (lambda: cudnn.allow_tf32, lambda: cudnn.fp32_precision),
+        "float16 sums": (lambda: gpu.allow_fp16_reduced_precision_reduction, lambda: ""),
+        "bfloat16 sums": (lambda: gpu.allow_bf16_reduced_precision_reduction, lambda: ""),
+    }
+    for name, (old, new) in switches.items():
+        try:
+            yield name, str(old())
+        except RuntimeError:  # only where there are new ones
+            yield name, str(new())
 
 
 @functools.lru_cache(maxsize=1)
 def _code() -> str:
-    """Fingerprint of the code that is measured and that measures: a changed kernel is another kernel."""
+    """Fingerprint of the package: a changed kernel is another kernel.
+
+    Of all its source, since a timed call runs through half of it: the simplest rule, and no file is ever forgotten. The
+    price is that an update measures again.
+    """
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for name in (
-        "autotune.py",
-        "trial_multihead.py",
-        "measuring.py",
-        "backends.py",
-        "blocks.py",
-        "multihead.py",
-        "separate.py",
-        "guard.py",
-        "kernels/area.py",
-        "kernels/area_triton.py",
-    ):
-        digest.update((here / name).read_bytes())
+    for file in sorted(here.rglob("*.py")):
+        digest.update(file.relative_to(here).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]

@@ -18,6 +18,7 @@ from .graphed_predict import predictor_class
 from .machine import detect, resolve_device
 from .patch import known_blocks, layer_choices, patch_modules, unpatch_modules
 from .planning import PlanRow, Shot, make_plan
+from .runtime import Runtime
 from .stock_pickle import StockPickle, become, restore
 from .trainer import trainer_class
 
@@ -49,8 +50,8 @@ class FlashModelMixin(StockPickle, _ModelBase):
             LOGGER.warning(f"yolo-flash: trainer={base!r} is not a class, so that it trains stock attention.")
         try:
             return super().train(trainer=base, **kwargs)
-        finally:
-            _patch_inner(self)
+        finally:  # the next prediction knows what this training has measured
+            _patch_inner(self, getattr(getattr(self, "trainer", None), "_flash_runtime", None))
 
     def predict(self, source: Any = None, stream: bool = False, *args: Any, **kwargs: Any) -> Any:
         """As `YOLO.predict`, with the network from CUDA graphs if `flash.graphs_predict` says so."""
@@ -107,7 +108,7 @@ def patch_from_sources(model: M, sources: dict[str, Any]) -> M:
     config = FlashConfig.resolve(**sources)
     if not isinstance(model, Model):
         if config.enabled:
-            patch_modules(model, config)
+            _patch(model, config)
             warn_no_targets(model)
         else:
             unpatch_model(model)
@@ -196,8 +197,23 @@ def _model_class(base: Any) -> type[FlashModelMixin]:
     return type(f"Flash{base.__name__}", (FlashModelMixin, base), {"_stock": base, "__module__": __name__})
 
 
-def _patch_inner(model: Any) -> None:
-    """Patch the model inside, which may be a new one; the predictor holds a copy of the old one."""
+def _patch_inner(model: Any, earlier: Runtime | None = None) -> None:
+    """Patch the model inside, which may be a new one; the predictor holds a copy of the old one.
+
+    Args:
+        model: A `YOLO` or `RTDETR` object.
+        earlier: Has trials that the new decisions shall know, even where the files of `trial_cache` cannot be written.
+    """
     if isinstance(model.model, nn.Module) and model._flash_config.enabled:
-        patch_modules(model.model, model._flash_config)
+        _patch(model.model, model._flash_config, earlier)
     model.predictor = None
+
+
+def _patch(module: nn.Module, config: FlashConfig, earlier: Runtime | None = None) -> None:
+    """`patch_modules` for a model that predicts: shapes that come again may be measured."""
+    runtime = Runtime(config)
+    if isinstance(earlier, Runtime):
+        runtime.take_over(earlier)
+    patch_modules(module, config, runtime)
+    runtime.measure = lambda specs, device: autotune.measure(specs, device)
+    runtime.layers = max(1, sum(isinstance(block, FlashBlock) for block in module.modules()))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.counting import AttentionCalls
-from tests.test_area import error, exact, gradient, hard_inputs
+from tests.test_area import Choice, error, every_tiles, exact, gradient, hard_inputs, take_tiles, tiles_id
 from tests.test_blocks import MAKE, channels, patched
 from yolo_flash.backends import BACKENDS, AttentionSpec
 from yolo_flash.kernels import area
@@ -71,6 +71,18 @@ def compare_with_flash(qkv: Tensor, dim: int, dout: Tensor, dimage: Tensor, slac
 def test_is_as_exact_as_flash(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     qkv, dout, dimage = inputs(shape, dtype)
     compare_with_flash(qkv, shape[3], dout, torch.zeros_like(dimage), slack=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("choice", every_tiles(), ids=tiles_id)
+def test_every_tiles_are_as_exact_as_flash(choice: Choice, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that other cards get too: with their warps, stages and registers, compiled for this one."""
+    dims, tiles = choice
+    launched = take_tiles(tiles, monkeypatch)
+    for tokens in (133, 400):
+        qkv, dout, dimage = inputs((2, tokens, 2, *dims), dtype)
+        compare_with_flash(qkv, dims[0], dout, torch.zeros_like(dimage), slack=1e-7)
+    assert set(launched) == set(tiles)
 
 
 @pytest.mark.parametrize("name", hard_inputs())

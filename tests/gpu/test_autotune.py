@@ -16,6 +16,7 @@ from yolo_flash import autotune, trial_cache
 from yolo_flash.backends import AttentionSpec
 from yolo_flash.machine import detect
 from yolo_flash.selector import select
+from yolo_flash.trial_block import hard_probe
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,6 +42,30 @@ def test_every_backend_is_exact_and_timed_in_a_graph(spec: AttentionSpec) -> Non
         least = min(trials, key=lambda name: trials[name].extra_bytes or 0)
         assert least == "triton_area"
         assert (trials["stock"].extra_bytes or 0) > spec.scores * 6
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "predict"])
+@pytest.mark.parametrize("kind", ["area", "psa", "psa nchw", "separate", "masked"])
+@pytest.mark.parametrize("tokens", [64, 128, 192, 400, 441])
+def test_hard_inputs_refuse_no_backend(tokens: int, kind: str, training: bool) -> None:
+    """Scores of +-120 and one dominating key: each backend that can run is held on them, and none is NaN or wrong."""
+    rtdetr: dict[str, Any] = {"layout": "separate", "num_heads": 8}
+    changes: dict[str, dict[str, Any]] = {
+        "area": {"batch": 64, "area": 4},
+        "psa": {"head_dim_v": 64},
+        "psa nchw": {"head_dim_v": 64, "layout": "nchw"},
+        "separate": rtdetr,
+        "masked": {**rtdetr, "mask": True},
+    }
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        spec = AttentionSpec(16, 2, tokens, tokens, 32, 32, dtype, "nhwc", training=training)
+        spec = dataclasses.replace(spec, **changes[kind])
+        probe = hard_probe(spec, CARD)
+        assert probe is not None
+        names = autotune.candidates(spec, detect(CARD))
+        trials: dict[str, Any] = {}
+        exact = autotune._check(spec, CARD, names, trials)
+        assert exact == names, {name: trial.why_not for name, trial in trials.items()}
 
 
 def test_an_image_that_does_not_fit_is_not_measured_in_stock_form() -> None:

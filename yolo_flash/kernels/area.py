@@ -41,7 +41,9 @@ class Tiles:
 
 
 def tiles_for(kernel: Kernel, seq_len: int, head_dim: int, head_dim_v: int, capability: tuple[int, int]) -> Tiles:
-    """The tiles of a kernel: measured on an H100 (docs/results/area-h100.md), and what fits elsewhere.
+    """The tiles of a kernel: on Hopper as measured (docs/results/area-h100.md), elsewhere what fits every card.
+
+    Blackwell is not Hopper: an RTX 5090 has less shared memory, and nobody has measured the tiles on a B200.
 
     Args:
         kernel: Its name.
@@ -51,7 +53,7 @@ def tiles_for(kernel: Kernel, seq_len: int, head_dim: int, head_dim_v: int, capa
         capability: Compute capability of the device.
     """
     width = _power_of_2(head_dim) + _power_of_2(head_dim_v)
-    hopper = capability[0] in (9, 10, 11)
+    hopper = capability[0] == 9
     if width > 96:  # no YOLO but yolov10m has such heads: one choice that fits everywhere
         block = 64 if kernel == "area_forward" and width <= 128 else 32
         return Tiles(64, block, 4, 2) if width <= 192 else Tiles(64, 32, 4, 1)
@@ -259,7 +261,15 @@ def _prepare(
     interpreted = not isinstance(function, triton.JITFunction)
     capability = (9, 0) if device is None else torch.cuda.get_device_capability(device)
     tiles = tiles or tiles_for(kernel, seq_len, head_dim, head_dim_v, capability)
-    constants = {
+    constants = constants_of(tiles, seq_len, head_dim, head_dim_v, ptx=not interpreted)
+    programs = -(-seq_len // tiles.rows) * groups * num_heads
+    scalars = seq_len, num_heads, math.log2(math.e) * head_dim**-0.5
+    return _Launcher(function, programs, scalars, constants, options_of(tiles))
+
+
+def constants_of(tiles: Tiles, seq_len: int, head_dim: int, head_dim_v: int, ptx: bool) -> dict[str, Any]:
+    """What a kernel is compiled for, by the names and in the order of its signature."""
+    return {
         "DIM": head_dim,
         "DIM_V": head_dim_v,
         "WIDTH": _power_of_2(head_dim),
@@ -269,14 +279,16 @@ def _prepare(
         "BLOCK": tiles.block,
         "TAIL": _tail(seq_len, tiles.block),
         "STAGES": tiles.num_stages,
-        "PTX": not interpreted,
+        "PTX": ptx,
     }
+
+
+def options_of(tiles: Tiles) -> dict[str, int]:
+    """What Triton's compiler is told besides."""
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     if tiles.max_registers is not None:
         options["maxnreg"] = tiles.max_registers
-    programs = -(-seq_len // tiles.rows) * groups * num_heads
-    scalars = seq_len, num_heads, math.log2(math.e) * head_dim**-0.5
-    return _Launcher(function, programs, scalars, constants, options)
+    return options
 
 
 def _tail(seq_len: int, tile: int) -> int:
