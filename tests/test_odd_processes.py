@@ -284,7 +284,6 @@ def test_bars_without_a_standard_output_end_as_in_stock(
 
 
 @pytest.mark.measures
-@pytest.mark.xfail(strict=True, reason="the bar of measuring needs a standard output, where nothing else of ours does")
 def test_measuring_without_a_standard_output(cache: Path, judged: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """`measure` never raises, so that a plan is made wherever `predict` runs."""
     monkeypatch.setattr(sys, "stdout", None)

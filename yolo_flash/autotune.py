@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -59,7 +60,8 @@ def measure(specs: Iterable[AttentionSpec], device: torch.device) -> dict[Attent
     missing = {spec: _missing(spec, device, machine, trials.get(spec, {})) for spec in wanted}
     new = [spec for spec in wanted if missing[spec]]
     first = 0.0
-    silent = len(new) < 2 or LOGGER.disabled  # the bar goes to standard output, where JSON may be expected
+    # The bar goes to standard output, where JSON may be expected, or nothing can be written.
+    silent = len(new) < 2 or LOGGER.disabled or sys.stdout is None
     for spec in TQDM(new, desc="yolo-flash: measuring attention", disable=silent, leave=False):
         try:
             trials[spec] = _complete(spec, device, machine, missing[spec], trials.get(spec, {}))
