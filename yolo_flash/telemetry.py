@@ -26,6 +26,7 @@ from ._version import __version__
 from .backends import BACKENDS, AttentionSpec, short
 from .config import FlashConfig
 from .files import write_file
+from .kineto import hushed
 from .machine import Machine
 from .measuring import GIB, profiler_lets_go, readable, stop_profiler
 from .pictures import draw_run
@@ -133,7 +134,8 @@ class Telemetry:
         if torch.autograd._profiler_enabled() or not _PROFILER.acquire(blocking=False):
             return
         self._profile = profiler  # from here on `_stop_profile` gives the lock back
-        self._profile.start()
+        with hushed():
+            self._profile.start()
         self._restart_clock()
 
     def on_train_batch_end(self, trainer: Any) -> None:
@@ -141,15 +143,25 @@ class Telemetry:
         if self._profile is None:
             return
         self._profiled_speed = self._speed(trainer)
-        operators, kernels = attention_kernels(self._stop_profile())
+        events = self._stop_profile()
+        operators, kernels = attention_kernels(events)
         self._profiled = True
+        replayed = self._pool_gib is not None  # operators are Python's, kernels the GPU's
+        observed = any(event.device_type == DeviceType.CUDA for event in events) if replayed else bool(events)
         counts = dict(operators | kernels)
-        self._write("kernels", counts=counts, graphs=self._pool_gib is not None)
+        self._write("kernels", counts=counts, graphs=replayed, observed=observed)
+        if not observed:
+            LOGGER.info(
+                f"yolo-flash: what one step {'from graphs ' if replayed else ''}ran could not be observed here: the "
+                f"profile has no event of {'the GPU' if replayed else 'any kind'}. Another profiler may hold it."
+            )
+            self._restart_clock()
+            return
         names: Counter[str] = Counter()
         for name, count in counts.items():
             names[_short_name(name)] += count
         ran = ", ".join(f"{count} x {name}" for name, count in names.items()) or "no fused attention"
-        if self._pool_gib is not None:  # operators are Python's, kernels the GPU's
+        if replayed:
             LOGGER.info(f"yolo-flash: one step from graphs ran {ran}")
             if missing := self._eager_kernels.keys() - kernels.keys():
                 LOGGER.warning(
@@ -236,7 +248,8 @@ class Telemetry:
         if running is None:
             return []
         try:
-            stop_profiler(running)
+            with hushed():
+                stop_profiler(running)
         finally:
             _PROFILER.release()
         return running.events() or []
