@@ -317,7 +317,7 @@ def test_an_empty_section_sets_nothing_and_is_stripped(yolo: Yolo, resolved: Cal
     ("file", "text", "told"),
     [
         ("missing.yaml", None, "cfg=missing.yaml: 'missing.yaml' does not exist"),
-        ("my.txt", "epochs: 2", "cfg=my.txt: my.txt acceptable suffix is"),
+        ("my.txt", "epochs: 2", "cfg=my.txt: it must be a YAML file, with the suffix .yaml or .yml."),
         ("my.yaml", "[1, 2", "cfg=my.yaml: YAML syntax error"),
         ("my.yaml", "flash: false", "the flash: section must map keys to values, found False"),
         ("my.yaml", "flash: {backnd: stock}", "the flash: section: there is no setting 'backnd'. Did you mean"),

@@ -158,7 +158,7 @@ def test_the_profiler_is_told_to_let_go_of_the_driver_unless_the_user_has_said(
     follower._profile = SimpleNamespace(  # type: ignore[assignment]
         activities=activities, stop=lambda: told.append(os.environ.get(name)), events=list
     )
-    assert telemetry._PROFILER.acquire(blocking=False)
+    assert telemetry.PROFILER.acquire(blocking=False)
     assert follower._stop_profile() == []
     assert told == [said or "1"]
     assert set(calls) == ({"1"} if said is None else set())
@@ -174,11 +174,11 @@ def test_a_profiler_that_cannot_stop_leaves_neither_variable_nor_lock(monkeypatc
 
     follower = telemetry.Telemetry(FlashConfig(), Runtime(FlashConfig()))
     follower._profile = SimpleNamespace(activities={telemetry.ProfilerActivity.CUDA}, stop=stop)  # type: ignore[assignment]
-    assert telemetry._PROFILER.acquire(blocking=False)
+    assert telemetry.PROFILER.acquire(blocking=False)
     with pytest.raises(RuntimeError, match="no trace"):
         follower._stop_profile()
     assert "TEARDOWN_CUPTI" not in os.environ
-    assert not telemetry._PROFILER.locked()
+    assert not telemetry.PROFILER.locked()
 
 
 @pytest.mark.parametrize("lets_go", [True, False])
@@ -281,7 +281,7 @@ def test_a_profiler_that_cannot_be_made_is_not_waited_for(monkeypatch: pytest.Mo
     trainer = SimpleNamespace(device=torch.device("cpu"), args=SimpleNamespace(compile=False))
     with pytest.raises(RuntimeError, match="no activities"):
         follower.on_train_batch_start(trainer)
-    assert not telemetry._PROFILER.locked()
+    assert not telemetry.PROFILER.locked()
 
 
 def test_no_profiler_is_left_when_a_step_raises(tiny_args: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,11 +38,14 @@ class Mode:
         name: `train` or `predict`.
         dtype: That convolutions compute in: by autocast in training, by weights of that dtype in prediction.
         nhwc: Whether images and weights are channels_last.
+        deterministic: Whether torch is asked for deterministic algorithms, as a trainer does by default: it warns where
+            there is none, and goes on.
     """
 
     name: str
     dtype: torch.dtype
     nhwc: bool
+    deterministic: bool = False
 
     @property
     def training(self) -> bool:
@@ -248,11 +252,17 @@ def _dressed(module: nn.Module, mode: Mode, exact: bool = False) -> nn.Module:
 
 @contextlib.contextmanager
 def _as_run(mode: Mode, device: torch.device, exact: bool = False) -> Iterator[None]:
-    """Gradients and autocast as a mode has them."""
+    """Gradients, autocast and deterministic algorithms as a mode has them."""
     half = mode.training and not exact and mode.dtype is not torch.float32
     autocast = torch.autocast(device.type, dtype=mode.dtype if half else None, enabled=half)
-    with torch.set_grad_enabled(mode.training), autocast:
-        yield
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with torch.set_grad_enabled(mode.training), autocast, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is not deterministic, which the plan of a run tells
+        torch.use_deterministic_algorithms(mode.deterministic, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _distance(out: Tensor) -> Tensor:

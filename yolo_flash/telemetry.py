@@ -39,7 +39,7 @@ COLUMNS = (PEAK, SPEED)
 _ATTENTION_KERNEL = re.compile(
     r"flash|fmha|sdpa|attention|dot_do_o|convert_dq|area_(?:for|back)ward", re.IGNORECASE
 )  # of all libraries
-_PROFILER = threading.Lock()  # torch has one for the process: two at a time mix their events
+PROFILER = threading.Lock()  # torch has one for the process: two at a time mix their events
 
 
 class Telemetry:
@@ -131,7 +131,7 @@ class Telemetry:
             activities.append(ProfilerActivity.CUDA)
         profiler = profile(activities=activities)  # which may fail: before there is a lock to give back
         # The user's own profiler, or that of a training in another thread: a later step will do.
-        if torch.autograd._profiler_enabled() or not _PROFILER.acquire(blocking=False):
+        if torch.autograd._profiler_enabled() or not PROFILER.acquire(blocking=False):
             return
         self._profile = profiler  # from here on `_stop_profile` gives the lock back
         with hushed():
@@ -251,7 +251,7 @@ class Telemetry:
             with hushed():
                 stop_profiler(running)
         finally:
-            _PROFILER.release()
+            PROFILER.release()
         return running.events() or []
 
     def _write(self, event: str, **facts: Any) -> None:
@@ -274,6 +274,7 @@ def plan_entry(row: PlanRow) -> dict[str, Any]:
         "ms": dict(decision.ms),
         "error": dict(decision.error),
         "refused": {name: list(reasons) for name, reasons in decision.refused.items()},
+        "note": row.note,
     }
 
 
