@@ -127,5 +127,5 @@ def test_fit_says_what_fits_without_graphs_and_that_they_hold_as_much_again(
 
 
 def test_fit_needs_a_gpu() -> None:
-    with pytest.raises(SystemExit, match="--fit measures on a GPU, the device is .*CPU"):
+    with pytest.raises(SystemExit, match=r"--fit measures on a GPU, the device is .*CPU"):
         cli.main(["plan", "--fit", "device=cpu"])

@@ -110,7 +110,8 @@ class Backend:
 
     def run(self, packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """Attention and v, as `forward` gives them."""
-        assert self.forward is not None
+        if self.forward is None:
+            raise TypeError(f"{self.name} is the block's own forward, which takes an image.")
         out, v, *_ = self.forward(packed, spec)
         return out, v
 
