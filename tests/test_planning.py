@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from ultralytics import YOLO
+from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.nn.tasks import guess_model_task, parse_model, yaml_model_load
 from ultralytics.utils import ROOT
 
@@ -210,17 +211,18 @@ def test_a_plan_without_data_validates_square_pictures_as_the_task_does(name: st
 
 
 def test_what_a_run_validates_is_what_its_plan_said(
-    tiny_model: str, tiny_args: dict[str, Any], coco8: str, log: list[str]
+    tiny_model: str, tiny_args: dict[str, Any], coco8: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rectangular batches are padded by half a stride, and a batch holds no more pictures than there are."""
     model = patch_model(YOLO(tiny_model))
     seen: list[tuple[int, ...]] = []
+    preprocess = DetectionValidator.preprocess
 
-    def watch(trainer: Any) -> None:
-        hook = trainer.ema.ema.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
-        trainer.add_callback("on_fit_epoch_end", lambda trainer: hook.remove())
+    def watch(validator: Any, batch: Any) -> Any:
+        seen.append(tuple(batch["img"].shape))
+        return preprocess(validator, batch)
 
-    model.add_callback("on_train_epoch_end", watch)
+    monkeypatch.setattr(DetectionValidator, "preprocess", watch)
     model.train(**{**tiny_args, "data": coco8, "imgsz": 96, "batch": 4})
     rows = [row.decision.spec for row in model.trainer.flash_plan if row.mode == "val"]
     (batch, _, height, width), *_ = seen
