@@ -166,9 +166,10 @@ def show_plan(
         LOGGER.info(describe(rows, machine))
         LOGGER.info(_others(rows))
         if "train" in modes:
+            saved = memory.stock - memory.planned
             LOGGER.info(
                 f"attention keeps for the backward of a step: stock {readable(memory.stock)}, planned "
-                f"{readable(memory.planned)}: {readable(memory.stock - memory.planned)} less "
+                f"{readable(memory.planned)}: {readable(abs(saved))} {'less' if saved >= 0 else 'more'} "
                 f"(score matrices: {readable(stock)}, {readable(planned)})"
             )
         batches = {}

@@ -218,8 +218,13 @@ class _Verification:
         self.off += [f"{backend} {error}" for backend, error in self.runtime.failed.items()]
         fused_names = [name for name, backend in BACKENDS.items() if backend.fused]
         fused = any(entry["backend"] in fused_names and entry["compared"] for entry in layers)
+        stock_rows = sum(entry["backend"] == "stock" for entry in layers)
         if not fused:
             self.off.append(self._nothing_fused(stages))
+        elif stock_rows and not self.every:
+            self.notes.append(
+                f"stock is what a run here takes in {stock_rows} of {len(layers)} rows: all=true also compares the others"
+            )
         return {
             "yolo_flash": __version__,
             "ok": not self.off,
@@ -255,7 +260,10 @@ class _Verification:
             for layer, given in stage.inputs.items():
                 block: Any = targets(stage.ours)[layer]
                 spec = _spec(block, given, stage.mode)
-                if spec is not None and block._flash_choice == "auto":
+                if spec is None or block._flash_choice != "auto":
+                    continue
+                decision = self.runtime.decide(spec, "auto", self.device)
+                if getattr(decision, "by_rules", True):  # nothing that was measured is near
                     specs.append(spec)
         if specs:
             self.runtime.learn(autotune.measure(specs, self.device), self.machine)
@@ -272,7 +280,7 @@ class _Verification:
         spec = _spec(patched, given, mode)
         planned = "stock"
         if spec is not None:
-            planned = self.runtime.select(spec, patched._flash_choice, self.machine).backend
+            planned = self.runtime.decide(spec, patched._flash_choice, self.device).backend
         where = f"{layer} ({mode.name})"
         entries = []
         for backend in [planned, *(self._others(spec, planned) if self.every else [])]:

@@ -10,20 +10,21 @@ from .comparison import CONF
 
 def as_text(facts: dict[str, Any]) -> str:
     """A line for each layer, mode and backend, then the whole model, the detections and what is off."""
+    wide = max([27, *(len(entry["layer"]) for entry in facts["layers"])])
     lines = [
         f"yolo-flash verify: {facts['model_name']}, imgsz {facts['imgsz']}, batch {facts['batch']}, "
         f"{facts['dtype']} on {facts['device']}",
         f"  images: {facts['source']}",
         *(f"  note: {note}" for note in facts["notes"]),
         "  relative errors against float64, the worst of each row; ours may be twice that of stock, plus rounding",
-        f"  {'mode':<9}{'layer':<28}{'backend':<16}{'ours':>10}{'stock':>12}  {'ok':<5}worst",
-        *(_row(e["mode"], e["layer"], e["backend"], e["compared"], e["ok"]) for e in facts["layers"]),
+        f"  {'mode':<9}{'layer':<{wide}} {'backend':<16}{'ours':>10}{'stock':>12}  {'ok':<5}worst",
+        *(_row(e["mode"], f"{e['layer']:<{wide}}", e["backend"], e["compared"], e["ok"]) for e in facts["layers"]),
     ]
     for mode in ("train", "predict"):
         for name in ("outputs", "loss", "gradients"):
             rows = [row for row in facts["model"] if row["mode"] == mode and row["what"].startswith(name)]
             if rows:
-                lines.append(_row(mode, f"whole model, {name}", "", rows, all(row["ok"] for row in rows)))
+                lines.append(_row(mode, f"{f'whole model, {name}':<{wide}}", "", rows, all(row["ok"] for row in rows)))
     lines.append(f"  detections: {_found(facts['detections'])}")
     lines += [f"  OFF: {sentence}" for sentence in facts["off"]]
     count = len({entry["layer"] for entry in facts["layers"]})
@@ -35,10 +36,10 @@ def as_text(facts: dict[str, Any]) -> str:
 
 def _row(mode: str, layer: str, backend: str, rows: list[dict[str, Any]], ok: bool) -> str:
     if not rows:
-        return f"  {mode:<9}{layer:<27} {backend:<16}{'-':>10}{'-':>12}  OFF  it raised"
+        return f"  {mode:<9}{layer} {backend:<16}{'-':>10}{'-':>12}  OFF  it raised"
     worst = max(rows, key=lambda row: math.inf if row["used"] is None else row["used"])
     errors = f"{_number(worst['ours']):>10}{_number(worst['stock']):>12}"
-    return f"  {mode:<9}{layer:<27} {backend:<16}{errors}  {'ok' if ok else 'OFF':<5}{worst['what']}"
+    return f"  {mode:<9}{layer} {backend:<16}{errors}  {'ok' if ok else 'OFF':<5}{worst['what']}"
 
 
 def _found(found: dict[str, Any] | None) -> str:
