@@ -11,8 +11,11 @@ from torch.utils import _pytree as pytree
 
 from . import fixed_loss
 from .fixed_loss import Capacity, FixedShapeLoss
-from .graphs import GraphedStep, answer_once, no_trace, without_cached_casts
+from .graphs import Answer, GraphedStep, no_trace, without_cached_casts
+from .guard import is_out_of_memory
 from .measuring import first_line, relative_error
+
+LABELS = ("batch_idx", "cls", "bboxes")  # of a batch, what the loss reads beside the images
 
 _LOSS_ERROR = 1e-3  # of the loss in fixed shapes and of its gradients; 0 where sums take the same order
 
@@ -37,6 +40,7 @@ def capture_step(
         The graphs, and why the loss is not in them; empty if it is.
 
     Raises:
+        torch.OutOfMemoryError: There is too little memory.
         RuntimeError: Not even the network can be captured.
     """
     images = batch["img"]
@@ -45,46 +49,72 @@ def capture_step(
     if targets is not None and not why_not:
         try:
             loss = FixedShapeLoss(model.criterion, capacity)
-            off = loss_error(model, loss, batch, targets)
+            off = loss_error(model, loss, *_labelled(batch, targets))
             if off <= _LOSS_ERROR:
                 extra = [targets, fixed_loss.gains(model.criterion)]
                 return capture(model, images, loss, extra), ""
             why_not = f"in fixed shapes it is off by {off:.1e}"
-        except Exception as error:  # of another Ultralytics or torch, or there is too little memory
+        except Exception as error:  # of another Ultralytics or torch
+            if is_out_of_memory(error):
+                raise
             why_not = first_line(error)
     return capture(model, images, None, ()), why_not
 
 
-def answer_step(model: Any, step: GraphedStep, batch: dict[str, Any], targets: Tensor | None) -> None:
-    """Let the coming forward with a batch be a replay, if it has the captured shape.
+def answer_step(
+    model: Any,
+    step: GraphedStep,
+    batch: dict[str, Any],
+    targets: Tensor | None,
+    ended: Callable[[str], object] = bool,
+) -> Answer | None:
+    """Let the coming forward with a batch be a replay, if it has the captured shape and boxes.
 
     Args:
         model: That was captured.
         step: The graphs.
         batch: On the model's device.
         targets: Its boxes on the CPU, padded to the capacity; None if they do not fit.
+        ended: Told of the forward: empty if it was a replay, else why it was none.
+
+    Returns:
+        What stands in for the model's method; None if nothing does.
     """
     images = batch["img"]
+    if own := {"forward", "predict", "loss"} & vars(model).keys():
+        ended(f"the model has a {min(own)} of a user's own")
+        return None
     if not step.fits(images):
-        return
+        ended(f"images of {images.dtype} on {images.device}")
+        return None
     if not isinstance(step.loss, FixedShapeLoss):
 
         def predict(x: Any, *args: Any, **kwargs: Any) -> Any:
-            plain = isinstance(x, Tensor) and not args and not kwargs
-            return step(x) if plain and step.fits(x) else NotImplemented
-
-        answer_once(model, "predict", predict)
-    elif targets is not None:
-        names = step.loss.names
-        extra = [_pinned(targets), _pinned(fixed_loss.gains(model.criterion))]
-
-        def loss(given: Any, preds: Any = None) -> Any:
-            if given["img"] is not images or preds is not None:  # DDP hands on another dict
+            if not isinstance(x, Tensor) or args or kwargs or not step.fits(x):
+                ended("the network was called for something else")
                 return NotImplemented
-            losses, items = step(images, *extra)
-            return losses, dict(zip(names, items.clone(), strict=True))
+            ended("")
+            return step(x)
 
-        answer_once(model, "loss", loss)
+        return Answer(model, "predict", predict)
+    if targets is None:
+        return None
+    names = step.loss.names
+    extra = [_pinned(targets), _pinned(fixed_loss.gains(model.criterion))]
+    labels = [(name, batch[name], batch[name]._version) for name in LABELS]
+
+    def loss(given: Any, preds: Any = None) -> Any:
+        if given["img"] is not images or preds is not None:  # DDP hands on another dict
+            ended("the model was called for something else")
+            return NotImplemented
+        if any(given[name] is not tensor or tensor._version != version for name, tensor, version in labels):
+            ended("boxes were changed after preprocess_batch")
+            return NotImplemented
+        ended("")
+        losses, items = step(images, *extra)
+        return losses, dict(zip(names, items.clone(), strict=True))
+
+    return Answer(model, "loss", loss)
 
 
 def loss_error(model: Any, loss: FixedShapeLoss, batch: dict[str, Any], targets: Tensor) -> float:
@@ -108,6 +138,24 @@ def loss_error(model: Any, loss: FixedShapeLoss, batch: dict[str, Any], targets:
     wanted = _with_gradients(criterion, outputs)
     found = _with_gradients(lambda inputs: loss(inputs, *extra), outputs)
     return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def _labelled(batch: dict[str, Any], targets: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """A batch with its padded boxes; where it has none, which would compare 0 with 0, with one in some images."""
+    if len(batch["bboxes"]):
+        return batch, targets
+    images = batch["img"]
+    count = min(len(images), 8)
+    across = 32 / max(images.shape[2:])  # as many anchors as every capacity has room for
+    device, box = images.device, torch.tensor([0.5, 0.5, across, across])
+    made = {
+        "batch_idx": torch.arange(count, dtype=torch.float32, device=device),
+        "cls": torch.zeros(count, 1, device=device),
+        "bboxes": box.expand(count, 4).to(device),
+    }
+    targets = targets.clone()
+    targets[:count, 0, 1:] = box
+    return {**batch, **made}, targets
 
 
 def _with_gradients(loss: Callable[[Any], tuple[Tensor, Tensor]], outputs: Any) -> list[Tensor]:

@@ -11,16 +11,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from ultralytics.utils.loss import BboxLoss, E2ELoss, v8DetectionLoss
 from ultralytics.utils.ops import xywh2xyxy, xyxy2xywh
 from ultralytics.utils.tal import TaskAlignedAssigner, make_anchors
 
+from .signature import Signature
+from .stock_code import foreign
+
+_NO_PARTS = (Tensor, dict, type, FunctionType, MethodType)
 _EPS = 1e-9  # of TaskAlignedAssigner.select_candidates_in_gts
 _ROOM = 1.5  # of what was seen, for the batches that come
+_BYTES_A_CELL = 48  # of each image, box and anchor, at the peak of the assignment
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,23 @@ def not_supported_reason(criterion: Any) -> str:
                 return f"{type(value).__name__} is not the loss of detection"
     if not hasattr(TaskAlignedAssigner, "pair_overlaps"):
         return "it needs ultralytics >= 8.4.180"
+    if replaced := foreign(_objects(criterion)):
+        return f"{replaced} is not Ultralytics' own"
     return ""
+
+
+def needed_bytes(capacity: Capacity, images: int, side: tuple[int, int], criterion: Any) -> int:
+    """Memory of the assignment of boxes to anchors, whose tensors are `[images, boxes, anchors]`.
+
+    Args:
+        capacity: Of the loss.
+        images: Images in the batch.
+        side: Their height and width in pixels.
+        criterion: Of the run.
+    """
+    strides = _parts(criterion)[0].assigner.stride
+    anchors = sum(math.prod(math.ceil(pixels / stride) for pixels in side) for stride in strides)
+    return images * capacity.boxes * anchors * _BYTES_A_CELL
 
 
 def needed(batch: dict[str, Any], images: int, side: tuple[int, int], criterion: Any) -> Capacity:
@@ -125,7 +147,7 @@ class FixedShapeLoss:
         self._parts = _parts(criterion)
         self.names: tuple[str, ...] = tuple(self._parts[-1].loss_names)
         self._constants: dict[Any, tuple[Tensor, ...]] = {}
-        self._settings = self._read_settings()
+        self._signature = Signature(_objects(criterion))
 
     def __call__(self, outputs: Any, targets: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
         """The loss.
@@ -149,12 +171,8 @@ class FixedShapeLoss:
         return many * len(targets) * gains[3] + one * len(targets) * gains[4], one.detach()
 
     def holds(self, criterion: Any) -> bool:
-        """Whether a criterion still is the one, with the settings that it had."""
-        return criterion is self.criterion and self._read_settings() == self._settings
-
-    def _read_settings(self) -> list[Any]:
-        names = ("topk", "topk2", "alpha", "beta")
-        return [(id(part.class_weights), *(getattr(part.assigner, name) for name in names)) for part in self._parts]
+        """Whether a criterion still is the one, with the numbers and functions that it had."""
+        return criterion is self.criterion and not self._signature.changed()
 
     def _one(self, part: Any, outputs: dict[str, Any], targets: Tensor, gains: Tensor) -> Tensor:
         """Losses of one set of outputs: v8DetectionLoss.get_assigned_targets_and_loss."""
@@ -262,6 +280,20 @@ def _inside(centres: Tensor, boxes: Tensor, exists: Tensor, least: int) -> Tenso
     x1, y1, x2, y2 = (side.unsqueeze(2) for side in xywh2xyxy(xywh).unbind(2))
     x, y = centres.unbind(1)
     return (x - x1 > _EPS) & (y - y1 > _EPS) & (x2 - x > _EPS) & (y2 - y > _EPS)
+
+
+def _objects(criterion: Any) -> list[Any]:
+    """A criterion and all that it is made of: its parts, their assigners and modules."""
+    found: dict[int, Any] = {}
+    stack = [criterion]
+    while stack:
+        obj = stack.pop()
+        if id(obj) not in found:
+            found[id(obj)] = obj
+            held = [value for name, value in vars(obj).items() if name != "hyp"]  # whose gains are an input
+            held += obj.modules() if isinstance(obj, nn.Module) else []
+            stack += [value for value in held if hasattr(value, "__dict__") and not isinstance(value, _NO_PARTS)]
+    return list(found.values())
 
 
 def _parts(criterion: Any) -> list[Any]:

@@ -13,10 +13,12 @@ from torch.utils import _pytree as pytree
 from ultralytics.engine.predictor import BasePredictor
 from ultralytics.utils import LOGGER
 
-from .graphs import has_hooks, mended_generator, tensors_aside
+from .graphs import mended_generator
 from .measuring import first_line, relative_error
+from .signature import Signature, has_hooks, plain_values, tensors_aside
 
 _KEPT = 4  # graphs at once, those used last: each holds the memory of a forward
+_CAPTURES = 2 * _KEPT  # of one network: shapes that take turns would be captured in every call
 _ERROR = 1e-3  # of a replay against the network itself; 0 where it chooses the same kernels
 
 
@@ -35,19 +37,22 @@ class PredictGraphs:
         """
         self.why_not = ""
         self._capture = capture or CapturedForward
+        self._captures = 0
         self._seen: set[Any] = set()
         self._graphs: OrderedDict[Any, CapturedForward] = OrderedDict()
+        self._network: nn.Module | None = None  # that the graphs are of
+        self._signature: Signature | None = None
 
     def __call__(self, network: nn.Module, images: Tensor) -> Any:
         """What the network gives, by replay where there is a graph."""
         inner = _inner(network)
-        if any(map(has_hooks, inner.modules())):  # a tracker's, say, which reads features
-            return network(images)
-        key = (*images.shape, images.dtype, images.device, *_head(inner))
+        if self._graphs and (inner is not self._network or self._signature is None or self._signature.changed()):
+            self._graphs.clear()  # other weights, classes, head, precision, hooks: captured anew, if it may be
+        key = (*images.shape, images.dtype, images.device, *plain_values(_head(inner)))
         graph = self._graphs.get(key)
         if graph is None and not self.why_not:
             if key in self._seen:
-                graph = self._add(key, network, images)
+                graph = self._add(key, network, inner, images)
             elif len(self._seen) < 1024:  # a folder of images of all shapes
                 self._seen.add(key)
         if graph is None:
@@ -55,7 +60,14 @@ class PredictGraphs:
         self._graphs.move_to_end(key)
         return graph(images)
 
-    def _add(self, key: Any, network: nn.Module, images: Tensor) -> CapturedForward | None:
+    def _add(self, key: Any, network: nn.Module, inner: nn.Module, images: Tensor) -> CapturedForward | None:
+        if any(map(has_hooks, inner.modules())):  # a tracker's, say, which reads features
+            return None
+        if self._captures >= _CAPTURES:  # shapes, or weights, that change all the time
+            self.why_not = f"{self._captures} captures have been made: those {len(self._graphs)} that are held stay"
+            LOGGER.info(f"yolo-flash: no more CUDA graphs for prediction: {self.why_not}")
+            return None
+        self._captures += 1
         try:
             graph = self._capture(network, images)
             found, wanted = (
@@ -70,6 +82,9 @@ class PredictGraphs:
             self._graphs.clear()
             LOGGER.warning(f"yolo-flash: prediction goes on without CUDA graphs: {self.why_not}")
             return None
+        if not self._graphs:
+            self._network, tensors = inner, [*inner.parameters(), *inner.buffers()]
+            self._signature = Signature(inner.modules(), tensors, apart=_head(inner))
         self._graphs[key] = graph
         if len(self._graphs) > _KEPT:
             self._graphs.popitem(last=False)
@@ -144,8 +159,7 @@ def _inner(network: Any) -> nn.Module:
     return model if isinstance(model, nn.Module) else network
 
 
-def _head(model: Any) -> tuple[Any, ...]:
-    """The settings of the model's head, such as `max_det`, some of which a call of `predict` sets."""
+def _head(model: Any) -> Any:
+    """The model's head, some of whose settings a call of `predict` sets, such as `max_det`; else the model."""
     layers = getattr(model, "model", None)
-    values = vars(layers[-1]) if isinstance(layers, nn.Sequential) else {}
-    return tuple((name, value) for name, value in values.items() if isinstance(value, (bool, int, float, str)))
+    return layers[-1] if isinstance(layers, nn.Sequential) else model

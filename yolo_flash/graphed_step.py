@@ -1,25 +1,24 @@
-"""When a training step runs from CUDA graphs: what forbids it, whether it pays, and what it costs in memory."""
+"""When a training step runs from CUDA graphs: whether it may, whether it pays, and what it costs in memory."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
 from . import fixed_loss
-from .capture import answer_step, capture_step
+from .capture import LABELS, answer_step, capture_step
 from .fixed_loss import Capacity, FixedShapeLoss
-from .graphs import FlashGraphError, GraphedStep, forget_answer, has_hooks
+from .graph_limits import boxes_stay, not_supported_reasons, own_loop
+from .graphs import Answer, FlashGraphError, GraphedStep
 from .guard import is_out_of_memory
 from .measuring import first_line, free_bytes, readable
 from .ranks import RankAverage
@@ -27,7 +26,9 @@ from .ranks import RankAverage
 _TIMED = 3  # steps of each kind that `auto` compares
 _GAIN = 1.05  # below it graphs do not pay for their memory
 _CAPTURES = 3  # in a run for a changed model, and as many for more boxes: after that, steps run eager
+_SHARE = 0.25  # of the free memory that the boxes of a batch may take in the graphs
 _CHANGED = "the model changed"
+_REPLAYED = "replayed"
 
 
 class StepGraphs:
@@ -35,7 +36,7 @@ class StepGraphs:
 
     The first step runs eager: it builds the loss and is profiled. With `auto` the next three are timed, and again three
     from the graphs. Steps of another shape than that of full batches run eager, and those with more boxes than the
-    captured loss has room for.
+    captured loss has room for; so does every step behind which code or numbers of a user's are found.
 
     Attributes:
         step: What was captured; None while steps run eager.
@@ -55,9 +56,13 @@ class StepGraphs:
         self._capture_step = capture
         self._ranks: RankAverage | None = None  # of all ranks, also of one that has lost its graphs
         self._leaving = False  # DDP averages again behind the next optimizer step: not with gradients of both
-        self._changes = self._growths = 0  # captures for changed models, and for more boxes
+        self._changes = self._growths = self._short = 0  # captures for changed models, more boxes, out of memory
         self._capacity = Capacity()
         self._shape: tuple[int, int, int] = (0, 0, 0)
+        self._answer: Answer | None = None
+        self._outcome: str | None = None  # of the step under way, as in `_counts`; None between steps
+        self._said = False
+        self._counts: Counter[str] = Counter()  # of this epoch's steps: why each ran eager, `_REPLAYED` if it did not
         self._begin_again()
 
     def prepare(self, trainer: Any) -> str:
@@ -83,13 +88,18 @@ class StepGraphs:
         """Look at the boxes of a batch while they are on the CPU: there it takes no waiting for the device."""
         self._targets: Tensor | None = None
         self._needed: Capacity | None = None
+        self._crowded = ""
         outside = self.step is not None and self.step.loss is None
         if self.why_not or outside or not self._full(batch["img"]):
             return
         criterion = getattr(unwrap_model(trainer.model), "criterion", None)
-        known = criterion is not None and not fixed_loss.not_supported_reason(criterion) and _boxes_stay(trainer)
-        if known and all(batch[name].device.type == "cpu" for name in ("batch_idx", "cls", "bboxes")):
-            self._needed = fixed_loss.needed(batch, self._shape[0], self._shape[1:], criterion)
+        if criterion is None or not self._known_loss(criterion) or not boxes_stay(trainer):
+            return
+        if all(batch[name].device.type == "cpu" for name in LABELS):
+            needed = fixed_loss.needed(batch, self._shape[0], self._shape[1:], criterion)
+            if not self._capacity.holds(needed) and self._too_large(needed, criterion, trainer.device):
+                return
+            self._needed = needed
             if self.step is None:
                 self._capacity = self._capacity.grown(self._needed)
             if self._capacity.holds(self._needed):
@@ -108,24 +118,39 @@ class StepGraphs:
         Raises:
             FlashGraphError: Graphs were asked for, and the network cannot be captured.
         """
+        self._close_step(trainer)
         self._started: float | None = None
-        if self.why_not or not self._full(batch["img"]):
+        if self.mode == "off":
+            return {}
+        self._outcome = self.why_not
+        if self.why_not:
+            return {}
+        if not self._full(batch["img"]):
+            self._outcome = f"images of another shape than {list(self._shape)}"
+            return {}
+        if self._crowded and trainer.world_size <= 1:  # ranks have to count the same steps, see `_votes`
+            self._outcome = self._crowded
             return {}
         model = unwrap_model(trainer.model)
         self._seen += 1
+        self._outcome = "before there were graphs"
         facts: dict[str, Any] = {}
         stale = False
         if self.step is None:
             if self._seen > 1 + (_TIMED if self.mode == "auto" else 0):
                 facts = self._capture(trainer, model, batch)
-        elif stale := self.step.stale(model if self._new_epoch(trainer) else None) or self._another_loss(model):
+        elif stale := self.step.stale() or self._another_loss(model):
+            self._outcome = _CHANGED
             if not self._votes(trainer):
                 LOGGER.warning("yolo-flash: the model changed since its CUDA graphs were captured: capturing again.")
                 facts, stale = self._capture(trainer, model, batch, again=_CHANGED), False
-        elif isinstance(self.step.loss, FixedShapeLoss) and self._targets is None and not self._votes(trainer):
-            facts = self._grow(trainer, model, batch)
+        elif isinstance(self.step.loss, FixedShapeLoss) and self._targets is None:
+            self._outcome = "more boxes than the graphs have room for"
+            if not self._votes(trainer):
+                facts = self._grow(trainer, model, batch)
         if self.step is not None and not stale:
-            answer_step(model, self.step, batch, self._targets)
+            self._through_autograd(trainer)
+            self._answer = answer_step(model, self.step, batch, self._targets, self._ended)
         if self.mode == "auto" and not self._decided and self._seen > 1 and not facts:
             self._started = _now()
         # `auto` has still to see whether it pays.
@@ -133,10 +158,13 @@ class StepGraphs:
 
     def after_step(self, trainer: Any) -> dict[str, Any]:
         """Take the time of a step that `before_forward` began; facts for the log once `auto` has decided."""
-        forget_answer(unwrap_model(trainer.model))
+        replayed_it = self._close_step(trainer)
         if self._started is None:
             return {}
-        (self._eager if self.step is None else self._replayed).append((_now() - self._started) * 1e3)
+        if self.step is None:
+            self._eager.append((_now() - self._started) * 1e3)
+        elif replayed_it or trainer.world_size > 1:  # ranks count alike, whatever batches they have
+            self._replayed.append((_now() - self._started) * 1e3)
         if len(self._replayed) < _TIMED or self.step is None:
             return {}
         self._decided = True
@@ -149,6 +177,42 @@ class StepGraphs:
             self._leaving = self._ranks is not None
             self.why_not = f"a step takes {replayed:.1f} ms from graphs and {eager:.1f} ms without"
         return facts | {"why_not": self.why_not}
+
+    def end_epoch(self, trainer: Any) -> dict[str, Any]:
+        """Count the steps of an epoch, those that were replayed among them.
+
+        Returns:
+            `steps`, `replayed`, and `eager`: why others ran eager, and how many; empty with `off`. With `why_not` if
+            graphs of which no step made use are given up.
+
+        Raises:
+            FlashGraphError: Graphs were asked for, and no step came from them.
+        """
+        self._close_step(trainer)
+        counts, self._counts = self._counts, Counter()
+        replayed = counts.pop(_REPLAYED, 0)
+        facts: dict[str, Any] = {"steps": counts.total() + replayed, "replayed": replayed, "eager": dict(counts)}
+        if self.mode == "off":
+            return {}
+        still = self._seen == 1 or 0 < self._short < _CAPTURES  # a run's first full batch is eager
+        if replayed or not facts["steps"] or (still and self.step is None):
+            return facts
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in counts.items())
+        none = f"none of {facts['steps']} steps of the epoch ran from CUDA graphs ({reasons})"
+        if self.mode == "on" and self._asked:
+            raise FlashGraphError(f"flash.graphs=on: {none}. flash.graphs=auto goes on without graphs.")
+        if self.step is not None and not self._votes(trainer):
+            self._drop(trainer)
+            self.why_not = none
+            facts["why_not"] = none
+        return facts
+
+    def give_up(self, trainer: Any, why_not: str) -> bool:
+        """Free the graphs for good, also where they were asked for; whether there were any."""
+        held = self.release(trainer)
+        if held:
+            self.why_not, self._asked = why_not, False
+        return held
 
     def release(self, trainer: Any) -> bool:
         """Free the graphs and their memory; whether there were any."""
@@ -167,18 +231,36 @@ class StepGraphs:
 
     def _begin_again(self) -> None:
         self._seen, self._decided, self._epoch = 0, False, -1
+        self._asked = True  # `on` is held to its word
         self._started = None
         self._eager: list[float] = []
         self._replayed: list[float] = []
         self._targets = self._needed = None
-        self._loss_outside = ""
+        self._crowded = self._loss_outside = ""
+        self._outcome = None
 
     def _drop(self, trainer: Any) -> None:
         held, self.step = self.step is not None, None
-        if getattr(trainer, "model", None) is not None:
-            forget_answer(unwrap_model(trainer.model))
+        self._withdraw()
         if held:
             trainer._clear_memory()
+
+    def _withdraw(self) -> bool:
+        """Let the model answer by itself again; whether a replay was still to come."""
+        answer, self._answer = self._answer, None
+        return answer is not None and answer.withdraw()
+
+    def _ended(self, why_not: str) -> None:
+        self._outcome = why_not or _REPLAYED
+
+    def _close_step(self, trainer: Any) -> bool:
+        """Count the step under way, if there is one; whether it was replayed."""
+        if self._withdraw():
+            self._outcome = "the loss was not asked of the model with the batch that preprocess_batch gave"
+        outcome, self._outcome = self._outcome, None
+        if outcome is not None:
+            self._counts[outcome] += 1
+        return outcome == _REPLAYED
 
     def _close_ranks(self) -> None:
         ranks, self._ranks, self._leaving = self._ranks, None, False
@@ -188,13 +270,37 @@ class StepGraphs:
     def _full(self, images: Tensor) -> bool:
         return (images.shape[0], *images.shape[2:]) == self._shape
 
-    def _new_epoch(self, trainer: Any) -> bool:
+    def _through_autograd(self, trainer: Any) -> None:
+        """Look once an epoch whether a user's own loop might ask autograd for gradients."""
         before, self._epoch = self._epoch, trainer.epoch
-        return before != self._epoch
+        if self.step is not None and before != self._epoch:
+            self.step.through_autograd = own_loop(trainer)
+
+    def _known_loss(self, criterion: Any) -> bool:
+        loss = None if self.step is None else self.step.loss
+        held = isinstance(loss, FixedShapeLoss) and loss.holds(criterion)
+        return held or not fixed_loss.not_supported_reason(criterion)
 
     def _another_loss(self, model: Any) -> bool:
         loss = None if self.step is None else self.step.loss
         return isinstance(loss, FixedShapeLoss) and not loss.holds(model.criterion)
+
+    def _too_large(self, needed: Capacity, criterion: Any, device: torch.device) -> bool:
+        """Whether a batch has so many boxes in an image that graphs would take a large share of the memory for them."""
+        wanted = self._capacity.grown(needed)
+        need, room = fixed_loss.needed_bytes(wanted, self._shape[0], self._shape[1:], criterion), free_bytes(device)
+        if need > _SHARE * room:
+            self._crowded = "too many boxes in an image for the memory"
+            self._say_once(
+                f"a batch with {needed.boxes} boxes in an image runs without CUDA graphs, which would take "
+                f"{readable(need)} for as many, {readable(room)} are free; so do all like it"
+            )
+        return bool(self._crowded)
+
+    def _say_once(self, line: str) -> None:
+        if not self._said:
+            LOGGER.info(f"yolo-flash: {line}")
+        self._said = True
 
     def _votes(self, trainer: Any) -> bool:
         """Whether ranks have still to decide together, all in the same step: none of them may take longer to it."""
@@ -213,7 +319,6 @@ class StepGraphs:
     def _capture(self, trainer: Any, model: nn.Module, batch: dict[str, Any], again: str = "") -> dict[str, Any]:
         """Capture on this batch; the first time on all ranks or on none. What came of it."""
         self._drop(trainer)
-        growing = bool(again) and again != _CHANGED
         self._changes += again == _CHANGED
         why_not = "; ".join(not_supported_reasons(trainer, self.mode))  # callbacks came since it was looked at
         if self._changes >= _CAPTURES:
@@ -224,8 +329,10 @@ class StepGraphs:
                 self.step, outside = capture_step(model, batch, self._targets, self._capacity, self._capture_step)
                 if trainer.world_size > 1 and self._ranks is None:
                     self._ranks = RankAverage(trainer.model)
-                self._loss_outside = self._loss_outside or outside
+                self._loss_outside, self._epoch = self._loss_outside or outside, -1
             except Exception as error:  # whatever it is: the trainer would halve the batch, or end
+                if is_out_of_memory(error) and self._try_later(trainer):
+                    return {}
                 short = "there is too little memory for them: " if is_out_of_memory(error) else ""
                 why_not = short + first_line(error)
         facts = {"again": again} if again else {}
@@ -245,82 +352,35 @@ class StepGraphs:
             self._drop(trainer)
             if not again:
                 self._close_ranks()
-            self.why_not = why_not or "another rank cannot"
-            if self.mode == "on" and not growing:
+            self._outcome = self.why_not = why_not or "another rank cannot"
+            if self.mode == "on" and not again:  # later, a whole epoch without is an error
                 raise FlashGraphError(f"flash.graphs=on: {self.why_not}. flash.graphs=auto goes on without graphs.")
         return facts | {"why_not": self.why_not}
+
+    def _try_later(self, trainer: Any) -> bool:
+        """Whether a capture for which memory was short is to be tried on another batch, which may have fewer boxes."""
+        self._short += 1
+        if trainer.world_size > 1 or self._short >= _CAPTURES:
+            return False
+        self._capacity = Capacity()
+        self._outcome = "too little memory to capture with its boxes"
+        trainer._clear_memory()
+        return True
 
     def _fit_targets(self, batch: dict[str, Any]) -> None:
         """Boxes of this batch, padded to what is captured from now on."""
         if self._needed is not None and not self._capacity.holds(self._needed):
             self._capacity, self._targets = self._capacity.grown(self._needed), None
         if self._needed is not None and self._targets is None:
-            boxes = {name: batch[name].cpu() for name in ("batch_idx", "cls", "bboxes")}
+            boxes = {name: batch[name].cpu() for name in LABELS}
             self._targets = fixed_loss.pad_targets(boxes, self._shape[0], self._capacity.boxes)
 
     def _facts(self) -> dict[str, Any]:
-        assert self.step is not None
+        if self.step is None:
+            return {}
         facts = {"pool_bytes": self.step.pool_bytes, "capture_seconds": self.step.seconds}
         inside = isinstance(self.step.loss, FixedShapeLoss)
         return facts | ({"boxes": self._capacity.boxes} if inside else {"loss_outside": self._loss_outside})
-
-
-def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
-    """What forbids CUDA graphs in a run, known before its first step; empty if nothing does.
-
-    Args:
-        trainer: Ultralytics' trainer, whose model is set up.
-        mode: `auto` also refuses what would only seldom find its shape again.
-    """
-    args, model = trainer.args, unwrap_model(trainer.model)
-    reasons = []
-    if trainer.device.type != "cuda" or torch.version.hip:
-        device = "ROCm" if trainer.device.type == "cuda" else trainer.device.type
-        reasons.append(f"needs an NVIDIA GPU, the device is {device}")
-    if args.compile:
-        reasons.append("compile=True has graphs of its own")
-    if hasattr(model, "teacher_model"):
-        reasons.append("distillation needs tensors from inside the network")
-    elif not isinstance(model, BaseModel) or any(
-        getattr(type(model), name) is not getattr(BaseModel, name) or name in vars(model)
-        for name in ("forward", "predict", "loss")
-    ):
-        reasons.append(f"{type(model).__name__} gives its network more than images, or takes more from it")
-    if getattr(args, "quantize", None) or getattr(args, "int8", False):
-        reasons.append("quantisation-aware training changes its ranges in every forward")
-    hooked = [name for name, module in model.named_modules() if has_hooks(module)]
-    if hooked:
-        reasons.append(f"a hook on {hooked[0] or 'the model'} would not be called")
-    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-        reasons.append("SyncBatchNorm talks to other ranks")
-    if mode == "auto" and (unknown := _unknown_module(model)):
-        reasons.append(f"{unknown} may do something else in every step: flash.graphs=on captures it as it is")
-    if trainer.world_size > 1:
-        if not isinstance(trainer.model, DistributedDataParallel):
-            reasons.append(f"ranks need DistributedDataParallel, found {type(trainer.model).__name__}")
-        elif trainer.model._comm_hooks:
-            reasons.append("a communication hook of DDP would not be called")
-        if "optimizer_step" in vars(trainer) or type(trainer)._do_train is not BaseTrainer._do_train:
-            reasons.append("a training loop or optimizer step of a user's own may not average the gradients of ranks")
-    if torch.is_anomaly_enabled():
-        reasons.append("torch's anomaly detection reads every operator")
-    if args.multi_scale and (mode == "auto" or trainer.world_size > 1):  # of every rank by itself
-        reasons.append(f"multi_scale={args.multi_scale} changes the image size in every step")
-    if args.rect and (mode == "auto" or trainer.world_size > 1):
-        reasons.append("rect=True gives batches of many shapes")
-    return reasons
-
-
-def _unknown_module(model: nn.Module) -> str:
-    """The class of a module that neither torch, Ultralytics nor we wrote: its Python is not looked through."""
-    known = ("torch.", "torchvision.", "ultralytics.", f"{__package__}.")
-    return next((type(m).__name__ for m in model.modules() if not type(m).__module__.startswith(known)), "")
-
-
-def _boxes_stay(trainer: Any) -> bool:
-    """Whether boxes reach the device as the loader gives them: a user's `preprocess_batch` might change them."""
-    classes = [cls for cls in type(trainer).__mro__ if "preprocess_batch" in vars(cls)]
-    return all(cls.__module__.startswith(("ultralytics.", f"{__package__}.")) for cls in classes[:2])
 
 
 def _now() -> float:

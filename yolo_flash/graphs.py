@@ -8,7 +8,7 @@ Captured is the network for one shape of images and, where it has shapes that do
 - the parameters that are captured are aliases, leaves of their own over the same memory: hooks stay with the real ones,
   and no gradient is accumulated on a stream of somebody else;
 - capturing leaves no trace: buffers, which BatchNorm changes, and random generators are as before, to the bit;
-- a replay is refused when the model is no longer the one that was captured.
+- a replay is refused when the model is no longer the one that was captured, see `signature.py`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.utils import _pytree as pytree  # as torch's own graphed callables
+
+from .signature import Signature, tensors_aside
 
 _OUTPUT = object()  # the place of a tensor among what the network gives
 _WARM_UPS = 3  # kernels are chosen, compiled and given their workspaces before the capture
@@ -38,6 +40,8 @@ class GraphedStep:
 
     Attributes:
         loss: What was captured behind the network; None if its outputs are what a call gives.
+        through_autograd: Whether gradients reach the parameters through autograd, one by one, and not straight away:
+            a training loop of a user's own may ask for them (`torch.autograd.grad`).
         seconds: What the capture took.
         pool_bytes: Memory that belongs to the graphs: eager work cannot use it.
     """
@@ -63,6 +67,7 @@ class GraphedStep:
         """
         start = time.perf_counter()
         self.loss = loss
+        self.through_autograd = False
         self._tensors = _tensors(model)
         self._modules = list(model.modules())
         self._signature = self._sign()
@@ -97,7 +102,7 @@ class GraphedStep:
             *extra: Tensors of the loss.
         """
         # Hooks on a parameter want to see its gradient on its way; else it goes straight to `.grad`, with all others.
-        through = any(map(_hooked, self._parameters))
+        through = self.through_autograd or any(map(_hooked, self._parameters))
         parameters = self._parameters if through else [self._handle]
         outputs = iter(_Replay.apply(self, through, (images, *extra), *parameters))
         leaves = [next(outputs) if leaf is _OUTPUT else leaf for leaf in self._leaves]
@@ -108,17 +113,9 @@ class GraphedStep:
         mine = self._inputs[0]
         return images.shape == mine.shape and images.dtype == mine.dtype and images.device == mine.device
 
-    def stale(self, model: nn.Module | None = None) -> bool:
-        """Whether the model is no longer what was captured: other memory, modes, frozen parameters, or hooks.
-
-        Args:
-            model: Given, its modules and tensors are enumerated anew too, which takes a millisecond.
-        """
-        if model is not None:
-            now, then = [*model.modules(), *_tensors(model)], [*self._modules, *self._tensors]
-            if [*map(id, now)] != [*map(id, then)]:
-                return True
-        return self._sign() != self._signature
+    def stale(self) -> bool:
+        """Whether the model is no longer what was captured: memory, modes, numbers, functions, layers and hooks."""
+        return self._signature.changed()
 
     # Capture ----------------------------------------------------------------------------------------------------------
     def _warm_up(self, forward: Callable[[], Any], aliases: list[Tensor]) -> None:
@@ -155,12 +152,9 @@ class GraphedStep:
         self._leaves = [_OUTPUT if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         return [gradient is not None for gradient in gradients]
 
-    def _sign(self) -> list[Any]:
+    def _sign(self) -> Signature:
         """What the kernels of the graphs depend on beyond the images."""
-        return [
-            *((t.data_ptr(), t.requires_grad) for t in self._tensors),
-            *((module.training, has_hooks(module)) for module in self._modules),
-        ]
+        return Signature(self._modules, self._tensors)
 
     # Replay -----------------------------------------------------------------------------------------------------------
     def replay_forward(self, inputs: Sequence[Tensor]) -> int:
@@ -224,8 +218,11 @@ class _Replay(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise FlashGraphError(
+                "a step from CUDA graphs has no gradient of its gradient (create_graph=True): flash.graphs=off has."
+            )
         step, ctx.step = ctx.step, None  # the trainer keeps its last loss, which keeps this node: not the graphs too
         if step is None:
             raise FlashGraphError("the network was differentiated twice: flash.graphs=off avoids it.")
@@ -244,29 +241,45 @@ def _hooked(parameter: Tensor) -> bool:
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
-def answer_once(model: Any, name: str, answer: Callable[..., Any]) -> None:
-    """Let the next call of a method of a model be answered by another, and the one after it be its own again.
+class Answer:
+    """Stands in for the next call of a method of a model, on the instance, and lets go of it with that call.
 
-    On the instance, and for the length of one call: no copy, checkpoint or callback ever meets it.
-
-    Args:
-        model: Of Ultralytics.
-        name: Of the method, `predict` or `loss`.
-        answer: Takes what the method takes; gives NotImplemented where the method shall answer itself.
+    No copy, checkpoint or callback of the trainer meets it. Whoever has kept it calls the model's own method.
     """
 
-    def method(*args: Any, **kwargs: Any) -> Any:
-        forget_answer(model)
+    def __init__(self, model: Any, name: str, answer: Callable[..., Any]) -> None:
+        """Stand in.
+
+        Args:
+            model: Of Ultralytics, whose instance has no method of that name.
+            name: Of the method, `predict` or `loss`.
+            answer: Takes what the method takes; gives NotImplemented where the method shall answer itself.
+        """
+        self._model, self._name, self._answer = model, name, answer
+        vars(model)[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The answer, or what the method gives."""
+        answer = self._answer
+        self.withdraw()
         given = answer(*args, **kwargs) if torch.is_grad_enabled() else NotImplemented
-        return getattr(model, name)(*args, **kwargs) if given is NotImplemented else given
+        own = getattr(type(self._model), self._name)
+        return own(self._model, *args, **kwargs) if given is NotImplemented else given
 
-    vars(model)[name] = method
+    def __deepcopy__(self, memo: dict[int, Any]) -> MethodType:
+        """The copied model's own method."""
+        return MethodType(getattr(type(self._model), self._name), memo.get(id(self._model), self._model))
+
+    def withdraw(self) -> bool:
+        """Leave the model as it was, whatever somebody else has put there since; whether that is news."""
+        answer, self._answer = self._answer, _no_answer
+        if vars(self._model).get(self._name) is self:
+            del vars(self._model)[self._name]
+        return answer is not _no_answer
 
 
-def forget_answer(model: nn.Module) -> None:
-    """Undo `answer_once` where the forward never came."""
-    for name in ("predict", "loss"):
-        vars(model).pop(name, None)
+def _no_answer(*args: Any, **kwargs: Any) -> Any:
+    return NotImplemented
 
 
 class EarlyCopy:
@@ -290,13 +303,6 @@ class EarlyCopy:
         """The values, once they are there."""
         self._done.synchronize()
         return dict(zip(self._names, self._copy, strict=True))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to be called in the module's forward or backward: a replay would not call."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _trains(leaf: Any) -> bool:
@@ -326,11 +332,6 @@ def mended_generator(device: torch.device) -> Iterator[None]:
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
         raise
-
-
-def tensors_aside(model: nn.Module) -> list[Tensor]:
-    """Tensors that modules hold as attributes, such as anchors, and may let go of: a graph still reads them."""
-    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -41,7 +41,7 @@ def foreign(objects: Iterable[Any], names: Iterable[str] | None = None) -> str:
     wanted = None if names is None else set(names)
     for obj in objects:
         for name, value in vars(obj).items():
-            if (wanted is None or name in wanted) and _shadows(obj, name, value):
+            if (wanted is None or name in wanted) and _shadows(obj, name, value, wanted is not None):
                 return f"{type(obj).__name__}.{name}"
     for cls in dict.fromkeys(base for obj in objects for base in type(obj).__mro__ if base is not object):
         if found := _foreign_in_class(cls, wanted):
@@ -63,7 +63,7 @@ def helpers(objects: Iterable[Any]) -> list[tuple[dict[str, Any], str]]:
     seen: set[int] = set()
     classes = dict.fromkeys(base for obj in objects for base in type(obj).__mro__)
     theirs = [cls for cls in classes if _package(cls.__module__) == "ultralytics"]
-    stack = [f for cls in theirs for _, f in _functions(cls) if isinstance(f, FunctionType)]
+    stack = [f for cls in theirs for _, f in _functions(cls, vars(cls)) if isinstance(f, FunctionType)]
     while stack:
         function = stack.pop()
         if id(function) in seen:
@@ -93,8 +93,15 @@ def _package(module: str | None) -> str:
     return (module or "").partition(".")[0]
 
 
-def _shadows(obj: Any, name: str, value: Any) -> bool:
-    """Whether an instance attribute takes the place of a function, or is one of somebody else."""
+def _shadows(obj: Any, name: str, value: Any, is_function: bool = False) -> bool:
+    """Whether an instance attribute takes the place of a function, or is one of somebody else.
+
+    Args:
+        obj: The instance.
+        name: Of the attribute.
+        value: Of the attribute.
+        is_function: Whether the name is known to be that of a function.
+    """
     if isinstance(value, MethodType):  # a fused Conv has its `forward_fuse` as forward
         function = value.__func__
         return value.__self__ is not obj or not any(
@@ -102,7 +109,7 @@ def _shadows(obj: Any, name: str, value: Any) -> bool:
         )
     if isinstance(value, FunctionType):
         return _package(value.__module__) not in PACKAGES or not _in_file_of(value, value.__module__)
-    return callable(value) and isinstance(getattr(type(obj), name, None), FunctionType)
+    return callable(value) and (is_function or not isinstance(getattr(type(obj), name, None), (type(None), type)))
 
 
 def _foreign_in_class(cls: type, wanted: set[str] | None) -> str:
@@ -110,9 +117,7 @@ def _foreign_in_class(cls: type, wanted: set[str] | None) -> str:
     known = is_own_class(cls)
     if wanted is None and not known:
         return cls.__name__
-    for name, function in _functions(cls):
-        if wanted is not None and name not in wanted:
-            continue
+    for name, function in _functions(cls, vars(cls) if wanted is None else wanted):
         if isinstance(function, partial):
             return f"{cls.__name__}.{name}"
         if not known or file is None or not _is_own(function, file, f"{cls.__qualname__}.{name}"):
@@ -122,8 +127,9 @@ def _foreign_in_class(cls: type, wanted: set[str] | None) -> str:
     return ""
 
 
-def _functions(cls: type) -> Iterator[tuple[str, Any]]:
-    for name, value in vars(cls).items():
+def _functions(cls: type, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    for name in names:
+        value = vars(cls).get(name)
         if isinstance(value, (staticmethod, classmethod)):
             value = value.__func__
         for function in (value.fget, value.fset, value.fdel) if isinstance(value, property) else (value,):
@@ -153,7 +159,8 @@ def _is_own(function: FunctionType, file: str | None, qualified_name: str) -> bo
 def _is_own_helper(function: FunctionType) -> bool:
     if function.__code__.co_filename.startswith(_TORCH):
         return True  # torch makes some of its functions by others
-    return _package(function.__module__) in PACKAGES and _is_own(function, None, function.__qualname__)
+    known = (*PACKAGES, *sys.stdlib_module_names)
+    return _package(function.__module__) in known and _is_own(function, None, function.__qualname__)
 
 
 def _in_file_of(function: FunctionType, module: str | None) -> bool:

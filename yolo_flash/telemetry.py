@@ -58,6 +58,7 @@ class Telemetry:
         self._since = 0.0
         self._profiled_speed = 0.0
         self._eager_kernels: Counter[str] = Counter()
+        self._replays: dict[str, Any] = {}  # of this epoch, see `StepGraphs.end_epoch`
         self._pool_gib: float | None = None  # memory of the graphs that steps run from; None while they run eager
 
     def plan(self, trainer: Any, rows: list[PlanRow], machine: Machine) -> None:
@@ -111,6 +112,10 @@ class Telemetry:
         outside = facts.get("loss_outside")
         LOGGER.info(f"yolo-flash: {gain}; {cost}" + (f"; the loss stays outside of them: {outside}" if outside else ""))
         self._profiled = self._profiled and not profiler_lets_go()  # replays are kernels, without operators
+
+    def replays(self, trainer: Any, facts: dict[str, Any]) -> None:
+        """Keep for the end of the epoch how many of its steps came from CUDA graphs."""
+        self._replays = facts
 
     def saw_images(self, count: int) -> None:
         """Count the images of a batch on their way to the model."""
@@ -198,6 +203,7 @@ class Telemetry:
             backends=dict(backends),
             fallbacks=dict(failed),
             unplanned=len(self._runtime.unplanned),
+            graphs=self._replays,
         )
         used = f"peak {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved"
         ran = ", ".join(f"{name} x {count}" for name, count in backends.items())
@@ -205,6 +211,7 @@ class Telemetry:
             f"yolo-flash: {speed:.1f} images/s{' (the profiled step alone)' if alone else ''}, {used}"
             + (f"; {ran}; attention: {readable(self._avoided())} of score matrices avoided" if ran else "")
             + (f"; failed: {', '.join(failed)}" if failed else "")
+            + _replays_text(self._replays)
         )
 
     def on_train_end(self, trainer: Any) -> None:
@@ -297,6 +304,14 @@ def attention_kernels(events: Iterable[Any]) -> tuple[Counter[str], Counter[str]
         elif event.device_type == DeviceType.CUDA and _ATTENTION_KERNEL.search(event.name):
             kernels[event.name] += 1
     return operators, kernels
+
+
+def _replays_text(facts: dict[str, Any]) -> str:
+    """`; 23 of 24 steps from CUDA graphs, 1 not: more boxes than the graphs have room for`; empty if none is."""
+    if not facts.get("replayed"):
+        return ""
+    eager = "".join(f", {count} not: {reason}" for reason, count in facts["eager"].items())
+    return f"; {facts['replayed']} of {facts['steps']} steps from CUDA graphs{eager}"
 
 
 def _short_name(kernel: str) -> str:

@@ -131,6 +131,8 @@ class FlashTrainerMixin(_TrainerBase):
         """Tell telemetry first: our numbers have to be there when the loggers look."""
         if event == "on_train_batch_end":
             self._tell_graphs(self._flash_graphs.after_step(self))
+        elif event == "on_train_epoch_end":
+            self._count_replays()
         elif event == "teardown":
             self._flash_graphs.release(self)
         if event in vars(Telemetry):
@@ -171,10 +173,9 @@ class FlashTrainerMixin(_TrainerBase):
             return super().validate()
         except RuntimeError as error:
             alone = self.world_size <= 1  # other ranks are in the middle of this validation
-            if not (alone and is_out_of_memory(error) and self._flash_graphs.release(self)):
-                raise
             why_not = "validation ran out of memory beside the graphs"
-            self._flash_graphs.why_not = why_not
+            if not (alone and is_out_of_memory(error) and self._flash_graphs.give_up(self, why_not)):
+                raise
             LOGGER.warning(f"yolo-flash: {why_not}: they are freed, and it is run again.")
         self._tell_graphs({"why_not": why_not})
         return super().validate()
@@ -205,6 +206,13 @@ class FlashTrainerMixin(_TrainerBase):
     def _tell_graphs(self, facts: dict[str, Any]) -> None:
         if facts and self._flash_graphs.mode != "off" and facts != {"why_not": ""}:
             self._tell("graphs", facts)
+
+    def _count_replays(self) -> None:
+        facts = self._flash_graphs.end_epoch(self)
+        if why_not := facts.pop("why_not", ""):
+            self._tell_graphs({"why_not": why_not})
+        if facts:
+            self._tell("replays", facts)
 
     def _patch(self, model: nn.Module) -> None:
         if self.flash.enabled:

@@ -1,0 +1,78 @@
+"""What forbids CUDA graphs in a run: code of a user's, which a replay would not run, and what changes in every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from ultralytics.nn.tasks import BaseModel
+from ultralytics.utils.torch_utils import unwrap_model
+
+from .signature import has_hooks, kept_graph
+from .stock_code import foreign
+
+_ENTRANCES = ("forward", "predict", "loss")
+
+
+def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
+    """What forbids CUDA graphs in a run, as far as it is known by now; empty if nothing does.
+
+    Args:
+        trainer: Ultralytics' trainer, whose model is set up.
+        mode: `auto` also refuses what would only seldom find its shape again, and code that it does not know.
+    """
+    args, model = trainer.args, unwrap_model(trainer.model)
+    reasons = []
+    if trainer.device.type != "cuda" or torch.version.hip:
+        device = "ROCm" if trainer.device.type == "cuda" else trainer.device.type
+        reasons.append(f"needs an NVIDIA GPU, the device is {device}")
+    if args.compile:
+        reasons.append("compile=True has graphs of its own")
+    if hasattr(model, "teacher_model"):
+        reasons.append("distillation needs tensors from inside the network")
+    elif not isinstance(model, BaseModel) or any(
+        getattr(type(model), name) is not getattr(BaseModel, name) for name in _ENTRANCES
+    ):
+        reasons.append(f"{type(model).__name__} gives its network more than images, or takes more from it")
+    elif replaced := foreign([model], _ENTRANCES):
+        reasons.append(f"{replaced} is not Ultralytics' own")
+    if getattr(args, "quantize", None) or getattr(args, "int8", False):
+        reasons.append("quantisation-aware training changes its ranges in every forward")
+    hooked = [name for name, module in model.named_modules() if has_hooks(module)]
+    if hooked:
+        reasons.append(f"a hook on {hooked[0] or 'the model'} would not be called")
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        reasons.append("SyncBatchNorm talks to other ranks")
+    if mode == "auto" and not reasons and (unknown := foreign(model.modules())):
+        reasons.append(
+            f"{unknown} is neither torch's nor Ultralytics' and may do something else in every step: "
+            f"flash.graphs=on captures it as it is"
+        )
+    if kept := kept_graph(model):
+        reasons.append(f"{kept} is a tensor of the last step's own, with a gradient that a replay would not renew")
+    if trainer.world_size > 1:
+        if not isinstance(trainer.model, DistributedDataParallel):
+            reasons.append(f"ranks need DistributedDataParallel, found {type(trainer.model).__name__}")
+        elif trainer.model._comm_hooks:
+            reasons.append("a communication hook of DDP would not be called")
+        if foreign([trainer], ("optimizer_step", "_do_train")):
+            reasons.append("a training loop or optimizer step of a user's own may not average the gradients of ranks")
+    if torch.is_anomaly_enabled():
+        reasons.append("torch's anomaly detection reads every operator")
+    if args.multi_scale and (mode == "auto" or trainer.world_size > 1):  # of every rank by itself
+        reasons.append(f"multi_scale={args.multi_scale} changes the image size in every step")
+    if args.rect and (mode == "auto" or trainer.world_size > 1):
+        reasons.append("rect=True gives batches of many shapes")
+    return reasons
+
+
+def boxes_stay(trainer: Any) -> bool:
+    """Whether boxes reach the device as the loader gives them: a user's `preprocess_batch` might change them."""
+    return not foreign([trainer], ("preprocess_batch",))
+
+
+def own_loop(trainer: Any) -> bool:
+    """Whether the training loop is a user's own, which may ask autograd for gradients as it likes."""
+    return bool(foreign([trainer], ("_do_train",)))

@@ -1,0 +1,144 @@
+"""What a captured step stands for, beyond its inputs: every function and number that its code would read again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .stock_code import helpers
+
+# Attributes that Ultralytics' code writes itself while it runs, or that a captured loss is given anew in every step.
+_WRITTEN = frozenset(
+    {"anchors", "strides", "shape", "shapes", "valid_mask"}  # of heads in prediction, for images of the last shape
+    | {"bs", "n_max_boxes"}  # TaskAlignedAssigner
+    | {"o2m", "o2o", "updates"}  # E2ELoss, whose weights are an input of the graphs
+)
+
+_OF_PYTHON = frozenset(  # attributes of classes that Python adds when it needs them
+    {"__slotnames__", "__annotations__", "__annotations_cache__", "__annotate__", "__annotate_func__"}
+)
+_PLAIN = (bool, int, float, str)
+_requires_grad = attrgetter("requires_grad")
+
+
+class Signature:
+    """The attributes of some objects, of their classes and of what these call by name, as they were.
+
+    Tensors stand for their memory and, outside of parameters and buffers, for its version: what is computed from them
+    may have been computed once. What lies within other containers than those of `nn.Module` is not looked at.
+    """
+
+    def __init__(self, objects: Iterable[Any], tensors: Iterable[Tensor] = (), apart: Any = None) -> None:
+        """Keep what there is now.
+
+        Args:
+            objects: Modules, or other objects with attributes, such as a criterion.
+            tensors: Parameters and buffers, which the step reads and writes where they lie.
+            apart: An object whose numbers and words do not count, see `plain_values`.
+        """
+        objects, self._tensors = list(objects), list(tensors)
+        modules = [obj for obj in objects if isinstance(obj, nn.Module)]
+        self._apart = {} if apart is None else vars(apart)
+        self._states = [vars(obj) for obj in objects if not _writes(obj) and obj is not apart]
+        self._written = [vars(obj) for obj in objects if _writes(obj) and obj is not apart]
+        self._children = [held for m in modules for held in (m._parameters, m._buffers, m._modules) if held]
+        self._hooks = [held for m in modules for held in _hooks(m)]
+        classes = dict.fromkeys(base for obj in objects for base in type(obj).__mro__)
+        self._classes = [vars(cls) for cls in classes]
+        self._helpers = helpers(objects)
+        self._aside = [
+            (state, name)
+            for obj in objects
+            for state in (vars(obj),)
+            for name, value in _unwritten(state, obj)
+            if isinstance(value, Tensor)
+        ]
+        self._values = self._read()
+
+    def changed(self) -> bool:
+        """Whether anything is no longer what it was; some 0.3 ms for a small YOLO."""
+        try:
+            return self._read() != self._values
+        except RuntimeError:  # two tensors were compared, element by element
+            return True
+
+    def _read(self) -> list[Any]:
+        found: list[Any] = [
+            torch.is_autocast_enabled("cuda"),
+            torch.get_autocast_dtype("cuda"),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_float32_matmul_precision(),
+            torch.backends.cudnn.allow_tf32,
+            *map(Tensor.data_ptr, self._tensors),
+            *map(_requires_grad, self._tensors),
+            *map(id, chain.from_iterable(held.values() for held in self._children)),
+            any(self._hooks),
+            *(_memory(state.get(name)) for state, name in self._aside),
+            *(space.get(name) for space, name in self._helpers),
+        ]
+        for state in self._states:
+            found += state.values()
+        for state in self._written:
+            found += [value for name, value in state.items() if name not in _WRITTEN]
+        for state in self._classes:
+            found += [value for name, value in state.items() if name not in _OF_PYTHON]
+        found += [
+            value for name, value in self._apart.items() if name not in _WRITTEN and not isinstance(value, _PLAIN)
+        ]
+        return found
+
+
+def plain_values(obj: Any) -> tuple[Any, ...]:
+    """The numbers and words among the attributes of an object, by their names."""
+    return tuple(item for item in vars(obj).items() if isinstance(item[1], _PLAIN))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to be called in the module's forward or backward: a replay would not call."""
+    return any(_hooks(module))
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def tensors_aside(model: nn.Module) -> list[Tensor]:
+    """Tensors that modules hold as attributes, such as anchors, and may let go of: a graph still reads them."""
+    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+
+
+def kept_graph(model: nn.Module) -> str:
+    """Where a module holds a tensor of the step that just ran, such as a loss of its own; empty if none does.
+
+    A replay would leave it without a gradient.
+    """
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            held: Any = list(value.values()) if isinstance(value, dict) else value
+            held = held if isinstance(held, (list, tuple)) else (held,)
+            if any(isinstance(v, Tensor) and v.grad_fn is not None for v in held):
+                return f"{name}.{attribute}".lstrip(".")
+    return ""
+
+
+def _writes(obj: Any) -> bool:
+    """Whether the code of an object may write one of the attributes that do not count."""
+    if not type(obj).__module__.startswith("ultralytics."):
+        return False
+    return type(obj).__module__.startswith("ultralytics.utils.") or any(hasattr(obj, name) for name in _WRITTEN)
+
+
+def _unwritten(state: dict[str, Any], obj: Any) -> Iterator[tuple[str, Any]]:
+    skipped = _WRITTEN if _writes(obj) else frozenset()
+    return ((name, value) for name, value in state.items() if name not in skipped)
+
+
+def _memory(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return None
+    return id(value), value.data_ptr(), None if value.is_inference() else value._version
