@@ -111,7 +111,7 @@ class Backend:
     def run(self, packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """Attention and v, as `forward` gives them."""
         if self.forward is None:
-            raise TypeError(f"{self.name} is the block's own forward, which takes an image.")
+            raise TypeError(f"{self.name} has no forward of a packed tensor: it is the block's own")
         out, v, *_ = self.forward(packed, spec)
         return out, v
 
