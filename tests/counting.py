@@ -97,11 +97,11 @@ def randomise(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def settle(module: torch.nn.Module) -> torch.nn.Module:
+def settle(module: torch.nn.Module, side: int = 96) -> torch.nn.Module:
     """`randomise`, and the statistics of a photograph in BatchNorm: activations stay of order one in prediction."""
     photo = cv2.imread(str(ASSETS / "bus.jpg"))
     assert photo is not None
-    x = torch.from_numpy(cv2.resize(photo, (96, 96))).permute(2, 0, 1)[None].float() / 255
+    x = torch.from_numpy(cv2.resize(photo, (side, side))).permute(2, 0, 1)[None].float() / 255
     norms = [m for m in randomise(module).eval().modules() if isinstance(m, torch.nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

@@ -96,10 +96,10 @@ CHANGES: dict[str, Any] = {  # name -> what is done to the model
     "the model's loss": lambda model, patch: setattr(model, "loss", MethodType(mine, model)),
     "the class's loss": lambda model, patch: patch.setattr(BaseModel, "loss", mine),
     "the model's predict": lambda model, patch: setattr(
-        model, "predict", lambda x, *args: type(model).predict(model, x * 0.5)
+        model, "predict", lambda x, *args, **more: type(model).predict(model, x * 0.5)
     ),
     "the class's predict": lambda model, patch: patch.setattr(
-        BaseModel, "predict", lambda self, x, *args: self._predict_once(x * 0.5)
+        BaseModel, "predict", lambda self, x, *args, **more: self._predict_once(x * 0.5)
     ),
     "a layer's forward": lambda model, patch: of_layer(model),
     "a layer class's forward": lambda model, patch: patch.setattr(Conv, "forward", lambda self, x: self.conv(x)),

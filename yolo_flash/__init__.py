@@ -60,7 +60,11 @@ def __getattr__(name: str) -> Any:
     """Import the module of a public name when the name is first used."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    try:
+        module = importlib.import_module(f".{_MODULES[name]}", __name__)
+    except AttributeError as error:  # which Python would take for a name that does not exist, and not tell
+        raise ImportError(f"{name} of yolo_flash cannot be imported: {error}") from error
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

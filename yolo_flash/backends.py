@@ -307,9 +307,27 @@ def _math(packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:
 def _flash(packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:
     dim = max(spec.head_dim, spec.head_dim_v)  # the kernels know one head_dim for all three
     if packed.device.type == "cpu":
-        return _attend(packed, spec, dim, dim, aten._scaled_dot_product_flash_attention_for_cpu.default)
+        return _attend(packed, spec, dim, dim, flash_for_cpu)
     dim = _multiple_of_8(dim)
     return _attend(packed, spec, dim, dim, aten._scaled_dot_product_flash_attention.default)
+
+
+def flash_for_cpu(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
+    """The CPU's flash operator, with NaN where torch 2.14 gives 0: a query of fewer than 16 keys whose scores are NaN.
+
+    Args:
+        q: `[batch, num_heads, seq_len, head_dim]`.
+        k: Of the same shape but for its length.
+        v: Of the shape of `k`.
+        **keywords: `scale` and `attn_mask`, as the operator takes them.
+
+    Returns:
+        Attention of the shape of `q`, and the logarithm of the sum of the weights.
+    """
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, **keywords)
+    if not torch.compiler.is_compiling() and k.shape[-2] < 16:
+        out = out + ((q - q).sum(-1, keepdim=True) + (k - k).sum((-2, -1), keepdim=True))  # 0, or NaN
+    return out, lse
 
 
 def _flash_backward(packed: Tensor, kept: Sequence[Any], dout: Tensor, dv: Tensor, spec: AttentionSpec) -> Tensor:
