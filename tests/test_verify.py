@@ -21,8 +21,9 @@ from ultralytics.nn.modules.block import AAttn
 from ultralytics.utils import ASSETS, YAML
 
 from tests.counting import randomise
-from yolo_flash import FlashConfig, autotune, cli, comparison, executed, patch_model, verification, verify
+from yolo_flash import FlashConfig, autotune, cli, comparison, executed, patch_model, trial_cache, verification, verify
 from yolo_flash.backends import BACKENDS, AttentionSpec
+from yolo_flash.machine import detect
 from yolo_flash.measuring import allowed_error, relative_error
 from yolo_flash.patch import patch_modules
 from yolo_flash.selector import Trial
@@ -174,6 +175,24 @@ def test_the_backend_is_the_one_that_was_measured_here(autotuned: bool, monkeypa
     assert [(spec.training, spec.deterministic) for spec in asked] == (
         [(True, True)] * 2 + [(False, False)] * 2 if autotuned else []
     )
+
+
+@pytest.mark.measures
+@pytest.mark.skipif(not hasattr(trial_cache, "known"), reason="runs do not know what earlier ones have measured")
+def test_what_an_earlier_run_measured_near_this_size_decides_without_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial_cache, "folder", lambda: tmp_path / "trials")
+    monkeypatch.setattr(autotune, "measure", lambda specs, device: pytest.fail(f"measured {specs}"))
+    earlier = [
+        AttentionSpec(4, 2, 9, 9, 32, 64, torch.float32, "nchw", training=training, deterministic=training)
+        for training in (True, False)
+    ]
+    trials = {"stock": Trial(ms=2.0, ms_low=1.9, ms_high=2.1), "sdpa_flash": Trial(ms=1.0, ms_low=0.9, ms_high=1.1)}
+    trial_cache.store(dict.fromkeys(earlier, trials), detect(torch.device("cpu")))
+    facts = verify("yolo26n.yaml", imgsz=64, device="cpu")
+    assert facts["ok"], facts["off"]
+    assert {entry["backend"] for entry in facts["layers"]} == {"sdpa_flash"}
 
 
 def test_what_ran_is_observed_and_not_taken_from_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
