@@ -15,7 +15,7 @@ import pytest
 import torch
 import ultralytics
 
-from yolo_flash import bench_rounds, cli
+from yolo_flash import bench_rounds, cli, commands
 from yolo_flash.bench_rounds import COLUMNS, bench, summary, table
 from yolo_flash.bench_step import Step, StepJob
 from yolo_flash.patch import targets
@@ -120,6 +120,34 @@ def test_an_arm_that_fails_is_told_and_the_others_stand(log: list[str]) -> None:
     failed = next(line for line in text.splitlines() if line.startswith("| sdpa_cudnn"))
     assert "runs on NVIDIA cards" in failed
     assert "| unpatched | - | - |" in text
+
+
+def test_a_bench_in_which_every_arm_failed_ends_with_the_reason() -> None:
+    with pytest.raises(
+        SystemExit, match=r"^yolo-flash: bench step: every arm failed: FileNotFoundError: .*nothing\.pt"
+    ):
+        cli.main(["bench", "step", "model=nothing.pt", "imgsz=64", "batch=2", "rounds=1", "steps=1", "device=cpu"])
+
+
+@pytest.mark.parametrize(
+    ("command", "result", "told"),
+    [
+        ("bench", [{"arms": {"a": {"median": {"error": "no"}}, "b": {"median": {"error": "nor this"}}}}], "no"),
+        ("bench_train", [{"arms": {"a": {"median": {"error": "no"}}, "b": {"median": {"wall_ms": {}}}}}], None),
+        ("bench_predict", [{"arms": {"a": {"median": {"error": "out of memory"}}}}], "out of memory"),
+        ("bench_op", [{"us": None, "note": "wrong"}, {"us": None, "note": "wrong too"}], "wrong"),
+        ("bench_op", [{"us": None, "note": "wrong"}, {"us": 1.0, "note": ""}], None),
+    ],
+)
+def test_the_others_do_too(command: str, result: list[Any], told: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, command, lambda job: result)
+    what = command.removeprefix("bench").strip("_") or "step"
+    if told is None:
+        cli.main(["bench", what])
+        return
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", what])
+    assert end.value.code == f"yolo-flash: bench {what}: every arm failed: {told}"
 
 
 def test_speed_up_is_by_gpu_time_where_there_is_one() -> None:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from yolo_flash import Machine, bench_op, bench_timing, cli
+from yolo_flash import Machine, bench_op, bench_timing, cli, commands
 from yolo_flash.backends import BACKENDS, AttentionSpec, BackendNotSupportedError
 from yolo_flash.bench_op import OpJob
 from yolo_flash.bench_report import ARMS, BOTH, COLUMNS, FORWARD, GPU_SHAPES, MODES, OURS, SHAPES, notes, plot, table
@@ -94,7 +94,7 @@ def test_the_command_writes_numbers_and_a_plot_and_logs_tables(tmp_path: Path, l
 
 def test_settings_come_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[OpJob] = []
-    monkeypatch.setattr(cli, "bench_op", jobs.append)
+    monkeypatch.setattr(commands, "bench_op", jobs.append)
     typed = "bench op shapes=one-group,tiny-psa arms=sdpa_flash repeats=3 dtype=bfloat16 folder=2024"
     cli.main(typed.split())
     assert jobs == [OpJob(("one-group", "tiny-psa"), ("sdpa_flash",), 3, "bfloat16", "2024")]

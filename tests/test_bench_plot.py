@@ -10,13 +10,15 @@ import pytest
 from PIL import Image
 
 from yolo_flash import bench_pictures, bench_report, cli
-from yolo_flash.bench_pictures import TECHNIQUES, draw_predict, draw_sizes, draw_waterfall
+from yolo_flash.bench_pictures import TECHNIQUES, draw_predict, draw_sizes, draw_train, draw_waterfall
 from yolo_flash.bench_rounds import COLUMNS, NUMBERS
+from yolo_flash.bench_train import TrainJob
 from yolo_flash.csv_rows import as_csv, from_csv
 
 from .test_bench_op import made_up_rows
 
 LOST = "out of memory (79 GiB)"
+TRAIN_COLUMNS = (*COLUMNS, *TrainJob.more_columns)
 STEPS = {  # GPU ms and GiB at 640, 1280, 2048 and 4096 pixels
     "auto": ((4.9, 13.7, 32.9, 60.9), (0.7, 2.4, 6.0, 22.6)),
     "triton_area": ((4.9, 13.7, 32.9, 60.9), (0.7, 2.4, 6.0, 22.6)),
@@ -144,6 +146,60 @@ def test_latencies_are_bars_with_their_figures(on_gpu: bool, figures: list[Any])
     assert covered(figure) == []
 
 
+def a_training() -> list[dict[str, Any]]:
+    """What `bench train` might give on an H100, two rounds of it, and one arm that ran out of memory."""
+    rows = []
+    for number in (1, 2):
+        measured = {"unpatched": (98.0, 96.0), "eager": (60.0, 58.5), "graphs": (26.0, 24.0)}
+        for arm, (with_loader, without) in measured.items():
+            row = dict.fromkeys(TRAIN_COLUMNS) | {
+                "command": "train",
+                "model": "yolo12s.yaml",
+                "imgsz": 640,
+                "batch": 16,
+            }
+            row |= {"arm": arm, "precision": "fp16", "round": number, "device": "a card"}
+            row |= {
+                "torch": "2.10",
+                "epochs": 10,
+                "data": "coco8.yaml",
+                "iteration_ms": with_loader + number,
+                "without_loader_ms": without,
+            }
+            rows.append(row | {"wait_ms": 1.5, "peak_gib": 9.25, "reserved_gib": 10.5, "images_per_second": 160.0})
+    lost = dict.fromkeys(("iteration_ms", "without_loader_ms", "wait_ms", "peak_gib", "reserved_gib"))
+    return [*rows, rows[0] | lost | {"arm": "compile", "images_per_second": None, "error": LOST}]
+
+
+def test_a_training_is_bars_of_iterations_with_and_without_the_loader(figures: list[Any]) -> None:
+    draw_train(a_training())
+    (figure,) = figures
+    (axis,) = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["unpatched", "eager", "graphs", "compile"]
+    assert texts(axis) == [
+        "99.5 ms, 96.0 without the loader, 9.2 GiB",
+        "61.5 ms, 58.5 without the loader, 9.2 GiB",
+        "27.5 ms, 24.0 without the loader, 9.2 GiB",
+        LOST,
+    ]
+    widths = [bar.get_width() for bar in axis.patches]
+    assert widths == [99.5, 96.0, 61.5, 58.5, 27.5, 24.0]
+    assert axis.get_xlim()[1] > 100
+    assert "iteration of a training, ms" in axis.get_xlabel()
+    assert covered(figure) == []
+
+
+def test_the_csv_of_a_training_is_drawn(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_bytes(as_csv(TRAIN_COLUMNS, a_training()))
+    (tmp_path / "step.csv").write_bytes(as_csv(COLUMNS, made_up()))
+    cli.main(["bench", "plot", "train.csv", "step.csv", "folder=pictures"])
+    pictures = sorted(file.name for file in (tmp_path / "pictures").iterdir())
+    assert pictures == ["imgsz.png", "train.png", "waterfall.png"]
+    with Image.open(tmp_path / "pictures" / "train.png") as image:
+        assert image.width >= 1000
+        assert len(set(image.convert("RGB").resize((100, 40)).getdata())) > 20  # something is on it
+
+
 def test_there_is_no_picture_of_what_was_not_measured() -> None:
     steps, predictions = made_up(), made_up("predict")
     assert draw_predict(steps) is None
@@ -185,7 +241,7 @@ def test_rows_come_back_from_csv_as_they_were() -> None:
     ("content", "message"),
     [
         (None, "bench plot: .*a.csv"),
-        (b"", "a.csv is no CSV file of bench step, bench predict or bench op: it lacks the columns command, model, "),
+        (b"", "a.csv is no CSV file of bench step, predict, train or op: it lacks the columns command, model, "),
         (b"epoch,time\n1,2\n", "it lacks the columns command, model, "),
         (b"\x89PNG\xff", "a.csv: .*decode"),
         (as_csv(COLUMNS, []), "nothing was measured in a.csv"),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from ultralytics.nn.autobackend import AutoBackend
 
-from yolo_flash import bench_predict, bench_process, cli
+from yolo_flash import bench_predict, bench_process, cli, commands
 from yolo_flash.bench_predict import Prediction, PredictJob
 from yolo_flash.bench_process import serve
 from yolo_flash.patch import targets
@@ -104,7 +104,7 @@ def test_on_a_gpu_the_precision_decides_which(amp: str, halves: list[str]) -> No
 # The command ----------------------------------------------------------------------------------------------------------
 def test_settings_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[PredictJob] = []
-    monkeypatch.setattr(cli, "bench_predict", jobs.append)
+    monkeypatch.setattr(commands, "bench_predict", jobs.append)
     for imgsz in ("imgsz=640,1280", "imgsz=[640, 1280]"):
         cli.main(["bench", "predict", imgsz, "batch=4", "amp=fp16", "device=0", "csv=7"])
     assert jobs == [PredictJob(imgsz=(640, 1280), batch=4, amp="fp16", device="0", csv="7")] * 2

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from yolo_flash import bench_train, cli
+from yolo_flash import bench_train, cli, commands
 from yolo_flash.bench_rounds import COLUMNS, summary, table
 from yolo_flash.bench_train import ARMS, Clocks, TrainJob, get_ready, train_arguments
 
@@ -212,7 +212,7 @@ def test_without_arms_the_plugin_is_compared_with_stock(
 # The command ----------------------------------------------------------------------------------------------------------
 def test_settings_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[TrainJob] = []
-    monkeypatch.setattr(cli, "bench_train", jobs.append)
+    monkeypatch.setattr(commands, "bench_train", jobs.append)
     typed = "bench train data=coco128.yaml imgsz=320 arms=unpatched,auto device=0 cache=False mosaic=0.5 amp=bf16 csv=7"
     cli.main(typed.split())
     arms = ("unpatched", "auto")

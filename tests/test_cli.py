@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from ultralytics.cfg import TASK2MODEL, TASKS
 from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import ASSETS, SETTINGS, YAML
 
+import yolo_flash
 from tests.versions import ULTRALYTICS
 from yolo_flash import cli, offline
 from yolo_flash.config import FlashConfig, FlashConfigError
@@ -317,7 +319,7 @@ def test_an_empty_section_sets_nothing_and_is_stripped(yolo: Yolo, resolved: Cal
     ("file", "text", "told"),
     [
         ("missing.yaml", None, "cfg=missing.yaml: 'missing.yaml' does not exist"),
-        ("my.txt", "epochs: 2", "cfg=my.txt: my.txt acceptable suffix is"),
+        ("my.txt", "epochs: 2", "cfg=my.txt: it must be a YAML file, with the suffix .yaml or .yml."),
         ("my.yaml", "[1, 2", "cfg=my.yaml: YAML syntax error"),
         ("my.yaml", "flash: false", "the flash: section must map keys to values, found False"),
         ("my.yaml", "flash: {backnd: stock}", "the flash: section: there is no setting 'backnd'. Did you mean"),
@@ -593,3 +595,39 @@ def test_python_m_runs_the_same_program(yolo: Yolo, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "argv", ["/somewhere/yolo_flash/__main__.py", "settings"])
     runpy.run_module("yolo_flash", run_name="__main__")
     assert yolo.argv == [["yolo", "settings"]]
+
+
+# Without a traceback --------------------------------------------------------------------------------------------------
+def test_graphs_that_were_asked_for_and_cannot_run_are_told(tiny_model: str, tiny_args: dict[str, Any]) -> None:
+    typed = [f"{key}={value}" for key, value in tiny_args.items()]
+    told = refusal("train", f"model={tiny_model}", *typed, "flash.graphs=on")
+    assert told.startswith("flash.graphs=on cannot run: needs an NVIDIA GPU")
+    assert issubclass(yolo_flash.FlashGraphError, Exception)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "help",
+        "plan imgsz=64 batch=2 device=cpu",
+        "plan imgsz=64 device=",
+        "train cfg=my.txt",
+    ],
+)
+def test_nothing_leans_on_assertions(line: str, tmp_path: Path) -> None:
+    (tmp_path / "my.txt").write_text("epochs: 1")
+    outcomes = []
+    for options in ([], ["-O"]):
+        command = [sys.executable, *options, "-m", "yolo_flash", *line.split(), "flash.autotune=false"]
+        command = command if line.startswith("plan") else command[:-1]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert "Traceback" not in done.stderr
+        outcomes.append((done.returncode, done.stdout, done.stderr))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_there_is_no_assertion_in_the_files_that_answer_users() -> None:
+    package = Path(cli.__file__).parent
+    names = ("arguments", "backends", "cli", "commands", "comparison", "executed", "forecast", "kineto", "planning")
+    for file in [*(package / f"{name}.py" for name in names), *package.glob("bench_*.py"), *package.glob("verif*.py")]:
+        assert not re.search(r"^\s*assert ", file.read_text(encoding="utf-8"), re.MULTILINE), file

@@ -34,7 +34,7 @@ class Masked(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = denoising_mask(x.shape[0], 6, 2)
+        mask = denoising_mask(x.shape[0], 6, 2, x.device)
         out: Tensor = self.layer.ma(x, x, x, attn_mask=mask)[0]
         return out
 

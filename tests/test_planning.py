@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from ultralytics import YOLO
+from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.nn.tasks import guess_model_task, parse_model, yaml_model_load
 from ultralytics.utils import ROOT
 
 from tests.machines import MACHINES
 from yolo_flash import BackendNotSupportedError, FlashConfig, patch_model, plan
+from yolo_flash.models import open_model
 from yolo_flash.patch import BLOCKS, patch_modules, targets
-from yolo_flash.planning import Shot, describe, layer_inputs, make_plan
+from yolo_flash.planning import Shot, describe, layer_inputs, make_plan, rounded_size, run_shots
 from yolo_flash.runtime import Runtime
+from yolo_flash.trainer import _commonest_shape
 
 # scale -> (layers, heads) of the table in the README; YOLO12: (layers of each stage, heads of stage 6, of stage 8)
 YOLO12 = {"n": (4, 2, 4), "s": (4, 4, 8), "m": (4, 8, 8), "l": (8, 8, 8), "x": (8, 12, 12)}
@@ -176,3 +181,74 @@ def test_the_description_folds_equal_rows_and_marks_what_is_not_reproducible() -
 def test_tasks_of_the_shipped_configs_are_all_covered() -> None:
     tasks = {guess_model_task(yaml_model_load(name)) for name in shipped()}
     assert tasks >= {"detect", "segment", "pose", "obb", "classify", "semantic", "depth"}
+
+
+# The shapes of a validation -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "images", "side"),  # of a plan at 96 pixels, batch 4
+    [
+        ("yolo12n.yaml", 8, 128),
+        ("yolo12n-seg.yaml", 8, 128),
+        ("yolo26n-obb.yaml", 4, 128),
+        ("yolo12n-cls.yaml", 8, 96),
+        ("yolo26n-sem.yaml", 4, 96),
+        ("yolo26n-depth.yaml", 4, 96),
+        ("yolo26n-p6.yaml", 8, 128),
+        ("rtdetr-l.yaml", 8, 96),
+    ],
+)
+def test_a_plan_without_data_validates_square_pictures_as_the_task_does(name: str, images: int, side: int) -> None:
+    model: Any = open_model(name).model
+    train, val = run_shots(model, rounded_size(model, 96), 4, True, on_gpu=False)
+    assert (train.batch, train.height, train.width, train.deterministic) == (
+        4,
+        train.width,
+        96 + 32 * ("p6" in name),
+        True,
+    )
+    assert (val.batch, val.height, val.width) == (images, side + 64 * ("p6" in name), val.height)
+    assert bool(val.note) is (side > 96)
+
+
+def test_what_a_run_validates_is_what_its_plan_said(
+    tiny_model: str, tiny_args: dict[str, Any], coco8: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rectangular batches are padded by half a stride, and a batch holds no more pictures than there are."""
+    model = patch_model(YOLO(tiny_model))
+    seen: list[tuple[int, ...]] = []
+    preprocess = DetectionValidator.preprocess
+
+    def watch(validator: Any, batch: Any) -> Any:
+        seen.append(tuple(batch["img"].shape))
+        return preprocess(validator, batch)
+
+    monkeypatch.setattr(DetectionValidator, "preprocess", watch)
+    model.train(**{**tiny_args, "data": coco8, "imgsz": 96, "batch": 4})
+    rows = [row.decision.spec for row in model.trainer.flash_plan if row.mode == "val"]
+    (batch, _, height, width), *_ = seen
+    assert {(batch, height // 8 * (width // 8))} == {
+        (spec.batch // spec.area, spec.seq_len_q * spec.area) for spec in rows
+    }
+    from_command = plan(patch_model(YOLO(tiny_model)), imgsz=96, batch=2, device="cpu")
+    assert [row.decision.spec for row in from_command if row.mode == "val"] == rows
+
+
+@pytest.mark.parametrize(
+    ("of_images", "shapes", "found"),
+    [
+        ([0, 0, 1, 1, 2], [(96, 128), (128, 128), (128, 128)], (2, 128, 128, False)),
+        ([0, 0, 0, 1], [(96, 128), (128, 96)], (3, 96, 128, True)),
+        ([0, 0, 0], [(96, 128)], (3, 96, 128, False)),
+        ([0, 0, 1], [(96, 128), (96, 128)], (2, 96, 128, False)),
+    ],
+)
+def test_where_no_shape_comes_again_the_plan_says_so(
+    of_images: list[int], shapes: list[tuple[int, int]], found: tuple[int, int, int, bool]
+) -> None:
+    dataset = SimpleNamespace(rect=True, batch=np.array(of_images), batch_shapes=np.array(shapes))
+    images, height, width, note = _commonest_shape(dataset, 8, 96)
+    assert (images, height, width, bool(note)) == found
+    shot = Shot("val", images, 640, 640, torch.float32, nhwc=False, note=note)
+    rows = make_plan(YOLO("yolo26n.yaml").model, Runtime(FlashConfig()), MACHINES["MPS"], [shot])
+    text = describe(rows, MACHINES["MPS"])
+    assert ("2 batches, no two of one shape: planned is that of 96 x 128" in text) is bool(note)

@@ -130,13 +130,15 @@ def test_the_spellings_that_ultralytics_allows_are_ours(command: str, log: list[
 @pytest.mark.parametrize("device", ["0", "7", "0,1", "cuda:0", "fast"])
 @pytest.mark.parametrize("as_json", [[], ["--json"]])
 def test_a_device_that_is_not_there_is_told(
-    device: str, as_json: list[str], no_gpu: None, capsys: pytest.CaptureFixture[str]
+    device: str, as_json: list[str], no_gpu: None, log: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["checks", f"device={device}", *as_json])
-    assert str(end.value.code).startswith("yolo-flash: device=")
-    assert f"Invalid CUDA 'device={device.removeprefix('cuda:')}' requested" in str(end.value.code)
-    assert capsys.readouterr().out == ""
+    assert end.value.code == (
+        f"yolo-flash: checks: there is no device={tuple(map(int, device.split(','))) if ',' in device else device}: "
+        f"torch sees 0 GPUs here. Valid: device=cpu."
+    )
+    assert (log, capsys.readouterr().out) == ([], "")
     assert LOGGER.disabled is False
 
 
@@ -211,7 +213,8 @@ def test_plan_says_what_a_run_would_use_and_what_became_of_the_others(log: list[
     text = "\n".join(log)
     assert "8 attention layers on" in text
     assert re.search(r"train +4 in model\.6 +AAttn +16 +2 +400 +sdpa_flash +fused on the CPU", text)
-    assert re.search(r"val +4 in model\.8 +AAttn +8 +4 +400 +sdpa_flash", text)
+    assert re.search(r"val +4 in model\.8 +AAttn +8 +4 +441 +sdpa_flash", text)
+    assert "\n  val: 8 square pictures, padded to 672 x 672; a run plans with the shapes of its own data" in text
     assert "16 x 2 heads x 400 tokens x 32, float32, nchw, train: sdpa_flash; the others" in text
     assert re.search(r"\n    stock +ready\n", text)
     assert re.search(r"\n    sdpa_cudnn +runs on NVIDIA cards, the device is", text)
@@ -238,12 +241,28 @@ def test_plan_as_json_is_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
         ("plan predict", "found predict"),
         ("plan batch=0", "batch must be a whole number of at least 1, found 0"),
         ("plan imgsz=[640,480]", r"imgsz must be a whole number of at least 1, found \[640, 480\]"),
-        ("plan model=yolov8n.yaml device=cpu", "no patched attention layer"),
-        ("plan flash.enabled=false device=cpu", "no patched attention layer"),
+        ("plan model=yolov8n.yaml device=cpu", "yolov8n.yaml has no attention layer that the plugin knows"),
+        ("plan flash.enabled=false device=cpu", "flash.enabled=false, or YOLO_FLASH=0: stock runs, .* nothing to plan"),
+        ("plan amp=maybe device=cpu", "amp must be True, False, fp16, bf16 or fp32, found 'maybe'"),
+        ("plan batch=true", "batch must be a whole number of at least 1, found True"),
         ("plan flash.backend=sdpa_cudnn device=cpu", "runs on NVIDIA cards"),
-        ("plan device=7", "device"),
+        ("plan device=7", r"^yolo-flash: plan: there is no device=7: torch sees \d GPUs? here\. Valid: .*\.$"),
     ],
 )
 def test_plan_tells_what_it_cannot_do(typed: str, told: str) -> None:
     with pytest.raises(SystemExit, match=told):
         cli.main(typed.split())
+
+
+def test_the_switch_of_the_environment_leaves_nothing_to_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("YOLO_FLASH", "0")
+    with pytest.raises(SystemExit, match="YOLO_FLASH=0: stock runs, and there is nothing to plan"):
+        cli.main(["plan", "device=cpu"])
+
+
+def test_a_size_is_rounded_up_as_by_train_and_said(log: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["plan", "imgsz=33", "batch=2", "device=cpu", "train"])
+    assert "imgsz=[33] must be multiple of max stride 32, updating to [64]" in log[0]
+    assert re.search(r"train +4 in model\.8 +AAttn +2 +4 +4 ", "\n".join(log))
+    cli.main(["plan", "imgsz=33", "batch=2", "device=cpu", "train", "--json"])
+    assert json.loads(capsys.readouterr().out)["imgsz"] == 64

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +18,7 @@ import torch
 from ultralytics import YOLO
 
 from tests.counting import run_out_of_memory_once
-from yolo_flash import AttentionSpec, FlashConfig, measuring, patch_model, telemetry
+from yolo_flash import AttentionSpec, FlashConfig, kineto, measuring, patch_model, telemetry
 from yolo_flash import backends as backends_module
 from yolo_flash.runtime import Runtime
 from yolo_flash.telemetry import attention_kernels, known_columns, readable, score_bytes
@@ -155,7 +158,7 @@ def test_the_profiler_is_told_to_let_go_of_the_driver_unless_the_user_has_said(
     follower._profile = SimpleNamespace(  # type: ignore[assignment]
         activities=activities, stop=lambda: told.append(os.environ.get(name)), events=list
     )
-    assert telemetry._PROFILER.acquire(blocking=False)
+    assert telemetry.PROFILER.acquire(blocking=False)
     assert follower._stop_profile() == []
     assert told == [said or "1"]
     assert set(calls) == ({"1"} if said is None else set())
@@ -171,11 +174,11 @@ def test_a_profiler_that_cannot_stop_leaves_neither_variable_nor_lock(monkeypatc
 
     follower = telemetry.Telemetry(FlashConfig(), Runtime(FlashConfig()))
     follower._profile = SimpleNamespace(activities={telemetry.ProfilerActivity.CUDA}, stop=stop)  # type: ignore[assignment]
-    assert telemetry._PROFILER.acquire(blocking=False)
+    assert telemetry.PROFILER.acquire(blocking=False)
     with pytest.raises(RuntimeError, match="no trace"):
         follower._stop_profile()
     assert "TEARDOWN_CUPTI" not in os.environ
-    assert not telemetry._PROFILER.locked()
+    assert not telemetry.PROFILER.locked()
 
 
 @pytest.mark.parametrize("lets_go", [True, False])
@@ -202,7 +205,7 @@ def test_kernels_are_profiled_only_where_the_profiler_lets_go(lets_go: bool, mon
 
 def test_a_stock_run_says_that_nothing_fused_ran(tiny_args: dict[str, Any], log: list[str]) -> None:
     rows = events(train(tiny_args, backend="stock"))
-    assert of(rows, "kernels") == [{"event": "kernels", "counts": {}, "graphs": False}]
+    assert of(rows, "kernels") == [{"event": "kernels", "counts": {}, "graphs": False, "observed": True}]
     assert of(rows, "epoch")[0]["backends"] == {"stock": 8}
     assert any("one step ran no fused attention" in line for line in log)
     assert any("attention: 0 MiB of score matrices avoided" in line for line in log)
@@ -278,7 +281,7 @@ def test_a_profiler_that_cannot_be_made_is_not_waited_for(monkeypatch: pytest.Mo
     trainer = SimpleNamespace(device=torch.device("cpu"), args=SimpleNamespace(compile=False))
     with pytest.raises(RuntimeError, match="no activities"):
         follower.on_train_batch_start(trainer)
-    assert not telemetry._PROFILER.locked()
+    assert not telemetry.PROFILER.locked()
 
 
 def test_no_profiler_is_left_when_a_step_raises(tiny_args: dict[str, Any]) -> None:
@@ -324,3 +327,55 @@ def test_a_profile_counts_each_call_once() -> None:
     operators, kernels = attention_kernels(profile.events() or [])
     assert operators == {FORWARD: 3, f"{FORWARD}_backward": 3}
     assert not kernels
+
+
+@pytest.mark.parametrize(("pool_gib", "events"), [(1.0, []), (1.0, ["an operator"]), (None, [])])
+def test_a_profile_without_the_events_that_matter_accuses_nobody(
+    pool_gib: float | None, events: list[str], log: list[str]
+) -> None:
+    """As where CUPTI is not there, or held by another profiler."""
+    follower = telemetry.Telemetry(FlashConfig(), Runtime(FlashConfig()))
+    follower._profile, follower._pool_gib = object(), pool_gib  # type: ignore[assignment]
+    found = [SimpleNamespace(name=name, device_type=telemetry.DeviceType.CPU, cpu_parent=None) for name in events]
+    follower._stop_profile = lambda: found  # type: ignore[method-assign]
+    follower._in_force = lambda: Counter(sdpa_flash=8)  # type: ignore[method-assign]
+    follower._eager_kernels = Counter({"void flash_fwd_kernel<x>": 8})
+    follower.on_train_batch_end(SimpleNamespace(device=torch.device("cpu"), world_size=1))
+    (line,) = log
+    assert "could not be observed here" in line
+    assert "no fused attention" not in line
+
+
+@pytest.mark.skipif(kineto._level() is None, reason="this build of torch hides the level of its profiler's lines")
+@pytest.mark.parametrize("variable", [{}, {"KINETO_LOG_LEVEL": "5"}])  # which Ultralytics sets
+def test_the_profiler_writes_nothing_of_its_own_to_the_terminal_and_speaks_again_behind_it(
+    variable: dict[str, str],
+) -> None:
+    script = """if True:
+        import os, sys
+        from torch.profiler import ProfilerActivity, profile
+        from yolo_flash.kineto import hushed
+        before = os.environ.get("KINETO_LOG_LEVEL")
+        for _ in range(2):
+            running = profile(activities=[ProfilerActivity.CPU])
+            with hushed():
+                running.start()
+            with hushed():
+                running.stop()
+            assert os.environ.get("KINETO_LOG_LEVEL") == before
+        if "then" in sys.argv:
+            with profile(activities=[ProfilerActivity.CPU]):
+                pass
+    """
+
+    def said(code: str, *args: str) -> str:
+        command = [sys.executable, "-c", code, *args]
+        run: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+        done = subprocess.run(command, timeout=60, **run)
+        assert done.returncode == 0, done.stdout
+        return str(done.stdout)
+
+    environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"} | variable
+    stock = "import torch.profiler as p\nwith p.profile(activities=[p.ProfilerActivity.CPU]): pass"
+    assert said(script) == ""
+    assert said(script, "then").count("profiler_start") == said(stock).count("profiler_start")

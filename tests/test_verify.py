@@ -21,10 +21,13 @@ from ultralytics.nn.modules.block import AAttn
 from ultralytics.utils import ASSETS, YAML
 
 from tests.counting import randomise
-from yolo_flash import FlashConfig, cli, comparison, patch_model, verification, verify
+from yolo_flash import FlashConfig, autotune, cli, comparison, executed, patch_model, trial_cache, verification, verify
 from yolo_flash.backends import BACKENDS, AttentionSpec
+from yolo_flash.machine import detect
 from yolo_flash.measuring import allowed_error, relative_error
 from yolo_flash.patch import patch_modules
+from yolo_flash.selector import Trial
+from yolo_flash.verification_inputs import is_fresh, load_images
 
 Run = Callable[[Tensor, AttentionSpec], tuple[Tensor, Tensor]]
 FORCED = ["imgsz=64", "device=cpu", "flash.backend=sdpa_flash"]
@@ -90,7 +93,7 @@ def test_every_layer_is_seen_in_the_outputs_of_fresh_weights() -> None:
     sight = [entry["without_attention"] for entry in facts["layers"] if entry["mode"] == "predict"]
     assert len(sight) == 2
     assert min(sight) > 0.01
-    assert len(facts["notes"]) == 2  # fresh weights; nothing fused
+    assert len(facts["notes"]) == 1  # fresh weights
 
 
 def test_attention_that_the_outputs_do_not_show_is_told() -> None:
@@ -113,11 +116,124 @@ def test_other_tasks_compare_raw_outputs(model: str) -> None:
     assert facts["dtype"] == "float32"
 
 
-def test_auto_may_take_stock_and_says_that_little_was_compared() -> None:
-    facts = verify("yolo26n.yaml", imgsz=64, device="cpu")
-    assert facts["ok"]
+def test_stock_against_stock_proves_nothing_and_says_what_to_type(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["verify", "model=yolo26n.yaml", "imgsz=64", "device=cpu", "--json"])
+    assert end.value.code == 1
+    facts = json.loads(capsys.readouterr().out)
     assert {entry["backend"] for entry in facts["layers"]} == {"stock"}
-    assert any("no fused backend" in note for note in facts["notes"])
+    assert not facts["fused"]
+    (sentence,) = facts["off"]
+    assert sentence.startswith("nothing fused was compared: a run here takes none at imgsz=64 batch=2")
+    for typed in ("all=true", "flash.backend=sdpa_flash", "larger imgsz="):
+        assert typed in sentence
+
+
+def test_all_compares_every_backend_that_can_run_each_layer(log: list[str]) -> None:
+    cli.main(["verify", "model=yolo26n.yaml", "imgsz=64", "device=cpu", "all=true"])
+    rows = re.findall(r"\n  (train|predict) +(model\.\S+) +(\w+) +\d\.\de-\d\d +\d\.\de-\d\d  ok ", log[-1])
+    layers = sorted({layer for _, layer, _ in rows})
+    assert len(layers) == 2
+    able = ("stock", "sdpa_math", "sdpa_flash")
+    assert rows == [(mode, layer, name) for mode in ("train", "predict") for layer in layers for name in able]
+    assert log[-1].endswith("2 attention layers compute what stock computes")
+    facts = verify("yolo26n.yaml", imgsz=64, device="cpu", all=True, backend="sdpa_flash")
+    assert [entry["of_plan"] for entry in facts["layers"]] == [True, False] * 4  # stock is what both are compared with
+
+
+def test_with_all_a_backend_that_raises_or_is_wrong_is_off_though_no_run_would_take_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def scaled(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        if spec.training:
+            raise RuntimeError("no such kernel")
+        out, v = HEALTHY(packed, spec)
+        return 1.05 * out, v
+
+    break_backend(monkeypatch, scaled)
+    facts = verify("yolo26n.yaml", imgsz=64, device="cpu", all=True)
+    wrong_rows = [(entry["mode"], entry["planned"]) for entry in facts["layers"] if not entry["ok"]]
+    assert wrong_rows == [("train", "sdpa_flash")] * 2 + [("predict", "sdpa_flash")] * 2
+    assert sum("no such kernel" in sentence for sentence in facts["off"]) == 2
+    assert sum("(predict) on sdpa_flash: output is off" in sentence for sentence in facts["off"]) == 2
+
+
+@pytest.mark.parametrize("autotuned", [True, False])
+def test_the_backend_is_the_one_that_was_measured_here(autotuned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules take stock at this size; a machine on which flash is faster runs flash."""
+    asked: list[AttentionSpec] = []
+
+    def measure(specs: list[AttentionSpec], device: torch.device) -> dict[AttentionSpec, dict[str, Trial]]:
+        asked.extend(specs)
+        trials = {"stock": Trial(ms=2.0, ms_low=1.9, ms_high=2.1), "sdpa_flash": Trial(ms=1.0, ms_low=0.9, ms_high=1.1)}
+        return dict.fromkeys(specs, trials)
+
+    monkeypatch.setattr(autotune, "measure", measure)
+    facts = verify("yolo26n.yaml", imgsz=64, device="cpu", autotune=autotuned)
+    assert {entry["backend"] for entry in facts["layers"]} == {"sdpa_flash" if autotuned else "stock"}
+    assert facts["ok"] is autotuned
+    assert [(spec.training, spec.deterministic) for spec in asked] == (
+        [(True, True)] * 2 + [(False, False)] * 2 if autotuned else []
+    )
+
+
+@pytest.mark.measures
+def test_what_an_earlier_run_measured_near_this_size_decides_without_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial_cache, "folder", lambda: tmp_path / "trials")
+    monkeypatch.setattr(autotune, "measure", lambda specs, device: pytest.fail(f"measured {specs}"))
+    earlier = [
+        AttentionSpec(4, 2, 9, 9, 32, 64, torch.float32, "nchw", training=training, deterministic=training)
+        for training in (True, False)
+    ]
+    trials = {"stock": Trial(ms=2.0, ms_low=1.9, ms_high=2.1), "sdpa_flash": Trial(ms=1.0, ms_low=0.9, ms_high=1.1)}
+    trial_cache.store(dict.fromkeys(earlier, trials), detect(torch.device("cpu")))
+    facts = verify("yolo26n.yaml", imgsz=64, device="cpu")
+    assert facts["ok"], facts["off"]
+    assert {entry["backend"] for entry in facts["layers"]} == {"sdpa_flash"}
+
+
+def test_what_ran_is_observed_and_not_taken_from_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    math_run = BACKENDS["sdpa_math"].forward
+    assert math_run is not None
+    break_backend(monkeypatch, math_run)
+    facts = verify("yolo26n.yaml", imgsz=64, device="cpu", backend="sdpa_flash")
+    assert {entry["backend"] for entry in facts["layers"]} == {"sdpa_math"}
+    assert {entry["planned"] for entry in facts["layers"]} == {"sdpa_flash"}
+    assert not any(entry["ok"] for entry in facts["layers"])
+    assert sum("the plan says sdpa_flash, and sdpa_math ran" in sentence for sentence in facts["off"]) == 4
+    assert not facts["fused"]
+
+
+def test_a_profiler_of_the_user_is_left_alone() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert executed.observe(lambda: 5) == (5, None)
+        facts = verify("yolo26n.yaml", imgsz=64, device="cpu", backend="sdpa_flash")
+    assert facts["ok"]
+    assert sum("could not be observed" in note for note in facts["notes"]) == 1
+
+
+def test_a_checkpoint_of_a_real_training_is_verified_as_it_is(tiny_model: str, tiny_args: dict[str, Any]) -> None:
+    """Its EMA has counted no batch."""
+    model = YOLO(tiny_model)
+    model.train(**tiny_args)
+    best = YOLO(str(model.trainer.best))
+    assert all(m.num_batches_tracked == 0 for m in best.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert not is_fresh(best.model)
+    assert is_fresh(YOLO(tiny_model).model)
+    facts = verify(str(model.trainer.best), imgsz=64, device="cpu", backend="sdpa_flash")
+    assert facts["ok"], facts["off"]
+    assert not any("fresh" in note for note in facts["notes"])
+
+
+def test_a_precision_is_what_ultralytics_takes() -> None:
+    for amp in ("maybe", 1, "float16"):
+        with pytest.raises(ValueError, match=f"amp must be True, False, fp16, bf16 or fp32, found {amp!r}"):
+            verify("yolo26n.yaml", imgsz=64, device="cpu", amp=amp)  # type: ignore[arg-type]
+    with pytest.raises(SystemExit, match="verify: amp must be True, False, fp16, bf16 or fp32, found 'maybe'"):
+        cli.main(["verify", "model=yolo26n.yaml", "device=cpu", "amp=maybe"])
+    assert verify("yolo26n.yaml", imgsz=64, device="cpu", amp="BF16", backend="sdpa_flash")["dtype"] == "float32"
 
 
 def test_a_checkpoint_and_pictures(coco8: str, log: list[str], tmp_path: Path) -> None:
@@ -130,16 +246,16 @@ def test_a_checkpoint_and_pictures(coco8: str, log: list[str], tmp_path: Path) -
     assert facts["source"] == f"2 of {coco8}"
     assert not any("fresh" in note for note in facts["notes"])
     pictures = Path(coco8).parent / "images" / "val"
-    from_data, _ = verification._images(coco8, 3, 64, 2)
-    from_folder, _ = verification._images(pictures, 3, 64, 2)
-    from_file, what = verification._images(min(pictures.iterdir()), 3, 64, 2)
+    from_data, _ = load_images(coco8, 3, 64, 2)
+    from_folder, _ = load_images(pictures, 3, 64, 2)
+    from_file, what = load_images(min(pictures.iterdir()), 3, 64, 2)
     assert what == f"1 of {min(pictures.iterdir())}"
     assert torch.equal(from_data, from_folder)
     assert torch.equal(from_data[:1], from_file[:1])
 
 
 def test_pictures_are_letterboxed_as_in_a_prediction() -> None:
-    images, what = verification._images(ASSETS / "zidane.jpg", 3, 64, 3)
+    images, what = load_images(ASSETS / "zidane.jpg", 3, 64, 3)
     assert what == f"1 of {ASSETS / 'zidane.jpg'}"
     assert images.shape == (3, 3, 64, 64)
     assert torch.equal(images[0], images[2])  # repeated
@@ -246,7 +362,8 @@ def test_a_backend_that_raises_is_off_though_auto_replaces_it(monkeypatch: pytes
     break_backend(monkeypatch, fail)
     monkeypatch.setattr("yolo_flash.selector._cpu_rules", lambda spec: iter([("sdpa_flash", "a test")]))
     facts = verify("yolo26n.yaml", imgsz=64, device="cpu")
-    assert facts["off"] == ["sdpa_flash raised in this run: RuntimeError: no such kernel"]
+    assert "sdpa_flash raised in this run: RuntimeError: no such kernel" in facts["off"]
+    assert "the plan says sdpa_flash, and sdpa_math ran" in facts["off"][0]
     with pytest.raises(SystemExit, match=r"sdpa_flash raised in model\.10"):
         cli.main(["verify", "model=yolo26n.yaml", *FORCED])
 
@@ -320,7 +437,7 @@ def test_the_model_and_the_process_stay_as_they_were(patched: bool) -> None:
     with pytest.raises(ValueError, match="there is nothing to verify"):
         verify(model, enabled=False, device="cpu")
     facts = verify(model, imgsz=64, device="cpu")
-    assert facts["ok"]
+    assert facts["ok"] is patched
     assert {entry["backend"] for entry in facts["layers"]} == {"sdpa_flash" if patched else "stock"}
     assert [type(m) for m in model.modules()] == kinds
     assert [(m.training, [p.requires_grad for p in m.parameters(recurse=False)]) for m in model.modules()] == flags
@@ -332,6 +449,7 @@ def test_the_model_and_the_process_stay_as_they_were(patched: bool) -> None:
     assert random.getstate() == states[1]
     assert _numpy_state() == states[2]
     assert torch.is_grad_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_it_runs_without_gradients_enabled() -> None:

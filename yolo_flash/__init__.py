@@ -10,6 +10,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .backends import AttentionSpec, BackendNotSupportedError
     from .config import FlashConfig, FlashConfigError
+    from .graphs import FlashGraphError
     from .guard import FlashKernelError
     from .machine import Machine
     from .planning import PlanRow
@@ -24,6 +25,7 @@ __all__ = [
     "Decision",
     "FlashConfig",
     "FlashConfigError",
+    "FlashGraphError",
     "FlashKernelError",
     "Machine",
     "PlanRow",
@@ -42,6 +44,7 @@ _MODULES = {
     "Decision": "selector",
     "FlashConfig": "config",
     "FlashConfigError": "config",
+    "FlashGraphError": "graphs",
     "FlashKernelError": "guard",
     "Machine": "machine",
     "PlanRow": "planning",

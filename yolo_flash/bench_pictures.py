@@ -1,4 +1,4 @@
-"""The pictures of `bench step` and `bench predict`, from the rows of their CSV files alone."""
+"""The pictures of `bench step`, `bench predict` and `bench train`, from the rows of their CSV files alone."""
 
 from __future__ import annotations
 
@@ -145,14 +145,47 @@ def draw_predict(rows: list[Row]) -> bytes | None:
     return as_png(figure)
 
 
+def draw_train(rows: list[Row]) -> bytes | None:
+    """A PNG with an iteration of every arm of a training: on the clock, and within it without the data loader.
+
+    None if no training was measured.
+    """
+    panels = _panels([row for row in rows if row["command"] == "train"], figure="iteration_ms")
+    if not panels:
+        return None
+    figure, axes = _stacked(panels)
+    for axis, (panel, mine) in zip(axes, panels.items(), strict=True):
+        arms = list(dict.fromkeys(row["arm"] for row in mine))
+        spans = {arm: _span(mine, arm, "iteration_ms") for arm in arms}
+        longest = max(span.high for span in spans.values() if span)
+        for place, (arm, span) in enumerate(spans.items()):
+            if span is None:
+                _write(axis, 0.01 * longest, place, _error(mine, arm), color="#b00000")
+                continue
+            color, alone = COLORS.get(arm, "#009e73"), _span(mine, arm, "without_loader_ms")
+            axis.barh(place, span.median, height=0.62, color=color, alpha=0.35 if alone else 1, zorder=2)
+            axis.plot([span.low, span.high], [place, place], color="black", linewidth=1, zorder=3)
+            text = f"{span.median:.1f} ms"
+            if alone:
+                axis.barh(place, min(alone.median, span.median), height=0.62, color=color, zorder=2)
+                text += f", {alone.median:.1f} without the loader"
+            if memory := _span(mine, arm, "peak_gib"):
+                text += f", {memory.median:.1f} GiB"
+            _write(axis, span.high + 0.012 * longest, place, text)
+        _horizontal(axis, panel, arms, 1.62 * longest)
+        axis.set_xlabel("iteration of a training, ms: with the data loader (light), without it (full)")
+    _heading(figure, [row for mine in panels.values() for row in mine])
+    return as_png(figure)
+
+
 # Rows -----------------------------------------------------------------------------------------------------------------
-def _panels(rows: list[Row], by_size: bool = True) -> dict[Panel, list[Row]]:
-    """The rows of each panel, of those with something measured."""
+def _panels(rows: list[Row], by_size: bool = True, figure: str = "wall_ms") -> dict[Panel, list[Row]]:
+    """The rows of each panel, of those with something measured in the column `figure`."""
     panels: dict[Panel, list[Row]] = {}
     for row in rows:
         key = Panel(row["command"], row["model"], row["batch"], row["precision"], row["device"])
         panels.setdefault(key._replace(imgsz=row["imgsz"]) if by_size else key, []).append(row)
-    return {panel: mine for panel, mine in panels.items() if any(row["wall_ms"] is not None for row in mine)}
+    return {panel: mine for panel, mine in panels.items() if any(row[figure] is not None for row in mine)}
 
 
 def _arms(rows: Iterable[Row]) -> list[str]:

@@ -1,4 +1,4 @@
-"""`yolo-flash bench plot`: pictures from the CSV files of `bench step`, `bench predict` and `bench op` alone."""
+"""`yolo-flash bench plot`: pictures from the CSV files of `bench step`, `predict`, `train` and `op` alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from ultralytics.utils import LOGGER, TQDM
 
 from . import bench_report, bench_rounds
-from .bench_pictures import draw_predict, draw_sizes, draw_waterfall
+from .bench_pictures import draw_predict, draw_sizes, draw_train, draw_waterfall
+from .bench_train import TrainJob
 from .csv_rows import Row, columns_of, from_csv
 from .files import write_file
 
@@ -33,16 +34,15 @@ class PlotJob:
             ValueError: There is no file.
         """
         if not self.files:
-            raise ValueError(
-                "name the CSV files to draw, of bench step, bench predict or bench op: bench plot step.csv"
-            )
+            raise ValueError("name the CSV files to draw, of bench step, predict, train or op: bench plot step.csv")
 
 
 def bench_plot(job: PlotJob) -> list[Path]:
     """Draw all that the files hold.
 
     `imgsz.png` has time and memory against the image size, where there are several; `waterfall.png` the techniques of a
-    training step, one after the other; `predict.png` latencies; `op.png` the speed of attention alone.
+    training step, one after the other; `predict.png` latencies; `train.png` iterations of a real training; `op.png` the
+    speed of attention alone.
 
     Returns:
         The pictures.
@@ -52,13 +52,15 @@ def bench_plot(job: PlotJob) -> list[Path]:
         ValueError: A file is none of `bench`, or there is nothing to draw in all of them.
     """
     samples: list[Row] = []
+    trainings: list[Row] = []
     op: list[Row] = []
     for name in job.files:
-        _read(Path(name), samples, op)
+        _read(Path(name), samples, trainings, op)
     drawers: dict[str, Callable[[], bytes | None]] = {
         "imgsz.png": lambda: draw_sizes(samples),
         "waterfall.png": lambda: draw_waterfall(samples),
         "predict.png": lambda: draw_predict(samples),
+        "train.png": lambda: draw_train(trainings),
         "op.png": lambda: bench_report.plot(op) if any(row["us"] is not None for row in op) else None,
     }
     folder = Path(job.folder or Path(job.files[0]).parent)
@@ -74,9 +76,14 @@ def bench_plot(job: PlotJob) -> list[Path]:
     return written
 
 
-def _read(file: Path, samples: list[Row], op: list[Row]) -> None:
+def _read(file: Path, samples: list[Row], trainings: list[Row], op: list[Row]) -> None:
     """Add the rows of a file to those of its kind."""
     kinds: tuple[tuple[Sequence[str], Sequence[str], list[Row]], ...] = (
+        (
+            (*bench_rounds.COLUMNS, *TrainJob.more_columns),
+            (*bench_rounds.NUMBERS, *TrainJob.more_numbers),
+            trainings,
+        ),
         (bench_rounds.COLUMNS, bench_rounds.NUMBERS, samples),
         (bench_report.COLUMNS, bench_report.NUMBERS, op),
     )
@@ -90,5 +97,5 @@ def _read(file: Path, samples: list[Row], op: list[Row]) -> None:
         raise ValueError(f"{file}: {error}.") from error
     missing = [name for name in bench_rounds.COLUMNS if name not in found]
     raise ValueError(
-        f"{file} is no CSV file of bench step, bench predict or bench op: it lacks the columns {', '.join(missing)}."
+        f"{file} is no CSV file of bench step, predict, train or op: it lacks the columns {', '.join(missing)}."
     )

@@ -22,6 +22,7 @@ import torch
 from torch.profiler import DeviceType
 
 from .backends import check_name
+from .kineto import hushed
 from .machine import detect
 from .measuring import GIB, kernels_profiled
 from .telemetry import peak_memory_gib
@@ -266,7 +267,7 @@ def _kernel_ms(parts: list[Callable[[], None]], calls: int = 4) -> list[float]:
     One profile for all, since a profiler takes seconds to start and stop: a pause tells the parts apart.
     """
     torch.cuda.synchronize()
-    with kernels_profiled() as profiler:
+    with hushed(), kernels_profiled() as profiler:
         for part in parts:
             for _ in range(calls):
                 part()

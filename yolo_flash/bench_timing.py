@@ -19,6 +19,7 @@ from torch.profiler import DeviceType
 
 from .backends import BACKENDS, AttentionSpec
 from .bench_report import BOTH, FORWARD, MODES, PEER, SHAPES, Row
+from .kineto import hushed
 from .measuring import Results, extra_bytes, first_line, graph_ms, kernels_profiled, reference, relative_error, wait
 
 Call = Callable[[], Results]
@@ -127,7 +128,7 @@ def _profiled_us(call: Call) -> float:
         RuntimeError: The profiler saw no kernel.
     """
     torch.cuda.synchronize()
-    with kernels_profiled() as profiler:
+    with hushed(), kernels_profiled() as profiler:
         for _ in range(_CALLS):
             call()
         torch.cuda.synchronize()

@@ -79,6 +79,7 @@ class TrainJob(BaseJob):
         *("data", "epochs", "workers", "cache", "seed", "mosaic"),
         *("iterations", "iteration_ms", "without_loader_ms", "wait_ms", "reserved_gib"),
     )
+    more_numbers: ClassVar[tuple[str, ...]] = more_columns[-5:]  # those of them that are figures
     at_least: ClassVar[dict[str, int]] = {"batch": 1, "rounds": 1, "epochs": WARMUP_EPOCHS + 1, "workers": 0, "seed": 0}
 
     def __post_init__(self) -> None:

@@ -10,10 +10,11 @@ import torch
 from .backends import BACKENDS, AttentionSpec
 from .bench_step import Step, StepJob
 from .measuring import free_bytes
-from .planning import PlanRow
+from .planning import PlanRow, precisions
 from .telemetry import score_bytes
 
 _BATCHES = (2, 6)  # small enough for any card, far enough apart for a slope
+_PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _FILLED = 0.95  # of the memory: the rest is lost between blocks of the allocator
 
 
@@ -57,26 +58,28 @@ def kept_bytes(spec: AttentionSpec, backend: str) -> int:
     return packed + tokens * (spec.head_dim_v * spec.dtype.itemsize + 4)
 
 
-def largest_batch(model: str, imgsz: int, arm: str, device: torch.device, amp: bool) -> int:
+def largest_batch(model: str, imgsz: int, arm: str, device: torch.device, amp: bool | str) -> int:
     """The largest training batch that fits a GPU, from the peak memory of real steps at two batches, as a line.
 
-    Backends of `auto` are taken by the rules: what is measured decides about time, hardly about memory.
+    The steps are eager: CUDA graphs hold about as much memory again. Backends of `auto` are taken by the rules: what
+    is measured decides about time, hardly about memory.
 
     Args:
         model: Checkpoint or YAML.
         imgsz: Side of the images in pixels.
         arm: `unpatched`, `auto` or a backend's name.
         device: The GPU.
-        amp: Train in float16.
+        amp: Precision of the training, as in Ultralytics.
 
     Returns:
         Images; 0 where even the smaller of the two batches does not fit.
     """
-    job = StepJob(model=model, arms=(arm,), device=str(device.index or 0), amp="fp16" if amp else "fp32")
+    job = StepJob(model=model, arms=(arm,), device=str(device.index or 0), amp=_PRECISIONS[precisions(amp, True)[0]])
     total = free_bytes(device) + torch.cuda.memory_allocated(device)
-    peaks = []
-    step = Step(job, arm)
+    peaks: list[int] = []
+    step: Step | None = None
     try:
+        step = Step(job, arm)
         for batch in _BATCHES:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
@@ -90,4 +93,5 @@ def largest_batch(model: str, imgsz: int, arm: str, device: torch.device, amp: b
         del step
         torch.cuda.empty_cache()
     slope = (peaks[1] - peaks[0]) / (_BATCHES[1] - _BATCHES[0])
-    return int((_FILLED * total - peaks[0]) / slope + _BATCHES[0])
+    filling = int((_FILLED * total - peaks[0]) / slope + _BATCHES[0])
+    return max(filling, _BATCHES[1])  # which was seen to fit

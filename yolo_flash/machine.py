@@ -146,12 +146,20 @@ def resolve_device(device: str | int | None) -> torch.device:
     Raises:
         ValueError: The device does not exist.
     """
+    from ultralytics.utils import LOGGER
     from ultralytics.utils.torch_utils import select_device
 
-    threads = torch.get_num_threads()
+    threads, disabled = torch.get_num_threads(), LOGGER.disabled
+    LOGGER.disabled = True  # which greets before it raises
     try:
         return torch.device(select_device("" if device is None else device, verbose=False))
+    except ValueError as error:
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        cards = f"torch sees {found} GPU{'' if found == 1 else 's'} here"
+        valid = ", ".join(["device=cpu", *(f"device={i}" for i in range(found))])
+        raise ValueError(f"there is no device={device}: {cards}. Valid: {valid}.") from error
     finally:
+        LOGGER.disabled = disabled
         torch.set_num_threads(threads)  # select_device changes it for the CPU
 
 

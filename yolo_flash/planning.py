@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from ultralytics.nn.tasks import RTDETRDetectionModel, guess_model_task
+from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import unwrap_model
 
 from .backends import AttentionSpec
@@ -30,12 +34,14 @@ class PlanRow:
         block: Name of the stock class.
         mode: `train` or `val`.
         decision: The backend with everything that led to it.
+        note: What has to be known about the shape of the images; the same in all rows of a mode.
     """
 
     layer: str
     block: str
     mode: str
     decision: Decision
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Shot:
         dtype: That convolutions compute in.
         nhwc: Whether the model runs in channels_last.
         deterministic: Whether torch asks for deterministic algorithms.
+        note: For the reader of the plan, if the shape is not the only one or not known.
     """
 
     mode: str
@@ -59,6 +66,60 @@ class Shot:
     dtype: torch.dtype
     nhwc: bool
     deterministic: bool = False
+    note: str = ""
+
+
+def precisions(amp: bool | str, on_gpu: bool) -> tuple[torch.dtype, torch.dtype]:
+    """What Ultralytics computes in for a value of its `amp=`: in training, and in the validation of its EMA.
+
+    Raises:
+        ValueError: It takes no such value.
+    """
+    asked = amp.lower() if isinstance(amp, str) else amp
+    if not isinstance(amp, bool) and asked not in ("fp16", "bf16", "fp32"):
+        raise ValueError(f"amp must be True, False, fp16, bf16 or fp32, found {amp!r}.")
+    if not on_gpu or asked in (False, "fp32"):
+        return torch.float32, torch.float32
+    return torch.bfloat16 if asked == "bf16" else torch.float16, torch.float16
+
+
+def largest_stride(model: Any) -> int:
+    """What the sides of images are rounded up to, as Ultralytics' trainer has it."""
+    strides = getattr(model, "stride", None)
+    return max(int(strides.max()) if isinstance(strides, torch.Tensor) else 32, 32)
+
+
+def rounded_size(model: Any, imgsz: int) -> int:
+    """The size of the images of a run that was asked for `imgsz`; Ultralytics says so where it is another."""
+    stride = largest_stride(model)
+    return int(check_imgsz(imgsz, stride=stride, floor=stride, max_dim=1))
+
+
+def run_shots(model: Any, imgsz: int, batch: int, amp: bool | str, on_gpu: bool) -> list[Shot]:
+    """The inputs of a run whose data are not known: square pictures, and as many as a batch of validation holds.
+
+    Ultralytics validates without resizing to a square, most tasks with half a stride of padding around the pictures,
+    and with twice the training batch.
+
+    Args:
+        model: The network, for its task and strides.
+        imgsz: Side of the training images, a multiple of the stride.
+        batch: Training images a step.
+        amp: As in Ultralytics.
+        on_gpu: Whether it runs in channels_last and with AMP.
+    """
+    train_dtype, val_dtype = precisions(amp, on_gpu)
+    task = getattr(model, "task", None) or guess_model_task(model)
+    stride = largest_stride(model)
+    padded = task in ("detect", "segment", "pose", "obb") and not isinstance(model, RTDETRDetectionModel)
+    side = (math.ceil(imgsz / stride + 0.5) if padded else math.ceil(imgsz / stride)) * stride
+    images = batch if task in ("obb", "semantic", "depth") else 2 * batch
+    note = f"val: {images} square pictures, padded to {side} x {side}; a run plans with the shapes of its own data"
+    deterministic = bool(DEFAULT_CFG_DICT["deterministic"])
+    return [
+        Shot("train", batch, imgsz, imgsz, train_dtype, on_gpu, deterministic),
+        Shot("val", images, side, side, val_dtype, on_gpu, note=note if padded else ""),
+    ]
 
 
 class _AllSeenError(Exception):
@@ -138,7 +199,7 @@ def make_plan(
     """
     blocks = targets(unwrap_model(model))
     choices = layer_choices(unwrap_model(model), runtime.config)
-    problems: list[tuple[str, str, str, AttentionSpec]] = []
+    problems: list[tuple[str, str, Shot, AttentionSpec]] = []
     for shot in shots:
         extra = denoising_queries(unwrap_model(model)) if shot.mode == "train" else {}
         for layer, (images, tokens) in layer_inputs(model, shot.batch, shot.height, shot.width).items():
@@ -156,13 +217,13 @@ def make_plan(
                 mask=layer in extra,
             )
             if spec is not None:
-                problems.append((layer, cls._stock.__name__, shot.mode, spec))
+                problems.append((layer, cls._stock.__name__, shot, spec))
     undecided = [spec for layer, *_, spec in problems if choices[layer] == "auto"]
     if measure is not None and undecided:
         runtime.learn(measure(undecided), machine)
     return [
-        PlanRow(layer, block_name, mode, runtime.select(spec, choices[layer], machine))
-        for layer, block_name, mode, spec in problems
+        PlanRow(layer, block_name, shot.mode, runtime.select(spec, choices[layer], machine), shot.note)
+        for layer, block_name, shot, spec in problems
     ]
 
 
@@ -189,6 +250,7 @@ def describe(rows: list[PlanRow], machine: Machine) -> str:
     for (mode, block, groups, heads, tokens, backend, why, stage), count in folded.items():
         layers = f"{count} in {stage}"
         lines.append(f"  {mode:<6}{layers:<16}{block:<{wide}}{groups:>7}{heads:>7}{tokens:>8}  {backend:<16}{why}")
+    lines += [f"  {note}" for note in dict.fromkeys(row.note for row in rows) if note]
     if any(row.decision.spec.deterministic and not row.decision.reproducible for row in rows):
         lines.append(
             "  deterministic=True does not reach these backwards: losses may differ in the last bits from run to run. "

@@ -14,11 +14,13 @@ from ultralytics.utils.checks import collect_system_info
 
 from ._version import __version__
 from .backends import BACKENDS, AttentionSpec
+from .config import FlashConfig
 from .forecast import attention_memory, largest_batch
 from .machine import Machine, cudnn_release, detect, resolve_device
 from .measuring import readable
 from .models import open_model
-from .planning import PlanRow, describe
+from .patch import targets
+from .planning import PlanRow, describe, precisions, rounded_size
 from .selector import select
 from .telemetry import plan_entry, score_bytes
 from .wrapper import patch_from_sources, plan
@@ -135,45 +137,61 @@ def show_plan(
 
     Returns:
         The rows as in flash.jsonl; the bytes that attention keeps for the backward of a step (`memory_bytes`) and the
-        score matrices among them (`score_bytes`), in stock form and as planned; the largest batches (`fit`).
+        score matrices among them (`score_bytes`), in stock form and as planned; the largest batches (`fit`), of eager
+        steps and, about, of `graphs`.
 
     Raises:
         BackendNotSupportedError: A backend asked for by name cannot run a layer.
-        ValueError: The plugin is off, the model has nothing to patch, the device does not exist, or is no GPU and `fit`
-            was asked for.
+        ValueError: The plugin is off, the model has nothing to patch, there is no such device or precision, or the
+            device is no GPU and `fit` was asked for.
     """
     with quiet(as_json):
+        if not FlashConfig.resolve(**sources).enabled:
+            raise ValueError("flash.enabled=false, or YOLO_FLASH=0: stock runs, and there is nothing to plan.")
         device = resolve_device(run.get("device"))
         machine = detect(device)
         if fit and device.type != "cuda":
             raise ValueError(f"--fit measures on a GPU, the device is {machine}.")
-        rows = [row for row in plan(patch_from_sources(open_model(model), sources), **run) if row.mode in modes]
+        precisions(run.get("amp", True), device.type == "cuda")  # a mistake is told before the model is built
+        opened = open_model(model)
+        if not targets(opened.model):
+            raise ValueError(
+                f"{model} has no attention layer that the plugin knows (of YOLO10, 11, 12, 26 or RT-DETR): "
+                f"nothing to plan."
+            )
+        run["imgsz"] = rounded_size(opened.model, run.get("imgsz", 640))
+        rows = [row for row in plan(patch_from_sources(opened, sources), **run) if row.mode in modes]
         stock, planned = _kept_scores(rows)
         memory = attention_memory(rows)
         LOGGER.info(describe(rows, machine))
         LOGGER.info(_others(rows))
         if "train" in modes:
+            saved = memory.stock - memory.planned
             LOGGER.info(
                 f"attention keeps for the backward of a step: stock {readable(memory.stock)}, planned "
-                f"{readable(memory.planned)}: {readable(memory.stock - memory.planned)} less "
+                f"{readable(memory.planned)}: {readable(abs(saved))} {'less' if saved >= 0 else 'more'} "
                 f"(score matrices: {readable(stock)}, {readable(planned)})"
             )
         batches = {}
         if fit:
-            imgsz, amp = run.get("imgsz", 640), run.get("amp", True)
-            batches = {arm: largest_batch(model, imgsz, arm, device, amp) for arm in ("unpatched", "auto")}
+            amp = run.get("amp", True)
+            batches = {arm: largest_batch(model, run["imgsz"], arm, device, amp) for arm in ("unpatched", "auto")}
+            memory_gib = f"{machine.memory_gib or 0:.0f} GiB"
             LOGGER.info(
-                f"largest training batch at {imgsz} pixels in {machine.memory_gib or 0:.0f} GiB: stock "
-                f"{batches['unpatched']}, with yolo-flash {batches['auto']}"
+                f"largest training batch at {run['imgsz']} pixels in {memory_gib} with flash.graphs=off: stock "
+                f"{batches['unpatched']}, with yolo-flash {batches['auto']}. CUDA graphs hold about as much again: "
+                f"with flash.graphs=auto, steps of up to about {batches['auto'] // 2} images can run from them, and "
+                f"larger ones run eager."
             )
     facts = {
         "yolo_flash": __version__,
         "model": model,
+        "imgsz": run["imgsz"],
         "machine": dataclasses.asdict(machine),
         "plan": [plan_entry(row) for row in rows],
         "score_bytes": {"stock": stock, "planned": planned},
         "memory_bytes": dataclasses.asdict(memory),
-        **({"fit": batches} if fit else {}),
+        **({"fit": batches | {"graphs": batches["auto"] // 2}} if fit else {}),
     }
     if as_json:
         print(json.dumps(facts, indent=2, default=str))

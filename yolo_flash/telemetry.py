@@ -26,6 +26,7 @@ from ._version import __version__
 from .backends import BACKENDS, AttentionSpec, short
 from .config import FlashConfig
 from .files import write_file
+from .kineto import hushed
 from .machine import Machine
 from .measuring import GIB, profiler_lets_go, readable, stop_profiler
 from .pictures import draw_run
@@ -38,7 +39,7 @@ COLUMNS = (PEAK, SPEED)
 _ATTENTION_KERNEL = re.compile(
     r"flash|fmha|sdpa|attention|dot_do_o|convert_dq|area_(?:for|back)ward", re.IGNORECASE
 )  # of all libraries
-_PROFILER = threading.Lock()  # torch has one for the process: two at a time mix their events
+PROFILER = threading.Lock()  # torch has one for the process: two at a time mix their events
 
 
 class Telemetry:
@@ -135,10 +136,11 @@ class Telemetry:
             activities.append(ProfilerActivity.CUDA)
         profiler = profile(activities=activities)  # which may fail: before there is a lock to give back
         # The user's own profiler, or that of a training in another thread: a later step will do.
-        if torch.autograd._profiler_enabled() or not _PROFILER.acquire(blocking=False):
+        if torch.autograd._profiler_enabled() or not PROFILER.acquire(blocking=False):
             return
         self._profile = profiler  # from here on `_stop_profile` gives the lock back
-        self._profile.start()
+        with hushed():
+            self._profile.start()
         self._restart_clock()
 
     def on_train_batch_end(self, trainer: Any) -> None:
@@ -146,15 +148,25 @@ class Telemetry:
         if self._profile is None:
             return
         self._profiled_speed = self._speed(trainer)
-        operators, kernels = attention_kernels(self._stop_profile())
+        events = self._stop_profile()
+        operators, kernels = attention_kernels(events)
         self._profiled = True
+        replayed = self._pool_gib is not None  # operators are Python's, kernels the GPU's
+        observed = any(event.device_type == DeviceType.CUDA for event in events) if replayed else bool(events)
         counts = dict(operators | kernels)
-        self._write("kernels", counts=counts, graphs=self._pool_gib is not None)
+        self._write("kernels", counts=counts, graphs=replayed, observed=observed)
+        if not observed:
+            LOGGER.info(
+                f"yolo-flash: what one step {'from graphs ' if replayed else ''}ran could not be observed here: the "
+                f"profile has no event of {'the GPU' if replayed else 'any kind'}. Another profiler may hold it."
+            )
+            self._restart_clock()
+            return
         names: Counter[str] = Counter()
         for name, count in counts.items():
             names[_short_name(name)] += count
         ran = ", ".join(f"{count} x {name}" for name, count in names.items()) or "no fused attention"
-        if self._pool_gib is not None:  # operators are Python's, kernels the GPU's
+        if replayed:
             LOGGER.info(f"yolo-flash: one step from graphs ran {ran}")
             if missing := self._eager_kernels.keys() - kernels.keys():
                 LOGGER.warning(
@@ -243,9 +255,10 @@ class Telemetry:
         if running is None:
             return []
         try:
-            stop_profiler(running)
+            with hushed():
+                stop_profiler(running)
         finally:
-            _PROFILER.release()
+            PROFILER.release()
         return running.events() or []
 
     def _write(self, event: str, **facts: Any) -> None:
@@ -272,6 +285,7 @@ def plan_entry(row: PlanRow) -> dict[str, Any]:
         "notes": decision.notes,
         "error": decision.error,
         "refused": {name: list(reasons) for name, reasons in decision.refused.items()},
+        "note": row.note,
     }
 
 

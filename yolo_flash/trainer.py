@@ -255,10 +255,10 @@ class FlashTrainerMixin(_TrainerBase):
         nhwc = device.type == "cuda" and any(p.ndim == 4 and not p.is_contiguous() for p in self.model.parameters())
         deterministic = torch.are_deterministic_algorithms_enabled()
         loader, val_loader = self.train_loader, self.test_loader
-        height, width = _commonest_shape(val_loader.dataset, args.imgsz)
+        images, height, width, note = _commonest_shape(val_loader.dataset, val_loader.batch_size, args.imgsz)
         return [
             Shot("train", loader.batch_size, args.imgsz, args.imgsz, dtype, nhwc, deterministic),
-            Shot("val", val_loader.batch_size, height, width, val_dtype, nhwc),
+            Shot("val", images, height, width, val_dtype, nhwc, note=note),
         ]
 
 
@@ -273,10 +273,20 @@ def trainer_class(base: type, config: FlashConfig, sources: Mapping[str, Any]) -
     return type(f"Flash{base.__name__}", (FlashTrainerMixin, base), attributes)
 
 
-def _commonest_shape(dataset: Any, imgsz: int) -> tuple[int, int]:
-    """Height and width of most validation batches: rectangular ones are padded, 640 becomes 672 x 672 on coco8."""
+def _commonest_shape(dataset: Any, batch: int, imgsz: int) -> tuple[int, int, int, str]:
+    """Images, height and width of most validation batches, and a note where they say little about the others.
+
+    Rectangular batches are padded: 640 becomes 672 x 672 on coco8.
+    """
     shapes = getattr(dataset, "batch_shapes", None)
     if shapes is None or not getattr(dataset, "rect", False):
-        return imgsz, imgsz
-    (height, width), _ = Counter(tuple(map(int, shapes[i])) for i in dataset.batch).most_common(1)[0]
-    return height, width
+        return min(batch, len(dataset)), imgsz, imgsz, ""
+    by_shape: dict[tuple[int, int], list[int]] = {}  # height and width -> images of each of their batches
+    for i, images in Counter(map(int, dataset.batch)).items():
+        height, width = map(int, shapes[i])
+        by_shape.setdefault((height, width), []).append(images)
+    (height, width), counts = max(by_shape.items(), key=lambda item: sum(item[1]))
+    note = ""
+    if len(by_shape) > 1 and all(len(batches) == 1 for batches in by_shape.values()):
+        note = f"val: {len(by_shape)} batches, no two of one shape: planned is that of {height} x {width}"
+    return max(counts), height, width, note

@@ -211,7 +211,9 @@ def random_probe(spec: AttentionSpec, groups: int, device: torch.device) -> Prob
 
     # What is usual in this dtype, whose sums are in float32 at the least.
     usual = max(torch.finfo(spec.dtype).eps, 4 * torch.finfo(torch.float32).eps)
-    return Probe(groups, given, upstream, errors, rounding=0.0, usual=usual)
+    # Stock may round a few small sums right by luck: on an H200, masked, memory-efficient attention was 7e-7 off in
+    # float32, where twice stock's error was 5e-7.
+    return Probe(groups, given, upstream, errors, rounding=2 * torch.finfo(torch.float32).eps, usual=usual)
 
 
 def hard_probe(spec: AttentionSpec, device: torch.device) -> Probe | None:

@@ -6,10 +6,10 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import nn
 from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
+from ultralytics.utils.torch_utils import unwrap_model
 
 from . import autotune
 from .blocks import FlashBlock
@@ -17,7 +17,7 @@ from .config import FlashConfig, known_keys
 from .graphed_predict import predictor_class
 from .machine import detect, resolve_device
 from .patch import known_blocks, layer_choices, patch_modules, unpatch_modules
-from .planning import PlanRow, Shot, make_plan
+from .planning import PlanRow, make_plan, rounded_size, run_shots
 from .runtime import Runtime
 from .stock_pickle import StockPickle, become, restore
 from .trainer import trainer_class
@@ -145,23 +145,25 @@ def unpatch_model(model: M) -> M:
 
 
 def plan(
-    model: nn.Module, imgsz: int = 640, batch: int = 16, device: str | int | None = None, amp: bool = True
+    model: nn.Module, imgsz: int = 640, batch: int = 16, device: str | int | None = None, amp: bool | str = True
 ) -> list[PlanRow]:
     """What each attention layer of a patched model would run in training and in validation.
 
+    Validation is planned for square pictures, as its data are not known here; a run plans for those of its own.
+
     Args:
         model: What `patch_model` returned.
-        imgsz: Side of the training images in pixels.
-        batch: Training images a step; validation takes twice as many.
+        imgsz: Side of the training images in pixels, rounded up as `train` does.
+        batch: Training images a step; validation takes twice as many in most tasks.
         device: As in Ultralytics: `cpu`, `0`; the GPU if there is one.
-        amp: Train in float16 on a GPU.
+        amp: Precision of the training on a GPU, as in Ultralytics: float16 where True, `bf16`, float32 where False.
 
     Returns:
         One row a layer and mode. `model.trainer.flash_plan` holds the plan of the last training run.
 
     Raises:
         BackendNotSupportedError: A backend asked for by name cannot run a layer.
-        ValueError: The model is not patched.
+        ValueError: The model is not patched, or there is no such precision.
     """
     inner: Any = model.model if isinstance(model, Model) else model
     blocks = inner.modules() if isinstance(inner, nn.Module) else ()
@@ -169,12 +171,8 @@ def plan(
     if block is None:
         raise ValueError("this model has no patched attention layer: call patch_model first")
     where = resolve_device(device)
-    on_gpu = where.type == "cuda"
-    dtype = torch.float16 if on_gpu and amp else torch.float32
-    shots = [
-        Shot("train", batch, imgsz, imgsz, dtype, nhwc=on_gpu),
-        Shot("val", 2 * batch, imgsz, imgsz, dtype, nhwc=on_gpu),
-    ]
+    network = unwrap_model(inner)
+    shots = run_shots(network, rounded_size(network, imgsz), batch, amp, where.type == "cuda")
     runtime = block._flash_runtime
     measure = functools.partial(autotune.measure, device=where) if runtime.config.autotune else None
     return make_plan(inner, runtime, detect(where), shots, measure)

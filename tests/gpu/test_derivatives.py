@@ -13,13 +13,22 @@ from ultralytics.nn.modules.block import AAttn
 from tests.counting import AttentionCalls
 from tests.test_blocks import channels, error, make, patched
 from tests.test_derivatives import Masked, derivatives
+from tests.test_edits import double_scale
 from tests.test_multihead import randomise
 from yolo_flash import BackendNotSupportedError, patch_model
+from yolo_flash.blocks import FlashBlock
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 HALF = ("sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "triton_area")
 
 
@@ -74,11 +83,11 @@ def test_a_class_level_forward_and_an_edit_run_on_the_card(monkeypatch: pytest.M
     psa, x = case("psa")
     ours = patch_model(nn.Sequential(copy.deepcopy(psa)))
     for block in (psa, ours[0]):
-        block.scale *= 2  # type: ignore[operator]
+        double_scale(block)
     with torch.no_grad():
         assert error(ours(x), psa(x), psa(x)) < 1e-5
     named = patch_model(nn.Sequential(copy.deepcopy(make("psa").cuda())), backend="sdpa_efficient")
-    named[0].scale *= 2  # type: ignore[operator]
+    double_scale(named[0])
     with pytest.raises(BackendNotSupportedError):
         named(x)
 
@@ -90,7 +99,7 @@ def test_transforms_leave_every_backend_in_force(kind: str) -> None:
     given = (x, torch.randn_like(x))
     for a, b in zip(*(torch.func.jvp(m, (given[0],), (given[1],)) for m in (ours, module)), strict=True):
         assert error(a, b, b) < 1e-5
-    assert all(not block._flash_runtime.failed for block in ours.modules() if hasattr(block, "_flash_runtime"))
+    assert all(not block._flash_runtime.failed for block in ours.modules() if isinstance(block, FlashBlock))
 
 
 @pytest.mark.parametrize("backend", ["auto", *HALF])

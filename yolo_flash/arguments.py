@@ -1,0 +1,82 @@
+"""Arguments as people type them: `key=value`, words, and `flash.*` settings; and mistakes in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ultralytics.cfg import merge_equals_args, parse_key_value_pair
+from ultralytics.utils.checks import check_model_file_from_stem
+
+from . import offline
+from .config import FlashConfigError
+
+
+class UsageError(ValueError):
+    """A command that cannot work, with what to type instead."""
+
+
+def merge(args: Iterable[str]) -> list[str]:
+    """Join what a shell splits around `=` and inside brackets, as Ultralytics does."""
+    try:
+        return merge_equals_args(list(args))
+    except SyntaxError as error:
+        raise UsageError(str(error)) from error
+
+
+def _bare(arg: str) -> str:
+    """An argument without the leading dashes and the trailing comma that Ultralytics forgives."""
+    return arg.removeprefix("--").removesuffix(",")
+
+
+def read(args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The `key=value` arguments, as Ultralytics reads them, and the words without `=`."""
+    values: dict[str, Any] = {}
+    words = []
+    for arg in map(_bare, args):
+        if not arg.partition("=")[2].strip():  # no `=`; or nothing behind it, which Ultralytics explains
+            words.append(arg)
+            continue
+        key, value = parse_key_value_pair(arg)
+        values[key] = value
+    return values, words
+
+
+def split_settings(args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Take the `flash.key=value` arguments out of a command line.
+
+    Args:
+        args: Arguments with spaces around `=` already merged.
+
+    Returns:
+        The settings, keys without `flash.`, values as Ultralytics reads them; and all other arguments, untouched.
+
+    Raises:
+        FlashConfigError: `flash.key` without a value.
+    """
+    settings: dict[str, Any] = {}
+    rest = []
+    for arg in args:
+        name, equals, value = _bare(arg).lstrip("-").partition("=")
+        if name.strip() == "flash":
+            raise FlashConfigError(f"{arg} does not name a setting: flash.enabled=..., flash.backend=...")
+        if not name.startswith("flash."):
+            rest.append(arg)
+            continue
+        key = name.removeprefix("flash.").strip()
+        if not equals or not value.strip():
+            raise FlashConfigError(f"{arg} needs a value: flash.{key or 'backend'}=...")
+        settings[key] = parse_key_value_pair(f"{key}={value}")[1]
+    return settings, rest
+
+
+def refuse_missing(weights: str, what: str, mode: str | None) -> None:
+    """Raise at once for official weights that Ultralytics would try to download for minutes, in vain."""
+    file = weights if "://" in weights else check_model_file_from_stem(weights)
+    if not offline.missing_asset(file) or offline.can_download():
+        return
+    scratch = f", or train from scratch with model={Path(file).stem}.yaml" if mode == "train" else ""
+    raise UsageError(
+        f"{what} is not on this machine and cannot be downloaded: {offline.why_not()}. Copy the file here{scratch}."
+    )

@@ -1,0 +1,71 @@
+"""Profiles that keep torch's own lines (`USDT: ... profiler_start`) off the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+_VARIABLE = "KINETO_LOG_LEVEL"  # read when the first profile of the process is prepared; Ultralytics sets it to 5
+_LEVEL = "_ZN9libkineto6Logger14severityLevel_E"  # libkineto::Logger::severityLevel_: what the variable sets
+_ERRORS, _NOTHING = 4, 6  # what torch sets where there is no variable; above the highest severity, which is 5
+_LOCK = threading.Lock()
+_blocks = 0  # under way, of all threads
+_before: tuple[int, str | None] = (_ERRORS, None)  # the number and the variable, to give back
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Within the block, torch's profiler writes nothing to the terminal.
+
+    Behind it all is as before: what a profiler of the user's own says is not ours to silence. Where a build of torch
+    does not export the number that tells how much is written, the lines stay.
+    """
+    if (level := _level()) is None:
+        yield
+        return
+    _enter(level)
+    try:
+        yield
+    finally:
+        _leave(level)
+
+
+def _enter(level: ctypes.c_int) -> None:
+    global _blocks, _before
+    with _LOCK:
+        if not _blocks:
+            variable = os.environ.get(_VARIABLE)
+            first = variable if variable and variable.isdecimal() else _ERRORS
+            _before = level.value or int(first), variable
+            if not level.value:  # the first profile is still to come, and will set it by the variable
+                os.environ[_VARIABLE] = str(_NOTHING)
+            level.value = _NOTHING
+        _blocks += 1
+
+
+def _leave(level: ctypes.c_int) -> None:
+    global _blocks
+    with _LOCK:
+        _blocks -= 1
+        if not _blocks:
+            level.value, variable = _before
+            if variable is not None:
+                os.environ[_VARIABLE] = variable
+            else:
+                os.environ.pop(_VARIABLE, None)
+
+
+@functools.cache
+def _level() -> ctypes.c_int | None:
+    """The lowest severity that is written, in the library that torch has loaded; None where it cannot be found."""
+    for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
+        with contextlib.suppress(OSError, ValueError):
+            return ctypes.c_int.in_dll(ctypes.CDLL(str(library)), _LEVEL)
+    return None

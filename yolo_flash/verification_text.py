@@ -1,0 +1,60 @@
+"""The facts of `yolo-flash verify` as a table with a verdict."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .comparison import CONF
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """A line for each layer, mode and backend, then the whole model, the detections and what is off."""
+    wide = max([27, *(len(entry["layer"]) for entry in facts["layers"])])
+    lines = [
+        f"yolo-flash verify: {facts['model_name']}, imgsz {facts['imgsz']}, batch {facts['batch']}, "
+        f"{facts['dtype']} on {facts['device']}",
+        f"  images: {facts['source']}",
+        *(f"  note: {note}" for note in facts["notes"]),
+        "  relative errors against float64, the worst of each row; ours may be twice that of stock, plus rounding",
+        f"  {'mode':<9}{'layer':<{wide}} {'backend':<16}{'ours':>10}{'stock':>12}  {'ok':<5}worst",
+        *(_row(e["mode"], f"{e['layer']:<{wide}}", e["backend"], e["compared"], e["ok"]) for e in facts["layers"]),
+    ]
+    for mode in ("train", "predict"):
+        for name in ("outputs", "loss", "gradients"):
+            rows = [row for row in facts["model"] if row["mode"] == mode and row["what"].startswith(name)]
+            if rows:
+                lines.append(_row(mode, f"{f'whole model, {name}':<{wide}}", "", rows, all(row["ok"] for row in rows)))
+    lines.append(f"  detections: {_found(facts['detections'])}")
+    lines += [f"  OFF: {sentence}" for sentence in facts["off"]]
+    count = len({entry["layer"] for entry in facts["layers"]})
+    verdict = f"{count} attention layers compute what stock computes" if facts["ok"] else "something is OFF, see above"
+    if len(facts["off"]) == 1 and not facts["fused"]:
+        verdict = "nothing was proved, see above"
+    return "\n".join([*lines, f"yolo-flash verify: {verdict}"])
+
+
+def _row(mode: str, layer: str, backend: str, rows: list[dict[str, Any]], ok: bool) -> str:
+    if not rows:
+        return f"  {mode:<9}{layer} {backend:<16}{'-':>10}{'-':>12}  OFF  it raised"
+    worst = max(rows, key=lambda row: math.inf if row["used"] is None else row["used"])
+    errors = f"{_number(worst['ours']):>10}{_number(worst['stock']):>12}"
+    return f"  {mode:<9}{layer} {backend:<16}{errors}  {'ok' if ok else 'OFF':<5}{worst['what']}"
+
+
+def _found(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "not of this task; the raw outputs above have to do"
+    if not found["stock"] and not found["ours"]:
+        return f"none with a score above {CONF}, by stock and by ours"
+    score, box, allowed_score, allowed_box = (
+        _number(found[key]) for key in ("score", "box", "allowed_score", "allowed_box")
+    )
+    return (
+        f"stock {found['stock']}, ours {found['ours']}, the same {found['matched']}; scores differ by {score} "
+        f"(allowed {allowed_score}), boxes by {box} pixels (allowed {allowed_box}): {'ok' if found['ok'] else 'OFF'}"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.1e}"
