@@ -51,7 +51,7 @@ GOLDEN = {  # machine: the backend for each spec above
     "RTX 3090": [F, F, E, F, S, F, F, F, F, E, S, F, F, E, E],
     "RTX 4090": [F, F, E, F, S, F, F, F, F, E, S, F, F, E, E],
     "H100": [T, T, E, T, S, T, T, T, T, E, T, T, F, E, E],
-    "H100 without Triton": [F, F, E, F, S, C, F, C, C, E, S, F, F, E, E],
+    "H100 without Triton": [F, F, E, F, S, C, F, F, C, E, S, F, F, E, E],
     "B200": [F, F, E, F, S, F, F, F, F, E, S, F, F, E, E],
     "RTX 5090": [F, F, E, F, S, F, F, F, F, E, S, F, F, E, E],
     "MI300": [F, F, E, F, S, F, F, F, F, E, S, F, F, E, E],
@@ -122,6 +122,8 @@ def test_limits_have_numbers() -> None:
         "needs cuDNN >= 9.15.1 for a sequence length that is no multiple of 128, found 9.10.2 and 400 tokens"
     )
     assert refusals(C, cudnn=91002, seq_len_q=512, seq_len_k=512) == ""
+    assert "tiles of 128 (cudnn-frontend issue 1072), found 1600 tokens" in refusals(C, seq_len_q=1600, seq_len_k=1600)
+    assert refusals(C, seq_len_q=1600, seq_len_k=1600, training=False) == ""
     assert refusals(C, torch="2.5.1+cu124").startswith("needs torch >= 2.6, found 2.5.1+cu124")
     assert refusals(C, cudnn=None) == "needs cuDNN, torch reports none"
     assert refusals(C, seq_len_q=1, seq_len_k=1) == "needs at least 2 key tokens, the layer has 1"

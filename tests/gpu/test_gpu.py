@@ -61,6 +61,10 @@ def test_blocks_are_as_exact_as_stock(kind: str, backend: str, dtype: str, layou
     for batch, height, width in SIZES[:2] if backend == "triton_area" else SIZES:  # tests/gpu/test_area.py has more
         x = torch.randn(batch, channels(block), height, width)
         ours = patched(block, backend)
+        if backend == "sdpa_cudnn" and height * width // getattr(block, "area", 1) % 128 == 64:
+            with pytest.raises(BackendNotSupportedError, match="1072"):
+                run(ours, x, LAYOUTS[layout], DTYPES[dtype])
+            continue
         truth = reference(block, x)
         stock = run(block, x, LAYOUTS[layout], DTYPES[dtype])
         with AttentionCalls() as calls:
