@@ -114,7 +114,7 @@ def container_bytes(root: Path = Path("/")) -> Iterator[int]:
         root: Of the file system.
     """
     with contextlib.suppress(OSError, ValueError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers and "memory" not in controllers.split(","):
                 continue
@@ -135,10 +135,10 @@ def _group_bytes(group: Path, old: bool) -> Iterator[int]:
         else ("memory.max", "memory.current", "inactive_file")
     )
     with contextlib.suppress(OSError, ValueError):  # `max`, where there is no limit, is no number
-        most, now = (int((group / name).read_text()) for name in (limit, used))
+        most, now = (int((group / name).read_text(encoding="utf-8")) for name in (limit, used))
         given_back = 0
         with contextlib.suppress(OSError, ValueError):
-            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
             given_back = int(statistics.get(files, 0))
         yield max(0, most - max(0, now - given_back))
 
