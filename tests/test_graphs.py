@@ -615,7 +615,7 @@ def test_ranks_want_room_for_their_validation_too(
     ranks: int, room: float, fits: bool, detector: Any, replays: list[Replay], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphed_step_module, "free_bytes", lambda device: int(room * 2**30))
-    monkeypatch.setattr(graphed_step_module, "_everywhere", lambda trainer, mine: mine)
+    monkeypatch.setattr(graphed_step_module, "everywhere", lambda trainer, mine: mine)
     graphs, trainer = StepGraphs("auto"), a_trainer(copy.deepcopy(detector))
     if ranks > 1:
         among_ranks(trainer)
@@ -635,7 +635,7 @@ def test_ranks_that_graphs_do_not_pay_for_give_their_gradients_back_behind_a_ste
     detector: Any, replays: list[Replay], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the two DDP would average what it has not seen all of."""
-    monkeypatch.setattr(graphed_step_module, "_everywhere", lambda trainer, mine: mine)
+    monkeypatch.setattr(graphed_step_module, "everywhere", lambda trainer, mine: mine)
     monkeypatch.setattr(graphed_step_module.dist, "get_rank", lambda: 0)
     averaged: list[int] = []
     monkeypatch.setattr(RankAverage, "average", lambda self: averaged.append(1))

@@ -57,6 +57,19 @@ def mine(self, *args, **kwargs):
     return None
 
 
+class Standing:
+    """An object in the place of a function, as wrapt and mocks put one."""
+
+    def __init__(self, original=None):
+        self.original = original
+
+    def __get__(self, obj, cls=None):
+        return self if obj is None else MethodType(self, obj)
+
+    def __call__(self, *args, **kwargs):
+        return self.original(*args, **kwargs)
+
+
 def wrapped(original):
     @functools.wraps(original)
     def wrapper(*args, **kwargs):
@@ -75,6 +88,11 @@ def wrapped(original):
         (v8DetectionLoss, "bbox_decode", v8PoseLoss.kpts_decode),  # Ultralytics', of another class
         (nn.Conv2d, "forward", mine),
         (v8DetectionLoss, "loss", functools.partial(mine, None)),
+        (v8DetectionLoss, "loss", functools.partialmethod(mine)),
+        (v8DetectionLoss, "loss", functools.lru_cache(v8DetectionLoss.loss)),
+        (BaseModel, "loss", Standing(BaseModel.loss)),
+        (BaseModel, "loss", torch.enable_grad()(functools.update_wrapper(Standing(BaseModel.loss), BaseModel.loss))),
+        (nn.Conv2d, "forward", torch.no_grad()(mine)),
     ],
 )
 def test_a_function_replaced_on_a_class_is_foreign(model, monkeypatch, cls, name, replacement):
@@ -94,9 +112,19 @@ def test_a_helper_that_was_replaced_is_foreign(model, monkeypatch):
     parts = parts_of(model.init_criterion())
     monkeypatch.setattr(loss_module, "bbox_iou", wrapped(loss_module.bbox_iou))
     assert foreign(parts) == "ultralytics.utils.loss.bbox_iou"
+    monkeypatch.setattr(loss_module, "bbox_iou", torch.no_grad()(mine))
+    assert foreign(parts) == "ultralytics.utils.loss.bbox_iou"
+    monkeypatch.setattr(loss_module, "bbox_iou", Standing())
+    assert foreign(parts) == "ultralytics.utils.loss.bbox_iou"
     monkeypatch.undo()
     monkeypatch.setattr(torch.nn.functional, "log_softmax", mine)
     assert foreign(parts) == "torch.nn.functional.log_softmax"
+
+
+def test_what_no_step_calls_may_be_anybody_s(model, monkeypatch):
+    """Experiment trackers wrap `torch.save`."""
+    monkeypatch.setattr(torch, "save", wrapped(torch.save))
+    assert foreign(model.modules()) == ""
 
 
 def test_a_class_that_pretends_to_be_of_ultralytics_is_foreign():

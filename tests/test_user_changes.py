@@ -7,6 +7,7 @@ import functools
 from types import MethodType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import ultralytics.utils.loss as loss_module
@@ -322,6 +323,21 @@ def test_on_with_multi_scale_that_never_meets_its_shape_is_an_error(
         patch_model(YOLO("tiny.yaml"), graphs="on").train(**{**tiny_args, "multi_scale": 0.5})
 
 
+def test_an_epoch_without_a_replay_after_others_is_a_warning(made: list[Replay], log: list[str]) -> None:
+    """Of multi_scale: a run does not end by bad luck."""
+    model, graphs, trainer, batch = with_criterion("on")
+    for _ in range(3):
+        step(graphs, trainer, batch)
+        model(batch)
+        graphs.after_step(trainer)
+    assert graphs.end_epoch(trainer)["replayed"] == 2
+    other = {**batch, "img": torch.rand(2, 3, 64, 64)}
+    step(graphs, trainer, other)
+    model(other)
+    assert graphs.end_epoch(trainer)["replayed"] == 0
+    assert sum("none of 1 steps of the epoch ran from CUDA graphs" in line for line in log) == 1
+
+
 def shrunk(batch: dict[str, Any]) -> dict[str, Any]:
     batch["img"] = nn.functional.interpolate(batch["img"], scale_factor=2.0)
     return batch
@@ -409,6 +425,76 @@ def test_a_batch_without_boxes_does_not_hide_another_loss(monkeypatch: pytest.Mo
     assert capture_module.loss_error(model, loss, *capture_module._labelled(empty, targets)) > 0.1
     assert empty["bboxes"].shape == (0, 4)
     assert not targets.any()
+
+
+def test_batches_that_all_have_too_many_boxes_leave_the_loss_outside(
+    made: list[Replay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, graphs, trainer, batch = with_criterion("on")
+    monkeypatch.setattr(graphed_step_module, "free_bytes", lambda device: 1000)
+    for _ in range(6):
+        step(graphs, trainer, crowded(batch, 50))
+        model(crowded(batch, 50))
+        graphs.after_step(trainer)
+    (replay,) = made
+    assert replay.loss is None
+    assert graphs._facts()["loss_outside"] == "too many boxes in an image for the memory"
+
+
+def test_parts_with_gains_of_their_own_are_not_captured(made: list[Replay]) -> None:
+    model: Any = YOLO("yolo26n.yaml").model
+    model.args = with_criterion("auto")[0].args
+    criterion = model.init_criterion()
+    loss = FixedShapeLoss(criterion, Capacity(8, 64, 4096))
+    assert loss.holds(criterion)
+    criterion.one2one.hyp = copy.copy(criterion.one2one.hyp)
+    assert not loss.holds(criterion)
+    assert fixed_loss.not_supported_reason(criterion) == "its parts have gains of their own"
+
+
+def test_the_retry_of_stock_s_assigner_is_no_change(made: list[Replay]) -> None:
+    model, graphs, trainer, batch = with_criterion("on")
+    for _ in range(3):
+        step(graphs, trainer, batch)
+        model(batch)
+        model.criterion.assigner._oom_warned = True
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("attribute", "values"),
+    [("freq", ("array", "another array")), ("stride", ([8, 16], [8, 4]))],
+)
+def test_what_cannot_be_compared_and_lists_of_the_loss_count(attribute: str, values: Any) -> None:
+    class Part:
+        __module__ = "ultralytics.utils.tal"
+
+    part: Any = Part()
+    first, second = values
+    if first == "array":
+        first, second = np.ones(3), np.ones(3) * 2
+    setattr(part, attribute, first)
+    signature = Signature([part])
+    assert not signature.changed()
+    if isinstance(first, list):
+        first[1] = second[1]
+    else:
+        setattr(part, attribute, second)
+    assert signature.changed()
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
+def test_a_hook_on_all_modules_is_called(kind: str) -> None:
+    model, _, trainer, _ = with_criterion("auto", device="cuda")
+    signature = Signature(model.modules())
+    register = getattr(torch.nn.modules.module, f"register_module_{kind}_hook")
+    handle = register(lambda *args: None)
+    try:
+        assert not_supported_reasons(trainer, "on") == ["a hook on the model would not be called"]
+        assert signature.changed()
+    finally:
+        handle.remove()
+    assert not signature.changed()
 
 
 # The seam -------------------------------------------------------------------------------------------------------------

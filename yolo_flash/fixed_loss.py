@@ -71,6 +71,8 @@ def not_supported_reason(criterion: Any) -> str:
                 return f"{type(value).__name__} is not the loss of detection"
     if not hasattr(TaskAlignedAssigner, "pair_overlaps"):
         return "it needs ultralytics >= 8.4.180"
+    if not _one_hyp(criterion):
+        return "its parts have gains of their own"
     if replaced := foreign(_objects(criterion)):
         return f"{replaced} is not Ultralytics' own"
     return ""
@@ -172,7 +174,7 @@ class FixedShapeLoss:
 
     def holds(self, criterion: Any) -> bool:
         """Whether a criterion still is the one, with the numbers and functions that it had."""
-        return criterion is self.criterion and not self._signature.changed()
+        return criterion is self.criterion and _one_hyp(criterion) and not self._signature.changed()
 
     def _one(self, part: Any, outputs: dict[str, Any], targets: Tensor, gains: Tensor) -> Tensor:
         """Losses of one set of outputs: v8DetectionLoss.get_assigned_targets_and_loss."""
@@ -280,6 +282,11 @@ def _inside(centres: Tensor, boxes: Tensor, exists: Tensor, least: int) -> Tenso
     x1, y1, x2, y2 = (side.unsqueeze(2) for side in xywh2xyxy(xywh).unbind(2))
     x, y = centres.unbind(1)
     return (x - x1 > _EPS) & (y - y1 > _EPS) & (x2 - x > _EPS) & (y2 - y > _EPS)
+
+
+def _one_hyp(criterion: Any) -> bool:
+    """Whether all parts share their hyperparameters, whose gains are an input of the graphs."""
+    return len({id(part.hyp) for part in _parts(criterion)}) == 1
 
 
 def _objects(criterion: Any) -> list[Any]:

@@ -21,7 +21,7 @@ from .graph_limits import boxes_stay, not_supported_reasons, own_loop
 from .graphs import Answer, FlashGraphError, GraphedStep
 from .guard import is_out_of_memory
 from .measuring import first_line, free_bytes, readable
-from .ranks import RankAverage
+from .ranks import RankAverage, everywhere
 
 _TIMED = 3  # steps of each kind that `auto` compares
 _GAIN = 1.05  # below it graphs do not pay for their memory
@@ -61,7 +61,8 @@ class StepGraphs:
         self._shape: tuple[int, int, int] = (0, 0, 0)
         self._answer: Answer | None = None
         self._outcome: str | None = None  # of the step under way, as in `_counts`; None between steps
-        self._said = False
+        self._said = self._lost = self._ever = False  # what a run has been told, lost for good, and ever replayed
+        self._crowds = 0  # batches with too many boxes
         self._counts: Counter[str] = Counter()  # of this epoch's steps: why each ran eager, `_REPLAYED` if it did not
         self._begin_again()
 
@@ -98,6 +99,7 @@ class StepGraphs:
         if all(batch[name].device.type == "cpu" for name in LABELS):
             needed = fixed_loss.needed(batch, self._shape[0], self._shape[1:], criterion)
             if not self._capacity.holds(needed) and self._too_large(needed, criterion, trainer.device):
+                self._crowds += 1
                 return
             self._needed = needed
             if self.step is None:
@@ -128,7 +130,8 @@ class StepGraphs:
         if not self._full(batch["img"]):
             self._outcome = f"images of another shape than {list(self._shape)}"
             return {}
-        if self._crowded and trainer.world_size <= 1:  # ranks have to count the same steps, see `_votes`
+        # Ranks have to count the same steps, see `_votes`; and where all batches are like that, the loss stays outside.
+        if self._crowded and trainer.world_size <= 1 and (self.step is not None or self._crowds <= _CAPTURES):
             self._outcome = self._crowded
             return {}
         model = unwrap_model(trainer.model)
@@ -171,7 +174,7 @@ class StepGraphs:
         eager, replayed = statistics.median(self._eager), statistics.median(self._replayed)
         facts = {"eager_ms": eager, "graph_ms": replayed, **self._facts()}
         first = trainer.world_size <= 1 or dist.get_rank() == 0  # whose clock decides for all
-        if not _everywhere(trainer, not first or eager >= _GAIN * replayed):
+        if not everywhere(trainer, not first or eager >= _GAIN * replayed):
             self._begin_again()
             self._drop(trainer)
             self._leaving = self._ranks is not None
@@ -186,7 +189,8 @@ class StepGraphs:
             graphs of which no step made use are given up.
 
         Raises:
-            FlashGraphError: Graphs were asked for, and no step came from them.
+            FlashGraphError: Graphs were asked for, and no step of the run came from them yet, or none will, since the
+                model changes all the time.
         """
         self._close_step(trainer)
         counts, self._counts = self._counts, Counter()
@@ -195,13 +199,16 @@ class StepGraphs:
         if self.mode == "off":
             return {}
         still = self._seen == 1 or 0 < self._short < _CAPTURES  # a run's first full batch is eager
+        self._ever = self._ever or replayed > 0
         if replayed or not facts["steps"] or (still and self.step is None):
             return facts
         reasons = "; ".join(f"{count} x {reason}" for reason, count in counts.items())
         none = f"none of {facts['steps']} steps of the epoch ran from CUDA graphs ({reasons})"
         if self.mode == "on" and self._asked:
-            raise FlashGraphError(f"flash.graphs=on: {none}. flash.graphs=auto goes on without graphs.")
-        if self.step is not None and not self._votes(trainer):
+            if not self._ever or self._lost:
+                raise FlashGraphError(f"flash.graphs=on: {none}. flash.graphs=auto goes on without graphs.")
+            LOGGER.warning(f"yolo-flash: {none}.")  # of sizes that change, say: the next one may have some
+        elif self.step is not None and not self._votes(trainer):
             self._drop(trainer)
             self.why_not = none
             facts["why_not"] = none
@@ -329,7 +336,7 @@ class StepGraphs:
                 self.step, outside = capture_step(model, batch, self._targets, self._capacity, self._capture_step)
                 if trainer.world_size > 1 and self._ranks is None:
                     self._ranks = RankAverage(trainer.model)
-                self._loss_outside, self._epoch = self._loss_outside or outside, -1
+                self._loss_outside, self._epoch = self._loss_outside or self._crowded or outside, -1
             except Exception as error:  # whatever it is: the trainer would halve the batch, or end
                 if is_out_of_memory(error) and self._try_later(trainer):
                     return {}
@@ -348,11 +355,12 @@ class StepGraphs:
                     need = f"its graphs hold {held}, and the batches beside them need up to {readable(beside)}"
                     why_not = f"{need}, {readable(room)} are free: a smaller batch would do"
         # Later captures are a rank's own: the others do not take part in a vote.
-        if why_not if again else not _everywhere(trainer, not why_not):
+        if why_not if again else not everywhere(trainer, not why_not):
             self._drop(trainer)
             if not again:
                 self._close_ranks()
             self._outcome = self.why_not = why_not or "another rank cannot"
+            self._lost = again == _CHANGED
             if self.mode == "on" and not again:  # later, a whole epoch without is an error
                 raise FlashGraphError(f"flash.graphs=on: {self.why_not}. flash.graphs=auto goes on without graphs.")
         return facts | {"why_not": self.why_not}
@@ -388,12 +396,3 @@ def _now() -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _everywhere(trainer: Any, mine: bool) -> bool:
-    """Whether all ranks say so."""
-    if trainer.world_size <= 1:
-        return mine
-    votes: list[Any] = [None] * trainer.world_size
-    dist.all_gather_object(votes, mine)
-    return all(votes)

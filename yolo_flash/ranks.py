@@ -6,6 +6,8 @@ small launches a step, which overlap with an eager backward and wait behind a re
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -72,3 +74,12 @@ class RankAverage:
     def close(self) -> None:
         """Let the model average by itself again; right behind `average`, or when its gradients are gone."""
         self._model.require_backward_grad_sync = True
+
+
+def everywhere(trainer: Any, mine: bool) -> bool:
+    """Whether all ranks say so."""
+    if trainer.world_size <= 1:
+        return mine
+    votes: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(votes, mine)
+    return all(votes)

@@ -15,7 +15,7 @@ from .stock_code import helpers
 # Attributes that Ultralytics' code writes itself while it runs, or that a captured loss is given anew in every step.
 _WRITTEN = frozenset(
     {"anchors", "strides", "shape", "shapes", "valid_mask"}  # of heads in prediction, for images of the last shape
-    | {"bs", "n_max_boxes"}  # TaskAlignedAssigner
+    | {"bs", "n_max_boxes", "_oom_warned"}  # TaskAlignedAssigner
     | {"o2m", "o2o", "updates"}  # E2ELoss, whose weights are an input of the graphs
 )
 
@@ -23,6 +23,10 @@ _OF_PYTHON = frozenset(  # attributes of classes that Python adds when it needs 
     {"__slotnames__", "__annotations__", "__annotations_cache__", "__annotate__", "__annotate_func__"}
 )
 _PLAIN = (bool, int, float, str)
+_GLOBAL_HOOKS: list[Any] = [  # of all modules
+    getattr(torch.nn.modules.module, f"_global_{when}_hooks")
+    for when in ("forward", "forward_pre", "backward", "backward_pre")
+]
 _requires_grad = attrgetter("requires_grad")
 
 
@@ -47,7 +51,7 @@ class Signature:
         self._states = [vars(obj) for obj in objects if not _writes(obj) and obj is not apart]
         self._written = [vars(obj) for obj in objects if _writes(obj) and obj is not apart]
         self._children = [held for m in modules for held in (m._parameters, m._buffers, m._modules) if held]
-        self._hooks = [held for m in modules for held in _hooks(m)]
+        self._hooks = [*_GLOBAL_HOOKS, *(held for m in modules for held in _hooks(m))]
         classes = dict.fromkeys(base for obj in objects for base in type(obj).__mro__)
         self._classes = [vars(cls) for cls in classes]
         self._helpers = helpers(objects)
@@ -64,7 +68,7 @@ class Signature:
         """Whether anything is no longer what it was; some 0.3 ms for a small YOLO."""
         try:
             return self._read() != self._values
-        except RuntimeError:  # two tensors were compared, element by element
+        except Exception:  # two tensors or arrays were compared, element by element
             return True
 
     def _read(self) -> list[Any]:
@@ -84,7 +88,8 @@ class Signature:
         for state in self._states:
             found += state.values()
         for state in self._written:
-            found += [value for name, value in state.items() if name not in _WRITTEN]
+            kept = (value for name, value in state.items() if name not in _WRITTEN)
+            found += [tuple(value) if type(value) is list else value for value in kept]
         for state in self._classes:
             found += [value for name, value in state.items() if name not in _OF_PYTHON]
         found += [
@@ -100,7 +105,7 @@ def plain_values(obj: Any) -> tuple[Any, ...]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody wants to be called in the module's forward or backward: a replay would not call."""
-    return any(_hooks(module))
+    return any(_GLOBAL_HOOKS) or any(_hooks(module))
 
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:

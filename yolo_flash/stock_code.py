@@ -7,21 +7,42 @@ without a wrapper but a decorator that stands there too. What merely bears the n
 
 from __future__ import annotations
 
+import contextlib
+import dis
+import functools
+import inspect
 import linecache
 import os
 import sys
+import types
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 import ultralytics
+from torch import nn
 
 PACKAGES = ("torch", "torchvision", "ultralytics", "yolo_flash")
 
 _TORCH, _ULTRALYTICS = (str(Path(str(package.__file__)).parent) + os.sep for package in (torch, ultralytics))
+_WRAPPERS = (_TORCH, _ULTRALYTICS, contextlib.__file__)
+_STARTS = ("forward", "__call__", "predict", "loss")  # of a module's code that a step runs
+_CACHED = type(functools.lru_cache(len))
+_NO_FUNCTIONS = (
+    type,
+    ModuleType,
+    nn.Module,  # a class may hold one, such as the activation of Conv
+    types.BuiltinFunctionType,
+    types.WrapperDescriptorType,
+    types.MethodDescriptorType,
+    types.ClassMethodDescriptorType,
+    types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+    types.MethodWrapperType,
+)
 
 
 def foreign(objects: Iterable[Any], names: Iterable[str] | None = None) -> str:
@@ -56,6 +77,8 @@ def foreign(objects: Iterable[Any], names: Iterable[str] | None = None) -> str:
 def helpers(objects: Iterable[Any]) -> list[tuple[dict[str, Any], str]]:
     """Where the functions of objects find what they call by name: namespaces of Ultralytics and torch, and the names.
 
+    Of a module, from its forward on; of anything else, such as a criterion, from all of its functions.
+
     Args:
         objects: Whose classes are looked through, and the functions that their functions call, and so on.
     """
@@ -63,24 +86,30 @@ def helpers(objects: Iterable[Any]) -> list[tuple[dict[str, Any], str]]:
     seen: set[int] = set()
     classes = dict.fromkeys(base for obj in objects for base in type(obj).__mro__)
     theirs = [cls for cls in classes if _package(cls.__module__) == "ultralytics"]
-    stack = [f for cls in theirs for _, f in _functions(cls, vars(cls)) if isinstance(f, FunctionType)]
+    methods: dict[str, list[FunctionType]] = {}
+    stack: list[FunctionType] = []
+    for cls in theirs:
+        for name, function in _functions(cls, vars(cls)):
+            if isinstance(function, FunctionType):
+                methods.setdefault(name, []).append(function)
+                if name in _STARTS or not issubclass(cls, nn.Module):
+                    stack.append(function)
     while stack:
-        function = stack.pop()
+        function = inspect.unwrap(stack.pop())
         if id(function) in seen:
             continue
         seen.add(id(function))
-        used = list(_names(function.__code__))
-        for name in used:
-            value = function.__globals__.get(name)
-            if isinstance(value, FunctionType):
-                found[id(function.__globals__), name] = function.__globals__, name
-                if _package(value.__module__) == "ultralytics":
+        names, chains = _read_by(function.__code__)
+        stack += (method for name in names for method in methods.get(name, ()))
+        for first, *rest in chains:
+            space, name, value = function.__globals__, first, function.__globals__.get(first)
+            while rest and isinstance(value, ModuleType) and _package(value.__name__) in PACKAGES:
+                space, name = vars(value), rest.pop(0)
+                value = space.get(name)
+            if _is_function(value):
+                found[id(space), name] = space, name
+                if isinstance(value, FunctionType) and _package(value.__module__) == "ultralytics":
                     stack.append(value)
-            elif isinstance(value, ModuleType) and _package(value.__name__) in PACKAGES:
-                space = vars(value)
-                for attribute in used:
-                    if isinstance(space.get(attribute), FunctionType):
-                        found[id(space), attribute] = space, attribute
     return list(found.values())
 
 
@@ -118,10 +147,8 @@ def _foreign_in_class(cls: type, wanted: set[str] | None) -> str:
     if wanted is None and not known:
         return cls.__name__
     for name, function in _functions(cls, vars(cls) if wanted is None else wanted):
-        if isinstance(function, partial):
-            return f"{cls.__name__}.{name}"
         # Torch has other names for some of its functions (`nn.Module.__call__`), and dynamo replaces one for good.
-        torch_s = _package(cls.__module__) == "torch" and function.__code__.co_filename.startswith(_TORCH)
+        torch_s = _package(cls.__module__) == "torch" and _is_in_torch(function)
         own = known and file is not None and _is_own(function, file, f"{cls.__qualname__}.{name}")
         if not (own or torch_s):
             return f"{cls.__name__}.{name}"
@@ -129,20 +156,31 @@ def _foreign_in_class(cls: type, wanted: set[str] | None) -> str:
 
 
 def _functions(cls: type, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """What a class defines under names to be called, or to be bound: functions, and whatever stands in for one."""
     for name in names:
         value = vars(cls).get(name)
         if isinstance(value, (staticmethod, classmethod)):
             value = value.__func__
+        elif isinstance(value, cached_property):
+            value = value.func
         for function in (value.fget, value.fset, value.fdel) if isinstance(value, property) else (value,):
-            if isinstance(function, (FunctionType, partial)):
+            if _is_function(function):
                 yield name, function
 
 
-def _is_own(function: FunctionType, file: str | None, qualified_name: str) -> bool:
+def _is_function(value: Any) -> bool:
+    """Whether a value is called like a function: a wrapper or a descriptor of a user's is too; a class is not."""
+    if isinstance(value, FunctionType):
+        return True
+    return not isinstance(value, _NO_FUNCTIONS) and (callable(value) or hasattr(type(value), "__get__"))
+
+
+def _is_own(function: Any, file: str | None, qualified_name: str) -> bool:
     """Whether a function stands in a file under a name; None: the file of the module that it says it is from."""
-    inner: Any = function
+    inner = function
     while (wrapped := getattr(inner, "__wrapped__", None)) is not None:
-        if not inner.__code__.co_filename.startswith((_TORCH, _ULTRALYTICS)):
+        ours = isinstance(inner, FunctionType) and inner.__code__.co_filename.startswith(_WRAPPERS)
+        if not ours and type(inner) is not _CACHED:
             return False
         inner = wrapped
     if not isinstance(inner, FunctionType):
@@ -157,19 +195,39 @@ def _is_own(function: FunctionType, file: str | None, qualified_name: str) -> bo
     return first.lstrip().startswith("@")
 
 
-def _is_own_helper(function: FunctionType) -> bool:
-    if function.__code__.co_filename.startswith(_TORCH):
+def _is_own_helper(function: Any) -> bool:
+    if _is_in_torch(function):
         return True  # torch makes some of its functions by others
-    known = (*PACKAGES, *sys.stdlib_module_names)
-    return _package(function.__module__) in known and _is_own(function, None, function.__qualname__)
+    name, module = getattr(function, "__qualname__", ""), getattr(function, "__module__", None)
+    return _package(module) in (*PACKAGES, *sys.stdlib_module_names) and _is_own(function, None, name)
+
+
+def _is_in_torch(function: Any) -> bool:
+    inner = inspect.unwrap(function)
+    if isinstance(inner, FunctionType):
+        return inner.__code__.co_filename.startswith(_TORCH)
+    return _package(type(inner).__module__) == "torch" and not hasattr(inner, "__wrapped__")
 
 
 def _in_file_of(function: FunctionType, module: str | None) -> bool:
     return function.__code__.co_filename == getattr(sys.modules.get(module or ""), "__file__", None)
 
 
-def _names(code: Any) -> Iterator[str]:
-    yield from code.co_names
+@functools.lru_cache(maxsize=2048)
+def _read_by(code: types.CodeType) -> tuple[frozenset[str], tuple[tuple[str, ...], ...]]:
+    """All names in some code, and what it reads from its module: `("torch", "nn", "functional", "relu")`."""
+    names, chains = set(code.co_names), set()
+    chain: list[str] = []
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and chain:
+            chain.append(instruction.argval)
+            continue
+        if chain:
+            chains.add(tuple(chain))
+        chain = [instruction.argval] if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") else []
     for constant in code.co_consts:
-        if hasattr(constant, "co_names"):  # a comprehension, or a function within
-            yield from _names(constant)
+        if isinstance(constant, types.CodeType):  # a comprehension, or a function within
+            inner_names, inner_chains = _read_by(constant)
+            names |= inner_names
+            chains |= set(inner_chains)
+    return frozenset(names), tuple(chains)
