@@ -12,7 +12,7 @@ from ultralytics import YOLO
 
 from tests.machines import MACHINES
 from tests.test_autotune import CPU, PSA, forbid
-from yolo_flash import FlashConfig, patch_model, runtime, trial_cache
+from yolo_flash import FlashConfig, patch_model, plan, runtime, trial_cache
 from yolo_flash.backends import AttentionSpec
 from yolo_flash.blocks import FlashBlock
 from yolo_flash.machine import Machine, detect
@@ -27,6 +27,45 @@ CARD = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial_cache, "USER_CONFIG_DIR", tmp_path / "config")
+
+
+# What files lack ---------------------------------------------------------------------------------------------------
+WHOLE = dataclasses.replace(PSA, batch=64, seq_len_q=400, seq_len_k=400)  # for which the rules take flash
+SLOW = {"stock": Trial(ms=1.0, ms_low=0.9), "sdpa_flash": Trial(ms=3.0, ms_low=2.9)}
+
+
+def test_a_file_without_what_failed_does_not_make_stock_the_fastest() -> None:
+    """Kept is what went well; where that is stock alone, nothing was compared."""
+    assert Runtime(FlashConfig()).decide(WHOLE, "auto", CPU).backend == "sdpa_flash"
+    failed = Trial(why_not="failed in its trial: transient")
+    trial_cache.store({WHOLE: {"stock": Trial(ms=5.0, ms_low=4.9), "sdpa_flash": failed}}, detect(CPU))
+    assert list(trial_cache.folder().iterdir())
+    for batch in (64, 48):
+        decision = Runtime(FlashConfig()).decide(dataclasses.replace(WHOLE, batch=batch), "auto", CPU)
+        assert (decision.backend, decision.by_rules) == ("sdpa_flash", True)
+
+
+def test_files_of_other_runs_change_nothing_near_what_this_run_has_measured() -> None:
+    mine, near = dataclasses.replace(WHOLE, batch=64), dataclasses.replace(WHOLE, batch=20)
+    trial_cache.store({dataclasses.replace(WHOLE, batch=16): SLOW}, detect(CPU))
+    run = Runtime(FlashConfig())
+    run.learn({mine: FAST}, detect(CPU))
+    run.recall(CPU)
+    assert run.decide(near, "auto", CPU).why == f"as measured for 64 x {WHOLE.seq_len_q} tokens"
+    assert Runtime(FlashConfig()).decide(near, "auto", CPU).why == f"as measured for 16 x {WHOLE.seq_len_q} tokens"
+
+
+def test_a_plan_knows_what_the_steps_will_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("yolo_flash.autotune.measure", lambda specs, device: {})  # it failed, say
+    model = patch_model(YOLO("yolo12n.yaml"))
+    rows = plan(model, imgsz=64, batch=2, device="cpu")
+    trial_cache.store({row.decision.spec: SLOW for row in rows}, detect(CPU))
+    model = patch_model(YOLO("yolo12n.yaml"))
+    rows = plan(model, imgsz=64, batch=2, device="cpu")
+    mine = model.model.model[6].m[0][0].attn._flash_runtime
+    assert {row.decision.why for row in rows} == {"the fastest measured"}
+    for row in rows:
+        assert mine.decide(row.decision.spec, "auto", CPU).backend == row.decision.backend == "stock"
 
 
 # Earlier runs ---------------------------------------------------------------------------------------------------------

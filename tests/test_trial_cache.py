@@ -106,6 +106,7 @@ def test_a_training_survives_a_cache_of_nonsense(tiny_args: dict[str, Any], tiny
     [
         ("batch", "8"),
         ("batch", 0),
+        ("batch", 10**400),
         ("num_heads", True),
         ("dtype", "float17"),
         ("dtype", "nn"),

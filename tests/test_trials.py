@@ -85,7 +85,10 @@ def test_after_a_fault_of_the_device_nothing_is_measured_or_kept(
     break_flash(monkeypatch, run)
     monkeypatch.setattr(autotune, "wait", wait)
     larger = dataclasses.replace(AREA, batch=16)
-    trials = autotune.measure([AREA, larger, PSA], CPU)
+    before, judge = dataclasses.replace(AREA, batch=3), autotune.judge
+    monkeypatch.setattr(autotune, "judge", lambda spec, *args: FAST if spec is before else judge(spec, *args))
+    trials = autotune.measure([before, AREA, larger, PSA], CPU)
+    assert trials.pop(before) == FAST  # for this run; of its round nothing is kept
     assert trials == {PSA: {"stock": Trial(ms=1.0)}}
     assert len(faults) == 1
     assert len(list(trial_cache.folder().iterdir())) == 1
@@ -116,6 +119,17 @@ def test_a_wide_spread_is_sampled_again_and_not_kept(calm: bool, monkeypatch: py
     assert trials["sdpa_flash"].spread == (0.0 if calm else 0.5)
     kept = ["stock", "sdpa_flash"] if calm else ["stock"]
     assert list(trial_cache.load([AREA], detect(CPU))[AREA]) == kept
+
+
+def test_too_little_memory_for_a_trial_does_not_choose_stock_which_needs_the_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(autotune, "free_bytes", lambda device: 2**20)
+    spec = dataclasses.replace(AREA, seq_len_q=400, seq_len_k=400)
+    (trials,) = autotune.measure([spec], CPU).values()
+    assert all(trial.no_memory for trial in trials.values())
+    decision = select(spec, detect(CPU), trials=trials)
+    assert (decision.backend, decision.by_rules) == ("sdpa_flash", True)
 
 
 def test_memory_that_is_back_lets_stock_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +190,7 @@ def test_the_limits_of_a_container_are_a_cpus_memory(tmp_path: Path, monkeypatch
         "proc/self/cgroup": "5:cpu,memory:/docker/abc\n1:name=systemd:/\n0::/pod/one\n",
         "sys/fs/cgroup/pod/one/memory.max": "1000\n",
         "sys/fs/cgroup/pod/one/memory.current": "900\n",
-        "sys/fs/cgroup/pod/one/memory.stat": "anon 500\ninactive_file 300\n",
+        "sys/fs/cgroup/pod/one/memory.stat": "anon 500\ninactive_file 100\nactive_file 200\n",
         "sys/fs/cgroup/pod/memory.max": "max\n",
         "sys/fs/cgroup/pod/memory.current": "950\n",
         "sys/fs/cgroup/memory/memory.limit_in_bytes": "2000\n",  # the path is the host's: only the top is here

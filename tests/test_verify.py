@@ -210,8 +210,16 @@ def test_a_profiler_of_the_user_is_left_alone() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
         assert executed.observe(lambda: 5) == (5, None)
         facts = verify("yolo26n.yaml", imgsz=64, device="cpu", backend="sdpa_flash")
-    assert facts["ok"]
+    assert (facts["ok"], facts["fused"]) == (False, False)  # stock might have run: nothing is proved
+    (sentence,) = facts["off"]
+    assert "what ran could not be observed" in sentence
     assert sum("could not be observed" in note for note in facts["notes"]) == 1
+
+
+def test_an_empty_profile_accuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a torch without its profiler."""
+    monkeypatch.setattr(torch.profiler.profile, "events", lambda self: [])
+    assert executed.observe(lambda: 5) == (5, None)
 
 
 def test_a_checkpoint_of_a_real_training_is_verified_as_it_is(tiny_model: str, tiny_args: dict[str, Any]) -> None:

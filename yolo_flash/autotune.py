@@ -62,16 +62,18 @@ def measure(specs: Iterable[AttentionSpec], device: torch.device) -> dict[Attent
     first = 0.0
     # The bar goes to standard output, where JSON may be expected, or nothing can be written.
     silent = len(new) < 2 or LOGGER.disabled or sys.stdout is None
+    again = {name for spec in new if spec in trials for name in missing[spec]}
     for spec in TQDM(new, desc="yolo-flash: measuring attention", disable=silent, leave=False):
         try:
             trials[spec] = _complete(spec, device, machine, missing[spec], trials.get(spec, {}))
-            trial_cache.store({spec: trials[spec]}, machine)
             first += sum(trials[spec][name].first_seconds for name in missing[spec])
         except DeadDeviceError as error:
             LOGGER.warning(f"yolo-flash: {spec}: no more measuring: {error}")
             break
         except Exception as error:
             LOGGER.warning(f"yolo-flash: {spec}: by the rules, for measuring failed: {first_line(error)}")
+    else:  # nothing of a round that took the device along
+        trial_cache.store({spec: trials[spec] for spec in new if spec in trials}, machine)
     if device.type == "cuda" and new:
         with contextlib.suppress(RuntimeError):  # of a dead device
             torch.cuda.empty_cache()
@@ -80,6 +82,7 @@ def measure(specs: Iterable[AttentionSpec], device: torch.device) -> dict[Attent
         LOGGER.info(
             f"yolo-flash: measured {len(new)} attention problems in {seconds:.1f} s, {first:.1f} s of it first calls, "
             f"which compile; {len(wanted) - len(new)} were known"
+            + (f"; {', '.join(sorted(again))} tried again, as it failed or varied before" if again else "")
         )
     elif wanted:
         LOGGER.info(f"yolo-flash: {len(wanted)} attention problems known from earlier, read in {seconds * 1e3:.0f} ms")

@@ -22,8 +22,8 @@ def observe(call: Callable[[], T]) -> tuple[T, frozenset[str] | None]:
         call: Runs attention, with its backward where there is one.
 
     Returns:
-        What the call gives; and the names, none where stock matrix products ran, and None where another profiler is at
-        work, of which torch has one at a time.
+        What the call gives; and the names, none where stock matrix products ran, and None where nothing could be
+        observed: another profiler is at work, of which torch has one at a time, or torch was built without it.
     """
     if torch.autograd._profiler_enabled() or not PROFILER.acquire(blocking=False):
         return call(), None
@@ -38,5 +38,8 @@ def observe(call: Callable[[], T]) -> tuple[T, frozenset[str] | None]:
                 running.stop()
     finally:
         PROFILER.release()
-    operators, _ = attention_kernels(running.events() or [])
+    events = running.events()
+    if not events:
+        return result, None
+    operators, _ = attention_kernels(events)
     return result, frozenset(name for name, backend in BACKENDS.items() if any(map(operators.get, backend.operators)))

@@ -130,16 +130,16 @@ def container_bytes(root: Path = Path("/")) -> Iterator[int]:
 def _group_bytes(group: Path, old: bool) -> Iterator[int]:
     """What one control group leaves, if it has a limit."""
     limit, used, files = (
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
         if old
-        else ("memory.max", "memory.current", "inactive_file")
+        else ("memory.max", "memory.current", ("inactive_file", "active_file"))
     )
     with contextlib.suppress(OSError, ValueError):  # `max`, where there is no limit, is no number
         most, now = (int((group / name).read_text(encoding="utf-8")) for name in (limit, used))
         given_back = 0
         with contextlib.suppress(OSError, ValueError):
             statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
-            given_back = int(statistics.get(files, 0))
+            given_back = sum(int(statistics.get(name, 0)) for name in files)
         yield max(0, most - max(0, now - given_back))
 
 

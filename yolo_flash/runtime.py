@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ultralytics.utils import LOGGER, RANK
 
 from . import trial_cache
-from .backends import AttentionSpec
+from .backends import BACKENDS, AttentionSpec
 from .config import FlashConfig
 from .machine import Machine, detect
 from .selector import RULES_MEASURED_ON, Decision, Trial, select
@@ -89,8 +89,8 @@ class Runtime:
         if earlier._measured_on is not None:
             self.remember(earlier.trials, earlier._measured_on)
 
-    def _recall(self, device: torch.device) -> None:
-        """Read, once a device, what earlier runs have measured.
+    def recall(self, device: torch.device) -> None:
+        """Read, once a device, what earlier runs have measured: before the first decision, and before a plan.
 
         Not while a graph is compiled or captured. Never in one of several ranks, whose files may differ: they have to
         decide alike, and get the numbers of rank 0 with their plan.
@@ -101,12 +101,13 @@ class Runtime:
             return
         self._recalled.add(device)
         machine = detect(device)
+        earlier = {spec: trials for spec, trials in trial_cache.known(machine).items() if _tells(trials)}
         if any(other == machine for other, _ in self._known):  # a card of the same kind, or what a training measured
             recent = dict(self._measured(machine))
-            self.remember(trial_cache.known(machine), machine)
+            self.remember(earlier, machine)
             self.remember(recent, machine)
         else:
-            self.remember(trial_cache.known(machine), machine)
+            self.remember(earlier, machine)
 
     def _measured(self, machine: Machine) -> Trials:
         """All trials of a machine, those of this run before others."""
@@ -133,7 +134,7 @@ class Runtime:
             if len(self._decisions) >= _MAX_DECISIONS:
                 self._forget()
             if recall and choice == "auto":
-                self._recall(device)
+                self.recall(device)
             decision = self.select(spec, choice, detect(device))
             self._decisions[key] = decision
             unplanned = choice == "auto" and self.trials and not decision.trials
@@ -210,8 +211,12 @@ class Runtime:
 
         Never measures: it is called inside steps, compilations and captures.
         """
-        known = self._measured(machine)
-        near = spec if spec in known else self._nearest(spec, known) if choice == "auto" else None
+        known, near = self._measured(machine), None
+        if spec in known:
+            near = spec
+        elif choice == "auto":  # what this run has measured first, so that files of others change nothing near it
+            mine = self.trials if machine == self._measured_on else {}
+            near = self._nearest(spec, mine) or self._nearest(spec, known)
         decision = select(
             *(spec, machine, choice, self.config.deterministic, self.failed),
             trials=None if near is None else known[near],
@@ -249,6 +254,11 @@ class Runtime:
     def _forget(self) -> None:
         self._decisions.clear()
         self._plans.clear()
+
+
+def _tells(trials: Mapping[str, Trial]) -> bool:
+    """Whether trials of earlier runs say what is fastest: a file lacks what failed, and may have stock alone."""
+    return any(BACKENDS[name].fused and trial.ms is not None for name, trial in trials.items())
 
 
 def _in_a_rank() -> bool:

@@ -133,14 +133,15 @@ def select(
         rules = [
             rule for rule in _rules(spec, machine) if rule[0] not in refused
         ]  # ends with stock, which has no limits
-        for name, trial in trials.items():
-            if trial.why_not:
-                refused[name] = (*refused.get(name, ()), trial.why_not)
         timed = {name: trial for name, trial in trials.items() if trial.ms is not None and name not in refused}
+        by_rules = not timed
+        for name, trial in trials.items():
+            # Too little memory for a trial is no verdict: where nothing could be timed, stock would need the most.
+            if trial.why_not and not (by_rules and trial.no_memory):
+                refused[name] = (*refused.get(name, ()), trial.why_not)
         if timed:
             winner, why = _fastest(timed, [name for name, _ in rules], frugal, machine)
         else:
-            by_rules = not trials
             winner, why = next((rule for rule in rules if rule[0] not in refused), ("stock", "nothing else is left"))
             refused.pop(winner, None)  # stock, which could not be tried
     elif choice in refused:

@@ -226,6 +226,7 @@ class FlashTrainerMixin(_TrainerBase):
         machine = detect(self.device)
         try:
             measure = self._measure if self.flash.autotune else None
+            self._flash_runtime.recall(self.device)  # the steps will, and have to decide as the plan does
             self.flash_plan = make_plan(model, self._flash_runtime, machine, self._shots(), measure)
         except BackendNotSupportedError:
             raise

@@ -153,7 +153,7 @@ def _spec(values: Any) -> AttentionSpec:
         elif name in flags:
             _checked(name, value, type(value) is bool)
         else:
-            _checked(name, value, type(value) is int and value > 0)
+            _checked(name, value, type(value) is int and 0 < value < 2**31)
     return AttentionSpec(**{**values, "dtype": dtype})
 
 

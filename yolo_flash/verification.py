@@ -48,7 +48,7 @@ from .planning import precisions, rounded_size
 from .report import quiet
 from .runtime import Runtime
 from .verification_inputs import is_fresh, load_images, settle
-from .verification_text import as_text
+from .verification_text import as_plain, as_text
 
 _SEEN = 10  # attention reaches the outputs if they change by so many times the allowed error without it
 
@@ -218,9 +218,15 @@ class _Verification:
             self.off.append("detections: they differ by more than rounding")
         self.off += [f"{backend} {error}" for backend, error in self.runtime.failed.items()]
         fused_names = [name for name, backend in BACKENDS.items() if backend.fused]
-        fused = any(entry["backend"] in fused_names and entry["compared"] for entry in layers)
+        compared = [entry for entry in layers if entry["backend"] in fused_names and entry["compared"]]
+        fused = any(entry["observed"] for entry in compared)
         stock_rows = sum(entry["backend"] == "stock" for entry in layers)
-        if not fused:
+        if compared and not fused:
+            self.off.append(
+                "what ran could not be observed, so that nothing is proved: torch's profiler is at work elsewhere in "
+                "this process, or missing from this torch"
+            )
+        elif not fused:
             self.off.append(self._nothing_fused(stages))
         elif stock_rows and not self.every:
             self.notes.append(
@@ -241,7 +247,7 @@ class _Verification:
             "machine": dataclasses.asdict(self.machine),
             "layers": layers,
             "model": whole,
-            "detections": None if detections is None else _plain(detections, "ok"),
+            "detections": None if detections is None else as_plain(detections, "ok"),
         }
 
     def _stage(self, mode: Mode) -> _Stage:
@@ -296,11 +302,12 @@ class _Verification:
                 pixels = x.numel() // x.shape[1 if x.ndim == 4 else 2]
                 rows = compare(truth, plain, found, mode.dtype, pixels)
                 entry["backend"] = self._name(where, block, backend, ran)
+                entry["observed"] = ran is not None
             except FlashKernelError as error:
                 if backend == planned:
                     raise
                 self.off.append(f"{where}: {error}")
-                entry["backend"] = backend
+                entry["backend"], entry["observed"] = backend, False
             entry["ok"] = entry["backend"] == backend and bool(rows) and all(row.ok for row in rows)
             entry["compared"] = [self._entry(f"{where} on {backend}" if self.every else where, row) for row in rows]
             entries.append(entry)
@@ -309,7 +316,7 @@ class _Verification:
     def _name(self, where: str, block: nn.Module, planned: str, ran: frozenset[str] | None) -> str:
         """What a layer ran, in a word; off where that is not the plan."""
         if ran is None:
-            note = "what ran could not be observed, as another profiler is at work: the rows name the plan"
+            note = "what ran could not be observed: the rows name the plan"
             self.notes += [] if note in self.notes else [note]
             return planned
         if planned == "stock" and isinstance(block, nn.MultiheadAttention):
@@ -356,7 +363,7 @@ class _Verification:
             if not math.isfinite(row.stock):
                 stock = "the stock model is not finite itself"
             self.off.append(f"{where}: {row.what} is off by {row.ours:.1e}; {stock}")
-        return _plain(row, "ok", "used")
+        return as_plain(row, "ok", "used")
 
     def _check_sight(
         self, stock: nn.Module, whole: Results, rows: list[Comparison], layers: list[dict[str, Any]], mode: Mode
@@ -397,9 +404,3 @@ def _config_of(model: nn.Module, sources: Mapping[str, Any]) -> FlashConfig:
     if block is not None and all(value is None or value == {} for value in sources.values()):
         return block._flash_runtime.config
     return FlashConfig.resolve(**sources)
-
-
-def _plain(facts: Any, *properties: str) -> dict[str, Any]:
-    """A dataclass, and properties of it, as a dict; JSON knows no NaN."""
-    values = dataclasses.asdict(facts) | {name: getattr(facts, name) for name in properties}
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

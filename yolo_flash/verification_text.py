@@ -1,11 +1,18 @@
-"""The facts of `yolo-flash verify` as a table with a verdict."""
+"""The facts of `yolo-flash verify` as plain data, and as a table with a verdict."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 from .comparison import CONF
+
+
+def as_plain(facts: Any, *properties: str) -> dict[str, Any]:
+    """A dataclass, and properties of it, as a dict; JSON knows no NaN."""
+    values = dataclasses.asdict(facts) | {name: getattr(facts, name) for name in properties}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def as_text(facts: dict[str, Any]) -> str:

@@ -175,6 +175,7 @@ def plan(
     shots = run_shots(network, rounded_size(network, imgsz), batch, amp, where.type == "cuda")
     runtime = block._flash_runtime
     measure = functools.partial(autotune.measure, device=where) if runtime.config.autotune else None
+    runtime.recall(where)
     return make_plan(inner, runtime, detect(where), shots, measure)
 
 
