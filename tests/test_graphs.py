@@ -694,6 +694,8 @@ def test_ranks_that_average_in_another_way_have_none(detector: Any) -> None:
     trainer.optimizer_step = print
     assert not_supported_reasons(trainer, "on") == [own]
     del trainer.optimizer_step
+    step = type("OwnStep", (PlainTrainer,), {"optimizer_step": lambda self: None})
+    assert not_supported_reasons(step(**vars(trainer)), "on") == []  # behind ours
     loop = type("OwnLoop", (PlainTrainer,), {"_do_train": lambda self: None})
     assert not_supported_reasons(loop(**vars(trainer)), "on") == [own]
     trainer.model = detector

@@ -57,7 +57,8 @@ def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
             reasons.append(f"ranks need DistributedDataParallel, found {type(trainer.model).__name__}")
         elif trainer.model._comm_hooks:
             reasons.append("a communication hook of DDP would not be called")
-        if foreign([trainer], ("optimizer_step", "_do_train")):
+        # An optimizer step of a user's class comes behind ours, which averages; one on the instance in its place.
+        if "optimizer_step" in vars(trainer) or own_loop(trainer):
             reasons.append("a training loop or optimizer step of a user's own may not average the gradients of ranks")
     if torch.is_anomaly_enabled():
         reasons.append("torch's anomaly detection reads every operator")
