@@ -1,4 +1,4 @@
-"""How trials, benchmarks and proofs measure: errors against high precision, milliseconds, memory, kernels."""
+"""How trials, benchmarks and proofs measure: errors against high precision, arithmetic, milliseconds, memory, kernels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 Results = tuple[Tensor, ...]
+
+_BACKENDS: Any = torch.backends  # torch's stubs lack the newer switches
 
 GIB = 2**30
 _SCORES_AT_ONCE = 2**26  # half a GiB in float64
@@ -158,6 +161,27 @@ def wait(device: torch.device) -> None:
     """Until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+# Arithmetic -----------------------------------------------------------------------------------------------------------
+def arithmetic() -> Iterator[tuple[str, str]]:
+    """How torch multiplies: by switches of the process, of which torch 2.9 has new ones.
+
+    Once a new one is set, torch refuses to read the old one beside it.
+    """
+    gpu, cudnn, cpu = _BACKENDS.cuda.matmul, _BACKENDS.cudnn, _BACKENDS.mkldnn
+    switches: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "float32": (torch.get_float32_matmul_precision, lambda: (gpu.fp32_precision, cpu.matmul.fp32_precision)),
+        "tf32": (lambda: gpu.allow_tf32, lambda: gpu.fp32_precision),
+        "cudnn tf32": (lambda: cudnn.allow_tf32, lambda: (cudnn.fp32_precision, cudnn.conv.fp32_precision)),
+        "float16 sums": (lambda: gpu.allow_fp16_reduced_precision_reduction, lambda: ""),
+        "bfloat16 sums": (lambda: gpu.allow_bf16_reduced_precision_reduction, lambda: ""),
+    }
+    for name, (old, new) in switches.items():
+        try:
+            yield name, str(old())
+        except RuntimeError:  # only where there are new ones
+            yield name, str(new())
 
 
 # Profiles -------------------------------------------------------------------------------------------------------------

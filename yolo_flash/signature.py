@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .measuring import arithmetic
 from .stock_code import helpers
 
 # Attributes that Ultralytics' code writes itself while it runs, or that a captured loss is given anew in every step.
@@ -76,8 +77,7 @@ class Signature:
             torch.is_autocast_enabled("cuda"),
             torch.get_autocast_dtype("cuda"),
             torch.are_deterministic_algorithms_enabled(),
-            torch.get_float32_matmul_precision(),
-            torch.backends.cudnn.allow_tf32,
+            *arithmetic(),
             *map(Tensor.data_ptr, self._tensors),
             *map(_requires_grad, self._tensors),
             *map(id, chain.from_iterable(held.values() for held in self._children)),

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,11 +25,11 @@ from ultralytics.utils import LOGGER, NUM_THREADS, USER_CONFIG_DIR
 from .backends import BACKENDS, AttentionSpec, Layout, short
 from .files import write_file
 from .machine import Machine
+from .measuring import arithmetic
 from .selector import Trial
 
 Trials = dict[str, Trial]
 
-_CPU: Any = torch.backends.mkldnn  # whose `matmul` torch's stubs do not have
 _MOST_KNOWN = 512  # files that `known` looks at, the newest first
 _METHODS = ("graph", "events", "clock", "")
 _NOT_USABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
@@ -223,31 +223,11 @@ def _facts(machine: Machine) -> dict[str, Any]:
         "machine": {name: value for name, value in dataclasses.asdict(machine).items() if name != "memory_gib"},
         "ultralytics": ultralytics.__version__,  # whose stock blocks are measured too
         "threads": NUM_THREADS if machine.kind == "cpu" else None,
-        "arithmetic": dict(_arithmetic()),
+        "arithmetic": dict(arithmetic()),
         "share": os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"),  # of the card, that NVIDIA's MPS leaves us
         "code": _code(),
     }
     return dict(json.loads(json.dumps(facts)))
-
-
-def _arithmetic() -> Iterator[tuple[str, str]]:
-    """How torch multiplies: by switches of the process, of which torch 2.9 has new ones.
-
-    Once a new one is set, torch refuses to read the old one beside it.
-    """
-    gpu, cudnn, cpu = torch.backends.cuda.matmul, torch.backends.cudnn, _CPU
-    switches: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-        "float32": (torch.get_float32_matmul_precision, lambda: (gpu.fp32_precision, cpu.matmul.fp32_precision)),
-        "tf32": (lambda: gpu.allow_tf32, lambda: gpu.fp32_precision),
-        "cudnn tf32": (lambda: cudnn.allow_tf32, lambda: cudnn.fp32_precision),
-        "float16 sums": (lambda: gpu.allow_fp16_reduced_precision_reduction, lambda: ""),
-        "bfloat16 sums": (lambda: gpu.allow_bf16_reduced_precision_reduction, lambda: ""),
-    }
-    for name, (old, new) in switches.items():
-        try:
-            yield name, str(old())
-        except RuntimeError:  # only where there are new ones
-            yield name, str(new())
 
 
 @functools.lru_cache(maxsize=1)
