@@ -1,4 +1,4 @@
-"""How trials, benchmarks and proofs measure: errors against high precision, arithmetic, milliseconds, memory, kernels."""
+"""How trials, benchmarks and proofs measure: errors, arithmetic, milliseconds, memory, kernels."""
 
 from __future__ import annotations
 
