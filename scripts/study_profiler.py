@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
-from yolo_flash.measuring import stop_profiler
+from yolo_flash.utils.profiler import stop_profiler
 
 STEPS, REPEATS = 30, 5
 

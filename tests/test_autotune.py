@@ -20,11 +20,12 @@ from ultralytics import YOLO
 
 from tests.machines import MACHINES
 from tests.test_telemetry import events
-from yolo_flash import FlashConfig, autotune, cli, measuring, patch_model, plan, separate, trial_cache
+from yolo_flash import FlashConfig, autotune, cli, patch_model, plan, separate, trial_cache
 from yolo_flash.backends import BACKENDS, AttentionSpec, Backend
 from yolo_flash.machine import detect
 from yolo_flash.runtime import Runtime
 from yolo_flash.selector import Trial
+from yolo_flash.utils import numerics, timing
 
 CPU = torch.device("cpu")
 AREA = AttentionSpec(8, 2, 20, 20, 32, 32, torch.float32, "nchw", area=4)
@@ -248,7 +249,7 @@ def test_a_graph_that_lacks_kernels_is_not_timed(complete: bool, monkeypatch: py
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     if complete:
-        sample = measuring.graph_ms(call)
+        sample = timing.graph_ms(call)
         assert sample() == 0.05  # 10 calls took half a millisecond
         assert len(made) == 12
         alive = weakref.ref(call)
@@ -257,7 +258,7 @@ def test_a_graph_that_lacks_kernels_is_not_timed(complete: bool, monkeypatch: py
         assert alive() is not None  # a replay reads what the call holds
     else:
         with pytest.raises(RuntimeError, match="kernels are missing in it"):
-            measuring.graph_ms(call)
+            timing.graph_ms(call)
 
 
 @pytest.mark.parametrize("hiccup", range(3))
@@ -272,10 +273,10 @@ def test_a_hiccup_does_not_make_a_graph_shorter(
         now += seconds + (2e-3 if waits == hiccup else 0)
         waits += 1
 
-    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: now))
-    monkeypatch.setattr(measuring, "wait", wait)
-    monkeypatch.setattr(measuring, "graph_ms", lambda call, calls: lambda: calls)
-    sample, method = measuring.sampler_of(lambda: (), torch.device("cuda"))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(timing, "wait", wait)
+    monkeypatch.setattr(timing, "graph_ms", lambda call, calls: lambda: calls)
+    sample, method = timing.sampler_of(lambda: (), torch.device("cuda"))
     assert (sample(), method) == (calls, "graph")
 
 
@@ -287,8 +288,8 @@ def test_the_reference_is_plain_attention_however_it_is_sliced(monkeypatch: pyte
     out = ((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2)
     (grad,) = torch.autograd.grad([out, v.transpose(1, 2)], packed, [dout, dimage])
     for at_once in (1, 2 * 7 * 3, 2**20):  # one query, three queries, all
-        monkeypatch.setattr(measuring, "_SCORES_AT_ONCE", at_once)
-        found, found_grad = measuring.reference(packed.detach(), dout, dimage, head_dim=4)
+        monkeypatch.setattr(numerics, "_SCORES_AT_ONCE", at_once)
+        found, found_grad = numerics.reference(packed.detach(), dout, dimage, head_dim=4)
         torch.testing.assert_close(found, out.detach())
         torch.testing.assert_close(found_grad, grad)
 

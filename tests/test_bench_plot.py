@@ -13,7 +13,7 @@ from yolo_flash import bench_pictures, bench_report, cli
 from yolo_flash.bench_pictures import TECHNIQUES, draw_predict, draw_sizes, draw_train, draw_waterfall
 from yolo_flash.bench_rounds import COLUMNS, NUMBERS
 from yolo_flash.bench_train import TrainJob
-from yolo_flash.csv_rows import as_csv, from_csv
+from yolo_flash.utils.files import as_csv, from_csv
 
 from .test_bench_op import made_up_rows
 

@@ -36,9 +36,10 @@ from tests.test_patch import patched_layers
 from tests.test_telemetry import FORWARD, events, of
 from yolo_flash import cli, offline, patch_model
 from yolo_flash import telemetry as telemetry_module
-from yolo_flash.files import write_file
+from yolo_flash.engine.run_plot import draw_run
 from yolo_flash.patch import targets
-from yolo_flash.pictures import draw_run
+from yolo_flash.utils import profiler
+from yolo_flash.utils.files import write_file
 
 
 # NaN ------------------------------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def test_telemetry_that_fails_within_a_profiled_step_leaves_no_profiler(
     monkeypatch.setattr("yolo_flash.graphed_step.StepGraphs.prepare", lambda self, trainer: "")
     model.train(**tiny_args)
     assert after == [False, False]
-    assert not telemetry_module.PROFILER.locked()
+    assert not profiler.PROFILER.locked()
     assert len([line for line in log if "no more plan, kernels, memory and speed" in line]) == 1
 
 
@@ -203,7 +204,7 @@ def everything_global() -> dict[str, Any]:
         "environment": dict(os.environ),
         "handlers": signal.getsignal(signal.SIGINT),
         "profiler": torch.autograd._profiler_enabled(),
-        "our profiler": telemetry_module.PROFILER.locked(),
+        "our profiler": profiler.PROFILER.locked(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "gradients": torch.is_grad_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
@@ -297,7 +298,7 @@ def test_two_trainings_at_once_keep_to_their_own_settings(tiny_model: str, tiny_
         assert {row["backends"].get(name) for row in of(events(model), "epoch")} == {LAYERS}
         for row in of(events(model), "kernels"):  # torch has one profiler for both: nobody counts the other's calls
             assert (FORWARD in row["counts"]) is (name == "sdpa_flash")
-    assert not telemetry_module.PROFILER.locked()
+    assert not profiler.PROFILER.locked()
 
 
 def test_a_profiler_that_another_training_holds_is_waited_for_until_a_later_step(
@@ -310,10 +311,10 @@ def test_a_profiler_that_another_training_holds_is_waited_for_until_a_later_step
     def look(trainer: Any) -> None:
         profiled.append(torch.autograd._profiler_enabled())
         if len(profiled) == 1:
-            telemetry_module.PROFILER.release()
+            profiler.PROFILER.release()
 
     model.add_callback("on_train_batch_start", look)
-    telemetry_module.PROFILER.acquire()
+    profiler.PROFILER.acquire()
     model.train(**tiny_args)
     assert profiled == [False, True]
     (kernels,) = of(events(model), "kernels")

@@ -13,8 +13,8 @@ from torch import Tensor
 from tests.test_autotune import AREA, CPU, PSA, break_flash
 from yolo_flash import autotune, separate, trial_cache
 from yolo_flash.backends import BACKENDS, AttentionSpec
-from yolo_flash.measuring import reference, relative_error
 from yolo_flash.trial_block import arm_of, hard_probe
+from yolo_flash.utils.numerics import reference, relative_error
 
 SEPARATE = AttentionSpec(2, 8, 40, 40, 32, 32, torch.float32, "separate")
 

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from yolo_flash.backends import BACKENDS
-from yolo_flash.pictures import COLORS, draw_run
+from yolo_flash.engine.run_plot import draw_run
+from yolo_flash.utils.plotting import COLORS
 
 
 def written(folder: Path, epochs: int, layers: int) -> Path:

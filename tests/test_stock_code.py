@@ -15,7 +15,7 @@ from ultralytics.utils import DEFAULT_CFG
 from ultralytics.utils.loss import v8DetectionLoss, v8PoseLoss
 
 from yolo_flash import patch_model
-from yolo_flash.stock_code import foreign, helpers, is_own_class
+from yolo_flash.utils.stock_code import foreign, helpers, is_own_class
 
 MODELS = ("yolo12n", "yolo26n", "yolov10n", "yolo11n-seg", "yolo11n-pose", "yolo11n-obb", "yolo11n-cls", "yolov8n")
 

@@ -18,10 +18,11 @@ import torch
 from ultralytics import YOLO
 
 from tests.counting import run_out_of_memory_once
-from yolo_flash import AttentionSpec, FlashConfig, kineto, measuring, patch_model, telemetry
+from yolo_flash import AttentionSpec, FlashConfig, patch_model, telemetry
 from yolo_flash import backends as backends_module
 from yolo_flash.runtime import Runtime
 from yolo_flash.telemetry import attention_kernels, known_columns, readable, score_bytes
+from yolo_flash.utils import profiler
 
 OPERATOR = "_scaled_dot_product_flash_attention_for_cpu"
 FORWARD = f"aten::{OPERATOR}"
@@ -149,7 +150,7 @@ def test_the_profiler_is_told_to_let_go_of_the_driver_unless_the_user_has_said(
     monkeypatch.delenv(name, raising=False)
     if said is not None:
         monkeypatch.setenv(name, said)
-    monkeypatch.setattr(measuring, "profiler_lets_go", lambda: True)
+    monkeypatch.setattr(profiler, "profiler_lets_go", lambda: True)
     told: list[str | None] = []
     calls: list[str | None] = []  # of CUDA, in one of which the profiler detaches
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append(os.environ.get(name)))
@@ -158,7 +159,7 @@ def test_the_profiler_is_told_to_let_go_of_the_driver_unless_the_user_has_said(
     follower._profile = SimpleNamespace(  # type: ignore[assignment]
         activities=activities, stop=lambda: told.append(os.environ.get(name)), events=list
     )
-    assert telemetry.PROFILER.acquire(blocking=False)
+    assert profiler.PROFILER.acquire(blocking=False)
     assert follower._stop_profile() == []
     assert told == [said or "1"]
     assert set(calls) == ({"1"} if said is None else set())
@@ -167,18 +168,18 @@ def test_the_profiler_is_told_to_let_go_of_the_driver_unless_the_user_has_said(
 
 def test_a_profiler_that_cannot_stop_leaves_neither_variable_nor_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TEARDOWN_CUPTI", raising=False)
-    monkeypatch.setattr(measuring, "profiler_lets_go", lambda: True)
+    monkeypatch.setattr(profiler, "profiler_lets_go", lambda: True)
 
     def stop() -> None:
         raise RuntimeError("no trace")
 
     follower = telemetry.Telemetry(FlashConfig(), Runtime(FlashConfig()))
     follower._profile = SimpleNamespace(activities={telemetry.ProfilerActivity.CUDA}, stop=stop)  # type: ignore[assignment]
-    assert telemetry.PROFILER.acquire(blocking=False)
+    assert profiler.PROFILER.acquire(blocking=False)
     with pytest.raises(RuntimeError, match="no trace"):
         follower._stop_profile()
     assert "TEARDOWN_CUPTI" not in os.environ
-    assert not telemetry.PROFILER.locked()
+    assert not profiler.PROFILER.locked()
 
 
 @pytest.mark.parametrize("lets_go", [True, False])
@@ -281,7 +282,7 @@ def test_a_profiler_that_cannot_be_made_is_not_waited_for(monkeypatch: pytest.Mo
     trainer = SimpleNamespace(device=torch.device("cpu"), args=SimpleNamespace(compile=False))
     with pytest.raises(RuntimeError, match="no activities"):
         follower.on_train_batch_start(trainer)
-    assert not telemetry.PROFILER.locked()
+    assert not profiler.PROFILER.locked()
 
 
 def test_no_profiler_is_left_when_a_step_raises(tiny_args: dict[str, Any]) -> None:
@@ -346,7 +347,7 @@ def test_a_profile_without_the_events_that_matter_accuses_nobody(
     assert "no fused attention" not in line
 
 
-@pytest.mark.skipif(kineto._level() is None, reason="this build of torch hides the level of its profiler's lines")
+@pytest.mark.skipif(profiler._level() is None, reason="this build of torch hides the level of its profiler's lines")
 @pytest.mark.parametrize("variable", [{}, {"KINETO_LOG_LEVEL": "5"}])  # which Ultralytics sets
 def test_the_profiler_writes_nothing_of_its_own_to_the_terminal_and_speaks_again_behind_it(
     variable: dict[str, str],
@@ -354,7 +355,7 @@ def test_the_profiler_writes_nothing_of_its_own_to_the_terminal_and_speaks_again
     script = """if True:
         import os, sys
         from torch.profiler import ProfilerActivity, profile
-        from yolo_flash.kineto import hushed
+        from yolo_flash.utils.profiler import hushed
         before = os.environ.get("KINETO_LOG_LEVEL")
         for _ in range(2):
             running = profile(activities=[ProfilerActivity.CPU])

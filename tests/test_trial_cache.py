@@ -14,10 +14,11 @@ import torch
 from ultralytics import YOLO
 
 from tests.test_autotune import AREA, CPU, PSA
-from yolo_flash import measuring, patch_model, plan, trial_cache
+from yolo_flash import patch_model, plan, trial_cache
 from yolo_flash.machine import detect
 from yolo_flash.selector import Trial
 from yolo_flash.signature import Signature
+from yolo_flash.utils import numerics
 
 pytestmark = pytest.mark.measures
 FAST = {"stock": Trial(ms=2.0, ms_low=1.9), "sdpa_flash": Trial(ms=1.0, ms_low=0.9)}
@@ -165,8 +166,8 @@ def test_switches_that_torch_refuses_to_read_are_replaced_by_the_new_ones(monkey
     monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
     signature = Signature([torch.nn.Linear(2, 2)])
     assert not signature.changed()  # which reads the same switches, before every replay
-    expected = torch.backends.cuda.matmul.fp32_precision, measuring._BACKENDS.mkldnn.matmul.fp32_precision
-    assert dict(measuring.arithmetic())["float32"] == str(expected)
+    expected = torch.backends.cuda.matmul.fp32_precision, numerics._BACKENDS.mkldnn.matmul.fp32_precision
+    assert dict(numerics.arithmetic())["float32"] == str(expected)
 
 
 def test_every_file_of_the_package_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

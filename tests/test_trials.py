@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.machines import MACHINES
 from tests.test_autotune import AREA, CPU, PSA, break_flash, forbid, raises
-from yolo_flash import FlashConfig, autotune, measuring, runtime, trial_cache
+from yolo_flash import FlashConfig, autotune, runtime, trial_cache
 from yolo_flash.backends import BACKENDS, AttentionSpec
 from yolo_flash.machine import detect
 from yolo_flash.planning import PlanRow, describe
@@ -22,6 +22,7 @@ from yolo_flash.report import _fate
 from yolo_flash.runtime import Runtime
 from yolo_flash.selector import Trial, select
 from yolo_flash.telemetry import plan_entry
+from yolo_flash.utils import memory
 
 pytestmark = pytest.mark.measures
 FAST = {"stock": Trial(ms=2.0, ms_low=1.9), "sdpa_flash": Trial(ms=1.0, ms_low=0.9)}
@@ -199,10 +200,10 @@ def test_the_limits_of_a_container_are_a_cpus_memory(tmp_path: Path, monkeypatch
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert sorted(measuring.container_bytes(tmp_path)) == [0, 400]
-    assert list(measuring.container_bytes(tmp_path / "nothing")) == []
-    monkeypatch.setattr(measuring, "container_bytes", lambda: iter([7]))
-    assert measuring.free_bytes(CPU) == 7
+    assert sorted(memory.container_bytes(tmp_path)) == [0, 400]
+    assert list(memory.container_bytes(tmp_path / "nothing")) == []
+    monkeypatch.setattr(memory, "container_bytes", lambda: iter([7]))
+    assert memory.free_bytes(CPU) == 7
 
 
 def test_autobatch_has_a_limit_where_the_backend_of_the_rules_has_no_time() -> None:

@@ -24,9 +24,9 @@ from tests.counting import randomise
 from yolo_flash import FlashConfig, autotune, cli, comparison, executed, patch_model, trial_cache, verification, verify
 from yolo_flash.backends import BACKENDS, AttentionSpec
 from yolo_flash.machine import detect
-from yolo_flash.measuring import allowed_error, relative_error
 from yolo_flash.patch import patch_modules
 from yolo_flash.selector import Trial
+from yolo_flash.utils.numerics import allowed_error, relative_error
 from yolo_flash.verification_inputs import is_fresh, load_images
 
 Run = Callable[[Tensor, AttentionSpec], tuple[Tensor, Tensor]]

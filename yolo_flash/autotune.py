@@ -21,11 +21,13 @@ from ultralytics.utils import LOGGER, NUM_THREADS, TQDM
 
 from . import trial_cache
 from .backends import BACKENDS, AttentionSpec
-from .guard import is_out_of_memory
 from .machine import Machine, detect
-from .measuring import Results, allowed_error, extra_bytes, first_line, free_bytes, readable, sampler_of, wait
 from .selector import Trial
 from .trial_block import Probe, arm_of, channels, hard_probe, inputs, random_probe
+from .utils.errors import first_line, is_out_of_memory
+from .utils.memory import extra_bytes, free_bytes, readable, wait
+from .utils.numerics import Results, allowed_error
+from .utils.timing import sampler_of
 
 _SCORES_TO_CHECK = 2**22  # exactness does not depend on the number of groups: as many as make this, one at least
 _SECONDS = 1.0  # spent on the samples of one backend at most, once it has two

@@ -20,10 +20,9 @@ from ._version import __version__
 from .backends import BACKENDS, BackendNotSupportedError
 from .bench_report import ARMS, COLUMNS, CPU_SHAPES, GPU_SHAPES, MODES, NUMBERS, PEER, SHAPES, notes, plot, table
 from .bench_timing import load_peer, measure
-from .csv_rows import Row, as_csv, from_csv
-from .files import write_file
 from .machine import Machine, cudnn_release, detect
-from .measuring import first_line
+from .utils.errors import first_line
+from .utils.files import Row, as_csv, from_csv, write_file
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,6 @@ def bench_op(job: OpJob) -> list[Row]:
     return rows
 
 
-# Arms -----------------------------------------------------------------------------------------------------------------
 def _empty_rows(name: str, dtype: str, machine: Machine, no_peer: str) -> Iterator[Row]:
     """A row for each mode and arm, without numbers; with the reasons as a note where the arm refuses."""
     known = {

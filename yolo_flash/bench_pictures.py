@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .bench_rounds import VERSIONS
-from .csv_rows import Row
-from .pictures import COLORS, as_png, new_figure
+from .utils.files import Row
+from .utils.plotting import COLORS, as_png, new_figure
 
 TECHNIQUES = {  # of a training step, in the order in which each builds on the one before
     "nchw": "stock, NCHW",

@@ -11,8 +11,7 @@ from ultralytics.utils import LOGGER, TQDM
 from . import bench_report, bench_rounds
 from .bench_pictures import draw_predict, draw_sizes, draw_train, draw_waterfall
 from .bench_train import TrainJob
-from .csv_rows import Row, columns_of, from_csv
-from .files import write_file
+from .utils.files import Row, columns_of, from_csv, write_file
 
 
 @dataclass(frozen=True)

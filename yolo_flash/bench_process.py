@@ -22,10 +22,9 @@ import torch
 from torch.profiler import DeviceType
 
 from .backends import check_name
-from .kineto import hushed
 from .machine import detect
-from .measuring import GIB, kernels_profiled
-from .telemetry import peak_memory_gib
+from .utils.memory import GIB, peak_memory_gib
+from .utils.profiler import hushed, kernels_profiled
 
 UNPATCHED = "unpatched"  # an arm without the plugin
 GRAPHS = "graphs"  # an arm with the backends of `auto`, from CUDA graphs

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 
 from .backends import BACKENDS, AttentionSpec
-from .csv_rows import Row
-from .pictures import COLORS, as_png, new_figure
+from .utils.files import Row
+from .utils.plotting import COLORS, as_png, new_figure
 
 FORWARD, BOTH = MODES = ("forward", "forward+backward")
 OURS, PEER = "triton_area", "flash_attn_4"

@@ -14,9 +14,8 @@ from ultralytics.utils import LOGGER, TQDM
 
 from ._version import __version__
 from .bench_process import BaseJob, one_round
-from .csv_rows import Row, as_csv
-from .files import write_file
 from .machine import cudnn_release
+from .utils.files import Row, as_csv, write_file
 
 FIGURES = ("network_kernel_ms", "kernel_ms", "wall_ms", "images_per_second", "peak_gib")
 NUMBERS = ("imgsz", "batch", "round", *FIGURES)

@@ -19,8 +19,11 @@ from torch.profiler import DeviceType
 
 from .backends import BACKENDS, AttentionSpec
 from .bench_report import BOTH, FORWARD, MODES, PEER, SHAPES, Row
-from .kineto import hushed
-from .measuring import Results, extra_bytes, first_line, graph_ms, kernels_profiled, reference, relative_error, wait
+from .utils.errors import first_line
+from .utils.memory import extra_bytes, wait
+from .utils.numerics import Results, reference, relative_error
+from .utils.profiler import hushed, kernels_profiled
+from .utils.timing import graph_ms
 
 Call = Callable[[], Results]
 
@@ -171,7 +174,6 @@ def _noted(rows: Iterable[Row]) -> Iterator[None]:
                 row["note"] = first_line(error)
 
 
-# Arms -----------------------------------------------------------------------------------------------------------------
 def load_peer() -> Callable[..., Any]:
     """The function of flash-attn-4; raises what its import raises."""
     return importlib.import_module("flash_attn.cute").flash_attn_func

@@ -25,7 +25,7 @@ from . import offline
 from .bench_process import UNPATCHED, BaseJob, take_turn
 from .bench_rounds import bench
 from .models import open_model
-from .telemetry import peak_memory_gib
+from .utils.memory import peak_memory_gib
 from .wrapper import patch_model
 
 COMPILE = "compile"  # an arm without the plugin, by Ultralytics' own compile=True
@@ -126,7 +126,6 @@ def bench_train(job: TrainJob) -> list[dict[str, Any]]:
     return bench(job)
 
 
-# In the fresh process -------------------------------------------------------------------------------------------------
 class Clocks:
     """Follows a training by the events of Ultralytics' trainer, and keeps the times of every epoch.
 

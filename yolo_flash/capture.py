@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 from . import fixed_loss
 from .fixed_loss import Capacity, FixedShapeLoss
 from .graphs import Answer, GraphedStep, no_trace, without_cached_casts
-from .guard import is_out_of_memory
-from .measuring import first_line, relative_error
+from .utils.errors import first_line, is_out_of_memory
+from .utils.numerics import relative_error
 
 LABELS = ("batch_idx", "cls", "bboxes")  # of a batch, what the loss reads beside the images
 

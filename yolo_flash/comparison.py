@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ultralytics.nn.modules.head import Detect, RTDETRDecoder, v10Detect
 from ultralytics.utils.nms import non_max_suppression
 
-from .measuring import allowed_error, relative_error
 from .multihead import denoising_mask, denoising_queries
 from .patch import BLOCKS, targets
+from .utils.numerics import allowed_error, relative_error
 
 CONF, IOU = 0.25, 0.7  # Ultralytics' defaults for prediction
 _NOTHING = 1e-9  # a gradient that much smaller than the largest is zero but for rounding, in float64 too

@@ -9,8 +9,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .backends import BACKENDS
-from .kineto import hushed
-from .telemetry import PROFILER, attention_kernels
+from .telemetry import attention_kernels
+from .utils.profiler import PROFILER, hushed
 
 T = TypeVar("T")
 

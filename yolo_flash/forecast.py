@@ -9,9 +9,9 @@ import torch
 
 from .backends import BACKENDS, AttentionSpec
 from .bench_step import Step, StepJob
-from .measuring import free_bytes
 from .planning import PlanRow, precisions
 from .telemetry import score_bytes
+from .utils.memory import free_bytes
 
 _BATCHES = (2, 6)  # small enough for any card, far enough apart for a slope
 _PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}

@@ -11,7 +11,7 @@ from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils.torch_utils import unwrap_model
 
 from .signature import has_hooks, kept_graph
-from .stock_code import foreign
+from .utils.stock_code import foreign
 
 _ENTRANCES = ("forward", "predict", "loss")
 

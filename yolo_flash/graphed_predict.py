@@ -14,8 +14,9 @@ from ultralytics.engine.predictor import BasePredictor
 from ultralytics.utils import LOGGER
 
 from .graphs import mended_generator
-from .measuring import first_line, relative_error
 from .signature import Signature, has_hooks, plain_values, tensors_aside
+from .utils.errors import first_line
+from .utils.numerics import relative_error
 
 _KEPT = 4  # graphs at once, those used last: each holds the memory of a forward
 _CAPTURES = 2 * _KEPT  # of one network: shapes that take turns would be captured in every call

@@ -19,9 +19,9 @@ from .capture import LABELS, answer_step, capture_step
 from .fixed_loss import Capacity, FixedShapeLoss
 from .graph_limits import boxes_stay, not_supported_reasons, own_loop
 from .graphs import Answer, FlashGraphError, GraphedStep
-from .guard import is_out_of_memory
-from .measuring import first_line, free_bytes, readable
 from .ranks import RankAverage, everywhere
+from .utils.errors import first_line, is_out_of_memory
+from .utils.memory import free_bytes, readable
 
 _TIMED = 3  # steps of each kind that `auto` compares
 _GAIN = 1.05  # below it graphs do not pay for their memory

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from .backends import BACKENDS, AttentionSpec
 from .runtime import Runtime
+from .utils.errors import is_out_of_memory
 
 
 class FlashKernelError(Exception):
@@ -87,12 +88,6 @@ def give_up(job: Job, error: Exception, where: str = "") -> None:
             f"flash.backend=auto, or flash.layers={layer}:stock, avoids it."
         ) from error
     runtime.fail(layer, spec, backend, error)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a smaller batch would help: such errors are the trainer's to answer."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text.lower() or "ALLOC_FAILED" in text
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

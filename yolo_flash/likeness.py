@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .config import FlashConfig
-from .measuring import relative_error
 from .runtime import Runtime
-from .stock_code import foreign
 from .stock_pickle import PREFIX, StockPickle, become
+from .utils.numerics import relative_error
+from .utils.stock_code import foreign
 
 if TYPE_CHECKING:
     from .blocks import FlashBlock

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,12 +15,13 @@ from .backends import BACKENDS, AttentionSpec
 from .config import FlashConfig
 from .forecast import attention_memory, largest_batch
 from .machine import Machine, cudnn_release, detect, resolve_device
-from .measuring import readable
 from .models import open_model
 from .patch import targets
 from .planning import PlanRow, describe, precisions, rounded_size
 from .selector import select
 from .telemetry import plan_entry, score_bytes
+from .utils.log import quiet
+from .utils.memory import readable
 from .wrapper import patch_from_sources, plan
 
 
@@ -52,18 +51,6 @@ def checks(device: str | int | None = None, as_json: bool = False) -> dict[str, 
     if as_json:
         print(json.dumps(facts, indent=2, default=str))
     return facts
-
-
-@contextlib.contextmanager
-def quiet(really: bool) -> Iterator[None]:
-    """Without Ultralytics' log, which goes to standard output; leaves its switch and torch's threads as they were."""
-    disabled, threads = LOGGER.disabled, torch.get_num_threads()
-    LOGGER.disabled = disabled or really
-    try:
-        yield
-    finally:
-        LOGGER.disabled = disabled
-        torch.set_num_threads(threads)  # select_device, which Ultralytics' checks call too, changes it for the CPU
 
 
 def typical_specs(machine: Machine) -> dict[str, AttentionSpec]:
@@ -116,7 +103,6 @@ def _text(facts: dict[str, Any], machine: Machine) -> str:
     return "\n".join(lines)
 
 
-# Plan -----------------------------------------------------------------------------------------------------------------
 def show_plan(
     model: str,
     sources: dict[str, Any],

@@ -9,14 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import ultralytics
 from torch.profiler import DeviceType, ProfilerActivity, profile
@@ -25,13 +23,13 @@ from ultralytics.utils import LOGGER
 from ._version import __version__
 from .backends import BACKENDS, AttentionSpec, short
 from .config import FlashConfig
-from .files import write_file
-from .kineto import hushed
+from .engine.run_plot import draw_run
 from .machine import Machine
-from .measuring import GIB, profiler_lets_go, readable, stop_profiler
-from .pictures import draw_run
 from .planning import PlanRow, describe
 from .runtime import Runtime
+from .utils.files import write_file
+from .utils.memory import GIB, peak_memory_gib, readable
+from .utils.profiler import PROFILER, hushed, profiler_lets_go, stop_profiler
 
 PEAK = "flash/peak_allocated_gib"
 SPEED = "flash/images_per_second"
@@ -39,7 +37,6 @@ COLUMNS = (PEAK, SPEED)
 _ATTENTION_KERNEL = re.compile(
     r"flash|fmha|sdpa|attention|dot_do_o|convert_dq|area_(?:for|back)ward", re.IGNORECASE
 )  # of all libraries
-PROFILER = threading.Lock()  # torch has one for the process: two at a time mix their events
 
 
 class Telemetry:
@@ -332,27 +329,6 @@ def score_bytes(specs: Iterable[AttentionSpec]) -> int:
         specs: One for each layer.
     """
     return sum(spec.scores * (4 if spec.dtype is torch.float32 else 6) for spec in specs)
-
-
-def peak_memory_gib(device: torch.device) -> tuple[float, float]:
-    """Peak allocated and reserved memory in GiB; on a CPU both are the high-water mark of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.max_memory_reserved(device) / GIB
-    if device.type == "mps":
-        return torch.mps.current_allocated_memory() / GIB, torch.mps.driver_allocated_memory() / GIB
-    peak = _high_water_mark() / GIB
-    return peak, peak
-
-
-def _high_water_mark() -> int:
-    """Bytes of physical memory that this process has held at most."""
-    memory = psutil.Process().memory_info()
-    if (peak := getattr(memory, "peak_wset", None)) is not None:  # Windows
-        return int(peak)
-    import resource
-
-    unit = 1 if psutil.MACOS else 1024
-    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, memory.rss)
 
 
 def known_columns(csv: Path, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -22,13 +22,13 @@ from .backends import AttentionSpec, BackendNotSupportedError
 from .config import FlashConfig
 from .graphed_step import StepGraphs
 from .graphs import EarlyCopy
-from .guard import is_out_of_memory
 from .machine import detect
 from .patch import patch_modules, targets
 from .planning import PlanRow, Shot, make_plan
 from .runtime import Runtime
 from .selector import Trial
 from .telemetry import Telemetry, known_columns
+from .utils.errors import is_out_of_memory
 
 if TYPE_CHECKING:
     from ultralytics.engine.trainer import BaseTrainer as _TrainerBase

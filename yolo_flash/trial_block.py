@@ -19,10 +19,10 @@ from ultralytics.nn.modules.block import AAttn, Attention
 from . import trial_multihead
 from .backends import BACKENDS, AttentionSpec
 from .config import FlashConfig
-from .measuring import Results, reference, relative_error
 from .patch import BLOCKS
 from .runtime import Runtime
 from .stock_pickle import become
+from .utils.numerics import Results, reference, relative_error
 
 _PARTS = ("output", "gradient of q", "gradient of k", "gradient of v")
 _HIGH = 120.0  # a score of the hard inputs: its exponential overflows float32, that of its negative is zero there

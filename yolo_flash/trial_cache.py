@@ -23,10 +23,10 @@ import ultralytics
 from ultralytics.utils import LOGGER, NUM_THREADS, USER_CONFIG_DIR
 
 from .backends import BACKENDS, AttentionSpec, Layout, short
-from .files import write_file
 from .machine import Machine
-from .measuring import arithmetic
 from .selector import Trial
+from .utils.files import write_file
+from .utils.numerics import arithmetic
 
 Trials = dict[str, Trial]
 

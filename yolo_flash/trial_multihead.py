@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from .backends import AttentionSpec
 from .config import FlashConfig
-from .measuring import Results, reference
 from .multihead import FlashMultiheadAttention, denoising_mask
 from .runtime import Runtime
 from .separate import RUNS, Inputs
 from .stock_pickle import become
+from .utils.numerics import Results, reference
 
 
 class MultiheadArm:

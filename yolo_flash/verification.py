@@ -40,13 +40,13 @@ from .config import FlashConfig, known_keys
 from .executed import observe
 from .guard import FlashKernelError
 from .machine import detect, resolve_device
-from .measuring import relative_error
 from .models import open_model
 from .multihead import images_and_tokens
 from .patch import patch_modules, targets, unpatch_modules
 from .planning import precisions, rounded_size
-from .report import quiet
 from .runtime import Runtime
+from .utils.log import quiet
+from .utils.numerics import relative_error
 from .verification_inputs import is_fresh, load_images, settle
 from .verification_text import as_plain, as_text
 

@@ -18,7 +18,7 @@ from yolo_flash import patch_model
 from yolo_flash.capture import _labelled, loss_error
 from yolo_flash.fixed_loss import Capacity, FixedShapeLoss, needed_bytes, pad_targets
 from yolo_flash.graphs import FlashGraphError
-from yolo_flash.stock_code import foreign
+from yolo_flash.utils.stock_code import foreign
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -1,38 +1,12 @@
-"""`flash.png` of a training run: memory, speed and the backends of its layers; what all pictures share."""
+"""`flash.png` of a training run: memory, speed and the backends of its layers."""
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-from .backends import BACKENDS
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart: one for each backend, unfused ones in greys. The
-# arms of `bench` that are no backends have three that differ from all of these in lightness.
-COLORS = dict(
-    zip(
-        BACKENDS, ("#a0a0a0", "#606060", "#56b4e9", "#cc79a7", "#0072b2", "#d55e00", "#009e73", "#f0c040"), strict=False
-    )
-) | {"nchw": "#999933", "unpatched": "#000000", "auto": "#882255", "graphs": "#332288"}
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure of that many inches, of 120 pixels each."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not pyplot, which is state of the whole process
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def as_png(figure: Any) -> bytes:
-    """The figure as the content of a PNG file."""
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    return image.getvalue()
+from ..utils.plotting import COLORS, as_png, new_figure
 
 
 def draw_run(file: Path) -> bytes | None:

@@ -1,12 +1,28 @@
-"""Rows of measurements as CSV, and back: every number that a picture shows can be read, and drawn again."""
+"""Atomic file writes, and CSV: every number that a picture shows can be read, and drawn again."""
 
 from __future__ import annotations
 
 import csv
 import io
+import uuid
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
+
+
+def write_file(file: Path, content: bytes) -> None:
+    """Write beside the file and swap; several processes may do so at once.
+
+    Raises:
+        OSError: The folder cannot be written, or the disk is full; the file is as it was.
+    """
+    draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # containers may share a folder and a process number
+    try:
+        draft.write_bytes(content)
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
+
 
 Row = dict[str, Any]
 

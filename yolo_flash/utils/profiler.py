@@ -1,4 +1,4 @@
-"""Profiles that keep torch's own lines (`USDT: ... profiler_start`) off the terminal."""
+"""Torch's profiler: one at a time, off the terminal, and off the driver when it is done."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import ctypes
 import functools
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from packaging.version import Version
+from torch.profiler import ProfilerActivity, profile
 
+PROFILER = threading.Lock()  # torch has one for the process: two at a time mix their events
+_LET_GO = "TEARDOWN_CUPTI"  # has torch's profiler let go of the driver
 _VARIABLE = "KINETO_LOG_LEVEL"  # read when the first profile of the process is prepared; Ultralytics sets it to 5
 _LEVEL = "_ZN9libkineto6Logger14severityLevel_E"  # libkineto::Logger::severityLevel_: what the variable sets
 _ERRORS, _NOTHING = 4, 6  # what torch sets where there is no variable; above the highest severity, which is 5
@@ -69,3 +74,46 @@ def _level() -> ctypes.c_int | None:
         with contextlib.suppress(OSError, ValueError):
             return ctypes.c_int.in_dll(ctypes.CDLL(str(library)), _LEVEL)
     return None
+
+
+def profiler_lets_go() -> bool:
+    """Whether torch's profiler of kernels can let go of the driver.
+
+    Where it does not, every later launch takes the host longer, for the rest of the process: by a third in
+    docs/results/ddp-h100.md (pytorch issue 144455).
+    """
+    return torch.version.cuda is None or Version(torch.version.cuda) >= Version("12.6")
+
+
+def stop_profiler(running: profile) -> None:
+    """Stop a profiler, and have it let go of the driver unless the user has said whether it shall.
+
+    A thread of the profiler's own asks for the variable, twice, and detaches within some later call of CUDA (kineto,
+    CuptiActivityApi.cpp). It does not say when: a fifth of a second is many times what it needs. Without the variable
+    at its end it would attach again.
+
+    Args:
+        running: That was started.
+    """
+    if _LET_GO in os.environ or not profiler_lets_go() or ProfilerActivity.CUDA not in running.activities:
+        running.stop()
+        return
+    os.environ[_LET_GO] = "1"
+    try:
+        running.stop()
+        for _ in range(20):
+            torch.cuda.synchronize()
+            time.sleep(0.01)
+    finally:
+        os.environ.pop(_LET_GO, None)
+
+
+@contextlib.contextmanager
+def kernels_profiled() -> Iterator[profile]:
+    """Profile kernels of the GPU; the events are there behind the block."""
+    running = profile(activities=[ProfilerActivity.CUDA])
+    running.start()
+    try:
+        yield running
+    finally:
+        stop_profiler(running)

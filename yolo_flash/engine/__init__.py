@@ -1,0 +1,1 @@
+"""The seam into ultralytics.engine: trainer, model, predictor, and what a run tells."""

@@ -1,0 +1,104 @@
+"""Bytes: what is free, what a call takes, how high a process was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+from .numerics import Results
+
+GIB = 2**30
+
+
+def readable(size: int) -> str:
+    """Bytes as `9.1 GiB` or `37 MiB`."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated, what torch has cached included; on a CPU within the limits of a container."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return min(psutil.virtual_memory().available, *container_bytes())
+
+
+def container_bytes(root: Path = Path("/")) -> Iterator[int]:
+    """What the control groups of this process leave it, whatever the host has free: one number for each limit.
+
+    A container is killed at its own limit. Every group above counts too. What files fill of the memory is given back
+    under pressure, and counts as free. Nothing on a system without control groups, and nothing that cannot be read.
+
+    Args:
+        root: Of the file system.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            old = bool(controllers)  # version 1 has a tree for each controller
+            top = root / "sys/fs/cgroup" / ("memory" if old else "")
+            folder = top / path.lstrip("/")
+            for group in (folder, *folder.parents):  # in a container the path may be the host's, and only the top there
+                yield from _group_bytes(group, old)
+                if group == top:
+                    break
+
+
+def _group_bytes(group: Path, old: bool) -> Iterator[int]:
+    """What one control group leaves, if it has a limit."""
+    limit, used, files = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+        if old
+        else ("memory.max", "memory.current", ("inactive_file", "active_file"))
+    )
+    with contextlib.suppress(OSError, ValueError):  # `max`, where there is no limit, is no number
+        most, now = (int((group / name).read_text(encoding="utf-8")) for name in (limit, used))
+        given_back = 0
+        with contextlib.suppress(OSError, ValueError):
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+            given_back = sum(int(statistics.get(name, 0)) for name in files)
+        yield max(0, most - max(0, now - given_back))
+
+
+def extra_bytes(call: Callable[[], Results], device: torch.device) -> int | None:
+    """Peak memory of a call above what is there before; None where the device does not tell."""
+    if device.type != "cuda":
+        return None
+    wait(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_gib(device: torch.device) -> tuple[float, float]:
+    """Peak allocated and reserved memory in GiB; on a CPU both are the high-water mark of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.max_memory_reserved(device) / GIB
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory() / GIB, torch.mps.driver_allocated_memory() / GIB
+    peak = _high_water_mark() / GIB
+    return peak, peak
+
+
+def _high_water_mark() -> int:
+    """Bytes of physical memory that this process has held at most."""
+    memory = psutil.Process().memory_info()
+    if (peak := getattr(memory, "peak_wset", None)) is not None:  # Windows
+        return int(peak)
+    import resource
+
+    unit = 1 if psutil.MACOS else 1024
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, memory.rss)

@@ -1,0 +1,93 @@
+"""Milliseconds of a call: of a CPU by the clock, of a GPU by events or by CUDA graphs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+
+import torch
+
+from .memory import wait
+from .numerics import Results, relative_error
+
+
+def sampler_of(
+    call: Callable[[], Results], device: torch.device, graphs: bool = True
+) -> tuple[Callable[[], float], str]:
+    """What gives the milliseconds of one call, and how it measures: `graph`, `events` or, on a CPU, `clock`.
+
+    Args:
+        call: What to time.
+        device: Where it runs; a CUDA device has to be the current one.
+        graphs: Replay CUDA graphs where the call can be captured. The time of a launch is in `events` alone: times of
+            the two kinds do not compare.
+    """
+    if device.type == "cpu":
+        return lambda: _clock_ms(call), "clock"
+    seconds = []
+    for _ in range(3):  # one alone may hiccup, and the graph then hold a single short call: mostly launch
+        start = time.perf_counter()
+        call()
+        wait(device)
+        seconds.append(time.perf_counter() - start)
+    calls = max(1, min(10, int(2e-3 / min(seconds))))
+    if graphs:
+        try:
+            return graph_ms(call, calls), "graph"
+        except Exception:  # an extension may synchronise, allocate, or compile
+            with contextlib.suppress(RuntimeError):
+                wait(device)  # takes what is left of the error
+    return lambda: _event_ms(call, calls), "events"
+
+
+def graph_ms(call: Callable[[], Results], calls: int = 10) -> Callable[[], float]:
+    """Capture calls in a CUDA graph; the result replays them and gives the milliseconds of one.
+
+    Raises:
+        RuntimeError: The capture failed, or the replay does not compute what the call does.
+    """
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # also gives back the stream after a capture that failed, which torch does not
+        for _ in range(2):
+            wanted = call()
+        # Other threads, of a data loader say, may go on with what a capture forbids in its own.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            for _ in range(calls):
+                found = call()
+    torch.cuda.synchronize()
+    for tensor in found:
+        tensor.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    if not all(relative_error(*pair) <= 0.05 for pair in zip(found, wanted, strict=True)):
+        raise RuntimeError("kernels are missing in it")  # launched on a stream of the extension's own, say
+
+    def sample(read: object = call) -> float:  # the graph reads the tensors that the call holds
+        return _between_events(graph.replay) / calls
+
+    return sample
+
+
+def _event_ms(call: Callable[[], Results], calls: int) -> float:
+    def run() -> None:
+        for _ in range(calls):
+            call()
+
+    return _between_events(run) / calls
+
+
+def _between_events(run: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _clock_ms(call: Callable[[], Results]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
