@@ -21,7 +21,7 @@ from ultralytics.nn.modules.transformer import TransformerLayer
 from ultralytics.utils import NUM_THREADS
 
 from yolo_flash import BackendNotSupportedError, FlashConfig, __version__
-from yolo_flash.backends import BACKENDS
+from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.machine import detect
 from yolo_flash.multihead import denoising_mask
 from yolo_flash.patch import patch_modules

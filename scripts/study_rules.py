@@ -20,7 +20,7 @@ from ultralytics.nn.modules.block import AAttn, Attention
 from ultralytics.utils import NUM_THREADS
 
 from yolo_flash import BackendNotSupportedError, FlashConfig, __version__
-from yolo_flash.backends import BACKENDS
+from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.machine import detect
 from yolo_flash.patch import patch_modules
 

@@ -14,7 +14,7 @@ from ultralytics.utils import LOCAL_RANK, RANK
 
 from tests.counting import AttentionCalls
 from yolo_flash import autotune, graphed_step
-from yolo_flash.backends import AttentionSpec
+from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.blocks import FlashBlock
 from yolo_flash.selector import Trial
 

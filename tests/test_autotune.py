@@ -20,8 +20,10 @@ from ultralytics import YOLO
 
 from tests.machines import MACHINES
 from tests.test_telemetry import events
-from yolo_flash import FlashConfig, autotune, cli, patch_model, plan, separate, trial_cache
-from yolo_flash.backends import BACKENDS, AttentionSpec, Backend
+from yolo_flash import FlashConfig, autotune, cli, patch_model, plan, trial_cache
+from yolo_flash.backends import separate
+from yolo_flash.backends.registry import BACKENDS, Backend
+from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.machine import detect
 from yolo_flash.runtime import Runtime
 from yolo_flash.selector import Trial

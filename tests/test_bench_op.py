@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from yolo_flash import Machine, bench_op, bench_timing, cli, commands
-from yolo_flash.backends import BACKENDS, AttentionSpec, BackendNotSupportedError
+from yolo_flash.backends.registry import BACKENDS, BackendNotSupportedError
+from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.bench_op import OpJob
 from yolo_flash.bench_report import ARMS, BOTH, COLUMNS, FORWARD, GPU_SHAPES, MODES, OURS, SHAPES, notes, plot, table
 

@@ -16,7 +16,8 @@ from ultralytics.nn.modules.block import AAttn, Attention
 
 from tests.counting import AttentionCalls, in_threads, randomise
 from yolo_flash import BackendNotSupportedError, FlashConfig, FlashKernelError
-from yolo_flash import backends as backends_module
+from yolo_flash.backends import registry as backends_module
+from yolo_flash.backends import spec
 from yolo_flash.patch import patch_modules, unpatch_modules
 
 MAKE: dict[str, Callable[[], nn.Module]] = {
@@ -122,7 +123,7 @@ def test_no_copy_of_q_k_and_v_in_channels_last(monkeypatch: pytest.MonkeyPatch) 
     storages = []
     run_flash = backends_module.BACKENDS["sdpa_flash"].run
 
-    def spy(packed: Tensor, spec: backends_module.AttentionSpec) -> tuple[Tensor, Tensor]:
+    def spy(packed: Tensor, spec: spec.AttentionSpec) -> tuple[Tensor, Tensor]:
         storages.append(packed.untyped_storage().data_ptr())
         return run_flash(packed, spec)
 
@@ -167,7 +168,7 @@ def test_gradients_arrive_in_the_layout_that_each_neighbour_needs(
     contiguous: list[bool] = []
     in_layout: list[bool] = []
 
-    def spy(packed: Tensor, kept: Any, dout: Tensor, dv: Tensor, spec: backends_module.AttentionSpec) -> Tensor:
+    def spy(packed: Tensor, kept: Any, dout: Tensor, dv: Tensor, spec: spec.AttentionSpec) -> Tensor:
         assert flash.backward is not None
         contiguous.extend((dout.is_contiguous(), dv.is_contiguous()))
         return flash.backward(packed, kept, dout, dv, spec)
@@ -273,7 +274,7 @@ def test_an_explicit_backend_that_cannot_run_raises_with_reasons_and_alternative
 
 
 def broken(message: str) -> backends_module.Backend:
-    def run(packed: Tensor, spec: backends_module.AttentionSpec) -> tuple[Tensor, Tensor]:
+    def run(packed: Tensor, spec: spec.AttentionSpec) -> tuple[Tensor, Tensor]:
         raise RuntimeError(message)
 
     return backends_module.Backend("sdpa_flash", lambda spec, machine: iter(()), run, lambda machine: True)
@@ -301,7 +302,7 @@ def test_an_explicit_backend_that_raises_is_no_runtime_error(monkeypatch: pytest
 
 
 def test_out_of_memory_is_left_to_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(packed: Tensor, spec: backends_module.AttentionSpec) -> tuple[Tensor, Tensor]:
+    def run(packed: Tensor, spec: spec.AttentionSpec) -> tuple[Tensor, Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     backend = backends_module.Backend("sdpa_flash", lambda spec, machine: iter(()), run, lambda machine: True)

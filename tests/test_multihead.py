@@ -22,7 +22,8 @@ from ultralytics.nn.modules.transformer import (
 
 from tests.counting import AttentionCalls
 from tests.versions import TORCH
-from yolo_flash import AttentionSpec, BackendNotSupportedError, FlashConfig, FlashKernelError, separate
+from yolo_flash import AttentionSpec, BackendNotSupportedError, FlashConfig, FlashKernelError
+from yolo_flash.backends import separate
 from yolo_flash.multihead import FlashMultiheadAttention, denoising_mask
 from yolo_flash.patch import patch_modules, targets, unpatch_modules
 

@@ -15,7 +15,7 @@ from tests.counting import settle
 from tests.datasets import create_dataset
 from tests.test_options import LAYERS
 from tests.twins import Twin, predict_twins, train_twins
-from yolo_flash import backends as backends_module
+from yolo_flash.backends import registry as backends_module
 
 QUIET = {"device": "cpu", "verbose": False}
 SHAPES = (

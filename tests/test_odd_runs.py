@@ -24,8 +24,8 @@ from tests.test_options import LAYERS
 from tests.test_telemetry import interrupted
 from tests.twins import SGD, Twin, check_steps, train_twins, twins
 from tests.versions import loss_in_graphs
-from yolo_flash import backends as backends_module
 from yolo_flash import patch_model
+from yolo_flash.backends import registry as backends_module
 from yolo_flash.patch import targets
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from yolo_flash.backends import BACKENDS
+from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.engine.run_plot import draw_run
 from yolo_flash.utils.plotting import COLORS
 

@@ -13,7 +13,7 @@ from ultralytics import YOLO
 from tests.machines import MACHINES
 from tests.test_autotune import CPU, PSA, forbid
 from yolo_flash import FlashConfig, patch_model, plan, runtime, trial_cache
-from yolo_flash.backends import AttentionSpec
+from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.blocks import FlashBlock
 from yolo_flash.machine import Machine, detect
 from yolo_flash.runtime import Runtime

@@ -17,7 +17,7 @@ import ultralytics
 from ultralytics.utils import LOGGER
 
 from yolo_flash import checks, cli, report
-from yolo_flash.backends import BACKENDS
+from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.machine import Machine
 
 SPECS = ["YOLO12, area attention", "YOLO26, PSA", "RT-DETR, decoder"]

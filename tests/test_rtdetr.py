@@ -18,7 +18,8 @@ from tests.counting import AttentionCalls
 from tests.test_patch import load_without_plugin
 from tests.test_trainer import Phases
 from tests.versions import few_queries
-from yolo_flash import FlashConfig, cli, patch_model, separate, unpatch_model, verify
+from yolo_flash import FlashConfig, cli, patch_model, unpatch_model, verify
+from yolo_flash.backends import separate
 from yolo_flash.blocks import FlashBlock
 from yolo_flash.machine import detect
 from yolo_flash.multihead import FlashMultiheadAttention

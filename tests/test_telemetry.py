@@ -19,7 +19,7 @@ from ultralytics import YOLO
 
 from tests.counting import run_out_of_memory_once
 from yolo_flash import AttentionSpec, FlashConfig, patch_model, telemetry
-from yolo_flash import backends as backends_module
+from yolo_flash.backends import registry as backends_module
 from yolo_flash.runtime import Runtime
 from yolo_flash.telemetry import attention_kernels, known_columns, readable, score_bytes
 from yolo_flash.utils import profiler

@@ -27,8 +27,9 @@ from yolo_flash import (
     patch_model,
     unpatch_model,
 )
-from yolo_flash import backends as backends_module
-from yolo_flash.backends import AttentionSpec
+from yolo_flash.backends import registry as backends_module
+from yolo_flash.backends import spec
+from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.blocks import FlashBlock
 from yolo_flash.trainer import trainer_class
 from yolo_flash.wrapper import patch_from_sources
@@ -374,7 +375,7 @@ class _FailingBackward(torch.autograd.Function):
 def cudnn_with_a_failing_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     flash = backends_module.BACKENDS["sdpa_flash"]
 
-    def run(packed: torch.Tensor, spec: backends_module.AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(packed: torch.Tensor, spec: spec.AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
         return flash.run(_FailingBackward.apply(packed) if packed.requires_grad else packed, spec)
 
     broken = backends_module.Backend("sdpa_cudnn", lambda spec, machine: iter(()), run, lambda machine: True)

@@ -15,7 +15,8 @@ from torch import Tensor
 from tests.machines import MACHINES
 from tests.test_autotune import AREA, CPU, PSA, break_flash, forbid, raises
 from yolo_flash import FlashConfig, autotune, runtime, trial_cache
-from yolo_flash.backends import BACKENDS, AttentionSpec
+from yolo_flash.backends.registry import BACKENDS
+from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.machine import detect
 from yolo_flash.planning import PlanRow, describe
 from yolo_flash.report import _fate

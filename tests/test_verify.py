@@ -22,7 +22,8 @@ from ultralytics.utils import ASSETS, YAML
 
 from tests.counting import randomise
 from yolo_flash import FlashConfig, autotune, cli, comparison, executed, patch_model, trial_cache, verification, verify
-from yolo_flash.backends import BACKENDS, AttentionSpec
+from yolo_flash.backends.registry import BACKENDS
+from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.machine import detect
 from yolo_flash.patch import patch_modules
 from yolo_flash.selector import Trial

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .backends import AttentionSpec, BackendNotSupportedError
+    from .backends.registry import BackendNotSupportedError
+    from .backends.spec import AttentionSpec
     from .config import FlashConfig, FlashConfigError
     from .graphs import FlashGraphError
     from .guard import FlashKernelError

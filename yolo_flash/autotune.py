@@ -20,7 +20,8 @@ from torch import Tensor
 from ultralytics.utils import LOGGER, NUM_THREADS, TQDM
 
 from . import trial_cache
-from .backends import BACKENDS, AttentionSpec
+from .backends.registry import BACKENDS
+from .backends.spec import AttentionSpec
 from .machine import Machine, detect
 from .selector import Trial
 from .trial_block import Probe, arm_of, channels, hard_probe, inputs, random_probe

@@ -17,7 +17,7 @@ import torch
 from ultralytics.utils import LOGGER, TQDM
 
 from ._version import __version__
-from .backends import BACKENDS, BackendNotSupportedError
+from .backends.registry import BACKENDS, BackendNotSupportedError
 from .bench_report import ARMS, COLUMNS, CPU_SHAPES, GPU_SHAPES, MODES, NUMBERS, PEER, SHAPES, notes, plot, table
 from .bench_timing import load_peer, measure
 from .machine import Machine, cudnn_release, detect

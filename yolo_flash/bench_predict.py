@@ -17,7 +17,7 @@ from ultralytics.engine.predictor import BasePredictor
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 from ultralytics.utils.torch_utils import init_seeds
 
-from .backends import BACKENDS
+from .backends.registry import BACKENDS
 from .bench_process import GRAPHS, UNPATCHED, Job, serve
 from .bench_rounds import bench
 from .config import FlashConfig

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch.profiler import DeviceType
 
-from .backends import check_name
+from .backends.registry import check_name
 from .machine import detect
 from .utils.memory import GIB, peak_memory_gib
 from .utils.profiler import hushed, kernels_profiled

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from .backends import BACKENDS, AttentionSpec
+from .backends.registry import BACKENDS
+from .backends.spec import AttentionSpec
 from .utils.files import Row
 from .utils.plotting import COLORS, as_png, new_figure
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.profiler import DeviceType
 
-from .backends import BACKENDS, AttentionSpec
+from .backends.registry import BACKENDS
+from .backends.spec import AttentionSpec
 from .bench_report import BOTH, FORWARD, MODES, PEER, SHAPES, Row
 from .utils.errors import first_line
 from .utils.memory import extra_bytes, wait

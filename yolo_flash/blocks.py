@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ultralytics.nn.modules.block import AAttn, Attention
 from ultralytics.utils import LOGGER
 
-from .backends import BACKENDS, AttentionSpec, BackendNotSupportedError
-from .guard import Job, attend, memory_format, transformed
+from .backends.registry import BACKENDS, BackendNotSupportedError
+from .backends.spec import AttentionSpec
+from .guard import Job, attend_packed, memory_format, transformed
 from .likeness import difference
 from .runtime import Runtime
 from .stock_pickle import PREFIX, StockPickle, stock_twin
@@ -82,7 +83,7 @@ class FlashBlock(StockPickle):
         plan = self._plan(x)
         if plan is None:
             return self._stock.forward(self, x)  # type: ignore[attr-defined]
-        out, v = attend(self.qkv(x), Job(*plan, self._flash_layer, self._flash_choice, self._flash_runtime))
+        out, v = attend_packed(self.qkv(x), Job(*plan, self._flash_layer, self._flash_choice, self._flash_runtime))
         return self.proj(out + self.pe(v))
 
     def _plan(self, x: Tensor) -> tuple[AttentionSpec, str] | None:

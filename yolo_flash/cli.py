@@ -20,7 +20,7 @@ from ultralytics.utils.checks import check_yaml
 from . import offline
 from ._version import __version__
 from .arguments import UsageError, merge, read, refuse_missing, split_settings
-from .backends import BackendNotSupportedError, check_name
+from .backends.registry import BackendNotSupportedError, check_name
 from .commands import run_bench, run_checks, run_plan, run_verify
 from .config import FlashConfig, FlashConfigError
 from .graphs import FlashGraphError

@@ -10,7 +10,7 @@ from ultralytics.utils import LOGGER
 
 from . import trial_cache
 from .arguments import UsageError, merge, read, refuse_missing, split_settings
-from .backends import BackendNotSupportedError
+from .backends.registry import BackendNotSupportedError
 from .bench_op import OpJob, bench_op
 from .bench_plot import PlotJob, bench_plot
 from .bench_predict import PredictJob, bench_predict

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .backends import BACKENDS
+from .backends.registry import BACKENDS
 from .telemetry import attention_kernels
 from .utils.profiler import PROFILER, hushed
 

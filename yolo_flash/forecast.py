@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .backends import BACKENDS, AttentionSpec
+from .backends.registry import BACKENDS
+from .backends.spec import AttentionSpec
 from .bench_step import Step, StepJob
 from .planning import PlanRow, precisions
 from .telemetry import score_bytes

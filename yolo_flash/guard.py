@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import BACKENDS, AttentionSpec
+from .backends.registry import BACKENDS
+from .backends.separate import RUNS, Inputs
+from .backends.spec import AttentionSpec
 from .runtime import Runtime
 from .utils.errors import is_out_of_memory
 
@@ -41,7 +43,7 @@ class Job(NamedTuple):
     runtime: Runtime
 
 
-def attend(qkv: Tensor, job: Job) -> tuple[Tensor, Tensor]:
+def attend_packed(qkv: Tensor, job: Job) -> tuple[Tensor, Tensor]:
     """Run a backend on the output of a 1x1 convolution, forward and backward under guard.
 
     Torch's kernels raise in their backward what Ultralytics' trainer takes for out of memory, and halves the batch.
@@ -263,3 +265,68 @@ class _Relayout(torch.autograd.Function):
         if not torch.compiler.is_compiling() and _is_batched(grad):  # `vmap` knows no memory format
             return grad, None, None
         return grad.contiguous(memory_format=ctx.back), None, None
+
+
+# Separate tensors -----------------------------------------------------------------------------------------------------
+def attend_separate(inputs: Inputs, job: Job) -> Tensor:
+    """Run a backend of `RUNS`, forward and backward under guard, as `attend_packed` does for packed tensors.
+
+    Args:
+        inputs: What to attend to.
+        job: What to compute.
+
+    Raises:
+        FlashKernelError: The backend raised, and was asked for by name.
+    """
+    spec, backend = job.spec, job.backend
+    if torch.compiler.is_compiling():
+        return RUNS[backend](inputs, spec)
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    try:
+        if not needed or backend == "sdpa_math":
+            return RUNS[backend](inputs, spec)
+        out: Tensor = _Guarded.apply(job, *inputs)
+        return out
+    except Exception as error:
+        if job.choice == "auto" and backend == "sdpa_math":  # there is nothing behind it
+            raise
+        give_up(job, error)
+    following = job.runtime.decide(spec, "auto", inputs[0].device).backend
+    able = following if following in RUNS and following != backend else "sdpa_math"  # stock begins before these tensors
+    return attend_separate(inputs, job._replace(backend=able))
+
+
+class _Guarded(torch.autograd.Function):
+    """The backend's own graph, kept inside of one node."""
+
+    @staticmethod
+    def forward(ctx: Any, job: Job, *inputs: Tensor | None) -> Tensor:
+        ctx.job = job
+        ctx.save_for_backward(*inputs)
+        ctx.inner = _graph(inputs, job.spec, job.backend)
+        result: Tensor = ctx.inner[1].detach()
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        spec, backend = ctx.job.spec, ctx.job.backend
+        if needs_rules(grad):
+            q, k, v, dout = (t.transpose(1, 2) for t in (*inputs[:3], grad))
+            grads = written_out(q, k, v, dout, spec.head_dim**-0.5, inputs[3])
+            return None, *(t.transpose(1, 2) for t in grads), None
+        inner, ctx.inner = ctx.inner, None  # what it holds is freed now, and not when the loss is
+        grad = grad.contiguous()  # the CPU's flash backward reads garbage where the last stride is not 1
+        try:  # a second backward of a retained graph builds it once more
+            leaves, out = inner or _graph(inputs, spec, backend)
+            return None, *torch.autograd.grad(out, leaves, grad), None
+        except Exception as error:
+            give_up(ctx.job, error, "the backward of ")
+        leaves, out = _graph(inputs, spec, "sdpa_math")
+        return None, *torch.autograd.grad(out, leaves, grad), None
+
+
+def _graph(inputs: tuple[Any, ...], spec: AttentionSpec, backend: str) -> tuple[tuple[Tensor, ...], Tensor]:
+    with torch.enable_grad():
+        q, k, v = (t.detach().requires_grad_() for t in inputs[:3])
+        return (q, k, v), RUNS[backend]((q, k, v, inputs[3]), spec)

@@ -20,10 +20,10 @@ from ultralytics.nn.modules.transformer import (
     TransformerLayer,
 )
 
-from .backends import AttentionSpec
+from .backends.separate import RUNS
+from .backends.spec import AttentionSpec
 from .blocks import FlashBlock, _compute_dtype, _leave_stock, spec_fields
-from .guard import Job
-from .separate import RUNS, attend
+from .guard import Job, attend_separate
 
 OWNERS = (AIFI, DeformableTransformerDecoderLayer, TransformerEncoderLayer, TransformerLayer)
 
@@ -91,7 +91,9 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
                 is_causal,
             )
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in self._project(query, key, value))
-        out = attend((q, k, v, attn_mask), Job(*plan, self._flash_layer, self._flash_choice, self._flash_runtime))
+        out = attend_separate(
+            (q, k, v, attn_mask), Job(*plan, self._flash_layer, self._flash_choice, self._flash_runtime)
+        )
         out = linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
         return self._batch_first(out), None
 

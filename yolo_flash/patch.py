@@ -10,7 +10,7 @@ import ultralytics
 from torch import nn
 from ultralytics.utils import LOGGER
 
-from .backends import BackendNotSupportedError, check_name
+from .backends.registry import BackendNotSupportedError, check_name
 from .blocks import FlashAAttn, FlashAttention, FlashBlock, unknown_block
 from .config import FlashConfig, FlashConfigError
 from .likeness import difference

@@ -16,7 +16,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import unwrap_model
 
-from .backends import AttentionSpec
+from .backends.spec import AttentionSpec
 from .blocks import FlashBlock, block_spec
 from .machine import Machine
 from .multihead import denoising_queries, images_and_tokens

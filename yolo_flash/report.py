@@ -11,7 +11,8 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.checks import collect_system_info
 
 from ._version import __version__
-from .backends import BACKENDS, AttentionSpec
+from .backends.registry import BACKENDS
+from .backends.spec import AttentionSpec
 from .config import FlashConfig
 from .forecast import attention_memory, largest_batch
 from .machine import Machine, cudnn_release, detect, resolve_device

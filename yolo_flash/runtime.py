@@ -13,7 +13,8 @@ import torch.distributed as dist
 from ultralytics.utils import LOGGER, RANK
 
 from . import trial_cache
-from .backends import BACKENDS, AttentionSpec
+from .backends.registry import BACKENDS
+from .backends.spec import AttentionSpec
 from .config import FlashConfig
 from .machine import Machine, detect
 from .selector import RULES_MEASURED_ON, Decision, Trial, select

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .backends import BACKENDS, AttentionSpec, BackendNotSupportedError, check_name
+from .backends.registry import BACKENDS, BackendNotSupportedError, check_name
+from .backends.spec import AttentionSpec
 from .machine import Machine
 
 ASKED_FOR = "asked for"  # why an explicit choice is taken

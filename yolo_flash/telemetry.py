@@ -21,7 +21,8 @@ from torch.profiler import DeviceType, ProfilerActivity, profile
 from ultralytics.utils import LOGGER
 
 from ._version import __version__
-from .backends import BACKENDS, AttentionSpec, short
+from .backends.registry import BACKENDS
+from .backends.spec import AttentionSpec, short
 from .config import FlashConfig
 from .engine.run_plot import draw_run
 from .machine import Machine

@@ -18,7 +18,8 @@ from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from . import autotune, offline
-from .backends import AttentionSpec, BackendNotSupportedError
+from .backends.registry import BackendNotSupportedError
+from .backends.spec import AttentionSpec
 from .config import FlashConfig
 from .graphed_step import StepGraphs
 from .graphs import EarlyCopy

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ultralytics.nn.modules.block import AAttn, Attention
 
 from . import trial_multihead
-from .backends import BACKENDS, AttentionSpec
+from .backends.registry import BACKENDS
+from .backends.spec import AttentionSpec
 from .config import FlashConfig
 from .patch import BLOCKS
 from .runtime import Runtime

@@ -22,7 +22,8 @@ import torch
 import ultralytics
 from ultralytics.utils import LOGGER, NUM_THREADS, USER_CONFIG_DIR
 
-from .backends import BACKENDS, AttentionSpec, Layout, short
+from .backends.registry import BACKENDS
+from .backends.spec import AttentionSpec, Layout, short
 from .machine import Machine
 from .selector import Trial
 from .utils.files import write_file

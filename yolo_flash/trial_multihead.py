@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .backends import AttentionSpec
+from .backends.separate import RUNS, Inputs
+from .backends.spec import AttentionSpec
 from .config import FlashConfig
 from .multihead import FlashMultiheadAttention, denoising_mask
 from .runtime import Runtime
-from .separate import RUNS, Inputs
 from .stock_pickle import become
 from .utils.numerics import Results, reference
 

@@ -20,7 +20,8 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from . import autotune
 from ._version import __version__
-from .backends import BACKENDS, AttentionSpec, short
+from .backends.registry import BACKENDS
+from .backends.spec import AttentionSpec, short
 from .blocks import FlashBlock, block_spec
 from .comparison import (
     Comparison,

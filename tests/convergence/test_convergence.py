@@ -10,7 +10,8 @@ import torch
 from ultralytics import YOLO
 
 from tests.counting import AttentionCalls, randomise
-from yolo_flash import backends, patch_model
+from yolo_flash import patch_model
+from yolo_flash.backends import registry, spec
 
 TOLERANCE = 3e-4  # relative, of every loss of every step: ten times what was seen
 
@@ -54,12 +55,12 @@ def test_losses_agree_over_32_steps(
     if config != "yolo12n.yaml":
         return
 
-    def wrong_scale(packed: torch.Tensor, spec: backends.AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    def wrong_scale(packed: torch.Tensor, spec: spec.AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
         q, rest = packed.split([spec.head_dim, packed.shape[-1] - spec.head_dim], dim=-1)
         assert flash is not None
         return flash(torch.cat([3 * q, rest], dim=-1), spec)
 
-    flash = backends.BACKENDS["sdpa_flash"].run
-    broken = backends.Backend("sdpa_flash", lambda spec, machine: iter(()), wrong_scale, lambda machine: True)
-    monkeypatch.setitem(backends.BACKENDS, "sdpa_flash", broken)
+    flash = registry.BACKENDS["sdpa_flash"].run
+    broken = registry.Backend("sdpa_flash", lambda spec, machine: iter(()), wrong_scale, lambda machine: True)
+    monkeypatch.setitem(registry.BACKENDS, "sdpa_flash", broken)
     assert distance(losses(tmp_path / "start.pt", args, "sdpa_flash")) > 100 * TOLERANCE  # the test can fail

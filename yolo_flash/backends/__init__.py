@@ -1,0 +1,1 @@
+"""Every way to compute one attention problem, and what each cannot do."""

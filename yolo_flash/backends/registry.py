@@ -1,0 +1,128 @@
+"""The backends of attention by name: what each computes with, what it cannot do, how a profile knows it.
+
+Torch's fused kernels are called as the aten operators behind `scaled_dot_product_attention`: `sdpa_kernel()` would flip
+switches of the whole process, and two threads would see each other's. The price is that torch's own checks, in
+`aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`, do not run: the limits below restate them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..machine import Machine
+from . import limits, packed
+from .spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute exact attention.
+
+    Attributes:
+        name: As written in YAML and in logs.
+        limits: Yields, for a spec and a machine, why the backend cannot run; nothing when it can. Never touches a GPU.
+        forward: `(packed, spec) -> (out, v, *kept)` with packed `[batch, seq_len, num_heads, 2*head_dim + head_dim_v]`,
+            of any strides but unit last, and out and v both contiguous `[batch, seq_len, num_heads, head_dim_v]`.
+            Autograd can differentiate it. None for `stock`, which is the block's own forward. Separate tensors:
+            `separate.RUNS`.
+        reproducible: Whether the backward gives the same bits every time, on a machine.
+        operators: Names of the operators, one of which each forward calls: a profile proves the backend by them.
+        backward: `(packed, kept, dout, dv, spec) -> gradient of packed`, contiguous as are dout and dv; kept are the
+            tensors among what the forward gave behind v. None: autograd runs the forward again for its gradient.
+    """
+
+    name: str
+    limits: Callable[[AttentionSpec, Machine], Iterator[str]]
+    forward: Callable[[Tensor, AttentionSpec], tuple[Any, ...]] | None
+    reproducible: Callable[[Machine], bool]
+    operators: tuple[str, ...] = ()
+    backward: Callable[[Tensor, Sequence[Any], Tensor, Tensor, AttentionSpec], Tensor] | None = None
+
+    def run(self, packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        """Attention and v, as `forward` gives them."""
+        if self.forward is None:
+            raise TypeError(f"{self.name} has no forward of a packed tensor: it is the block's own")
+        out, v, *_ = self.forward(packed, spec)
+        return out, v
+
+    @property
+    def fused(self) -> bool:
+        """Whether the score matrices never reach the memory."""
+        return self.name not in ("stock", "sdpa_math")
+
+    def not_supported_reasons(self, spec: AttentionSpec, machine: Machine) -> tuple[str, ...]:
+        """Why this backend cannot run `spec` on `machine`, one sentence a reason; empty when it can."""
+        return tuple(self.limits(spec, machine))
+
+
+class BackendNotSupportedError(ValueError):
+    """A backend asked for by name cannot run. The message has its reasons and what would run instead."""
+
+
+def _always(machine: Machine) -> bool:
+    return True
+
+
+def _on_cpu(machine: Machine) -> bool:
+    """The CPU's kernel gives each head to one thread; the GPU's backwards add with atomics unless torch forbids it."""
+    return machine.kind == "cpu"
+
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("stock", limits.none, None, _always),
+        Backend("sdpa_math", limits.packed_mask, packed.math, _always, ("aten::_scaled_dot_product_attention_math",)),
+        Backend(
+            "sdpa_flash",
+            limits.flash,
+            packed.flash,
+            _on_cpu,
+            ("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu"),
+            packed.flash_backward,
+        ),
+        Backend(
+            "sdpa_efficient",
+            limits.efficient,
+            packed.efficient,
+            _on_cpu,
+            ("aten::_scaled_dot_product_efficient_attention",),
+            packed.efficient_backward,
+        ),
+        Backend(
+            "sdpa_cudnn",
+            limits.cudnn,
+            packed.cudnn,
+            _on_cpu,
+            ("aten::_scaled_dot_product_cudnn_attention",),
+            packed.cudnn_backward,
+        ),
+        Backend(
+            "triton_area",
+            limits.triton_area,
+            packed.triton_area,
+            _always,
+            ("yolo_flash::area_attention",),
+            packed.triton_area_backward,
+        ),
+    )
+}
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it is `auto` or a backend.
+
+    Raises:
+        BackendNotSupportedError: It is neither, with the nearest valid name.
+    """
+    valid = ["auto", *BACKENDS]
+    if name not in valid:
+        close = difflib.get_close_matches(name, valid, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise BackendNotSupportedError(f"there is no backend {name!r}.{hint} Valid: {', '.join(valid)}.")
+    return name

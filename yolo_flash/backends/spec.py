@@ -1,0 +1,76 @@
+"""One attention problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+Layout = Literal["nhwc", "nchw", "separate"]
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One attention problem: everything that decides which backend can run it and which is fastest.
+
+    Attributes:
+        batch: Independent problems; for area attention the batch size times the number of areas.
+        num_heads: Heads.
+        seq_len_q: Query tokens of one problem.
+        seq_len_k: Key tokens of one problem.
+        head_dim: Channels of a query and of a key.
+        head_dim_v: Channels of a value.
+        dtype: Of the queries, keys and values.
+        layout: How they lie in memory: `nhwc` and `nchw` are the packed output of one convolution in that memory
+            format, `separate` is three tensors.
+        mask: Whether the scores are masked.
+        training: Whether a backward pass will follow.
+        deterministic: Whether torch asks for deterministic algorithms.
+        area: Strips that an image is cut into, each a problem of `batch`; it matters to the speed of stock alone.
+    """
+
+    batch: int
+    num_heads: int
+    seq_len_q: int
+    seq_len_k: int
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype
+    layout: Layout
+    mask: bool = False
+    training: bool = True
+    deterministic: bool = False
+    area: int = 1
+
+    @property
+    def scores(self) -> int:
+        """Elements of the score matrices: what stock attention writes to memory and a fused kernel does not."""
+        return self.batch * self.num_heads * self.seq_len_q * self.seq_len_k
+
+    def without_sizes(self) -> tuple[Any, ...]:
+        """What a compiled graph knows for certain, where groups and tokens may be symbols."""
+        return (
+            *(self.num_heads, self.head_dim, self.head_dim_v, self.dtype, self.layout),
+            *(self.mask, self.training, self.deterministic, self.area),
+        )
+
+    @classmethod
+    def with_sizes(cls, parts: tuple[Any, ...], batch: int, seq_len: int) -> AttentionSpec:
+        """The self-attention of `batch` groups of `seq_len` tokens, from what `without_sizes` left."""
+        num_heads, *rest = parts
+        return cls(batch, num_heads, seq_len, seq_len, *rest)
+
+    def __str__(self) -> str:
+        """`256 x 2 heads x 400 tokens x 32/64, float16, nhwc, train`."""
+        tokens = f"{self.seq_len_q}" + (f"/{self.seq_len_k}" if self.seq_len_k != self.seq_len_q else "")
+        dims = f"{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
+        return (
+            f"{self.batch} x {self.num_heads} heads x {tokens} tokens x {dims}, {short(self.dtype)}, {self.layout}, "
+            f"{'masked, ' if self.mask else ''}{'train' if self.training else 'predict'}"
+        )
+
+
+def short(dtype: torch.dtype) -> str:
+    """`torch.float16` -> `float16`."""
+    return str(dtype).removeprefix("torch.")
