@@ -40,7 +40,7 @@ def _by_the_rules(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """Times decide no test but those of measuring itself, which are marked."""
     if request.node.get_closest_marker("measures") is None:
         monkeypatch.setattr("yolo_flash.autotune.measure", lambda specs, device: {})
-        monkeypatch.setattr("yolo_flash.trial_cache.known", lambda machine: {})
+        monkeypatch.setattr("yolo_flash.dispatch.trial_cache.known", lambda machine: {})
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ from ultralytics import YOLO
 from tests.machines import MACHINES
 from yolo_flash import FlashConfig, cli, forecast, report
 from yolo_flash.backends.spec import AttentionSpec
+from yolo_flash.dispatch.dispatcher import Runtime
 from yolo_flash.forecast import attention_memory, kept_bytes
 from yolo_flash.planning import Shot, make_plan
-from yolo_flash.runtime import Runtime
 
 MEASURED = sorted((Path(__file__).parent.parent / "docs" / "results").glob("step-*.json"))
 

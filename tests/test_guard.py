@@ -20,10 +20,10 @@ from tests.versions import TORCH
 from yolo_flash import FlashConfig, FlashKernelError, blocks, guard
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.backends.spec import AttentionSpec
+from yolo_flash.dispatch.decision import Trial
+from yolo_flash.dispatch.dispatcher import Runtime
 from yolo_flash.machine import detect
 from yolo_flash.patch import patch_modules
-from yolo_flash.runtime import Runtime
-from yolo_flash.selector import Trial
 
 CPU = torch.device("cpu")
 
@@ -257,7 +257,7 @@ def test_two_models_plan_by_their_own_settings() -> None:
 
 
 def test_plans_are_as_few_as_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("yolo_flash.runtime._MAX_DECISIONS", 3)
+    monkeypatch.setattr("yolo_flash.dispatch.dispatcher._MAX_DECISIONS", 3)
     block: Any = patched(make("area1"))
     for height in range(1, 9):
         block._plan(torch.empty(1, 64, height, 8))

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from tests.test_autotune import AREA, CPU, PSA, break_flash
-from yolo_flash import autotune, trial_cache
+from yolo_flash import autotune
 from yolo_flash.backends import separate
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.backends.spec import AttentionSpec
+from yolo_flash.dispatch import trial_cache
 from yolo_flash.trial_block import arm_of, hard_probe
 from yolo_flash.utils.numerics import reference, relative_error
 

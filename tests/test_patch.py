@@ -280,7 +280,7 @@ def test_predict_before_and_after_patching(tmp_path: Path) -> None:
 
 
 def test_predict_on_mixed_shapes_is_a_bounded_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("yolo_flash.runtime._MAX_DECISIONS", 4)
+    monkeypatch.setattr("yolo_flash.dispatch.dispatcher._MAX_DECISIONS", 4)
     model = patch_model(yolo(), backend="sdpa_flash")
     block: Any = next(iter(targets(model.model).values()))
     runtime = block._flash_runtime

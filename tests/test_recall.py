@@ -12,12 +12,13 @@ from ultralytics import YOLO
 
 from tests.machines import MACHINES
 from tests.test_autotune import CPU, PSA, forbid
-from yolo_flash import FlashConfig, patch_model, plan, runtime, trial_cache
+from yolo_flash import FlashConfig, patch_model, plan
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.blocks import FlashBlock
+from yolo_flash.dispatch import dispatcher, trial_cache
+from yolo_flash.dispatch.decision import Trial, select
+from yolo_flash.dispatch.dispatcher import Runtime
 from yolo_flash.machine import Machine, detect
-from yolo_flash.runtime import Runtime
-from yolo_flash.selector import Trial, select
 
 pytestmark = pytest.mark.measures
 FAST = {"stock": Trial(ms=2.0, ms_low=1.9), "sdpa_flash": Trial(ms=1.0, ms_low=0.9)}
@@ -176,7 +177,7 @@ def predicting(card: str, monkeypatch: pytest.MonkeyPatch, result: Any = None) -
             raise result
         return {spec: {"stock": Trial(ms=2.0), "sdpa_efficient": Trial(ms=1.0)} for spec in specs}
 
-    monkeypatch.setattr(runtime, "detect", lambda device: MACHINES[card])
+    monkeypatch.setattr(dispatcher, "detect", lambda device: MACHINES[card])
     mine = Runtime(FlashConfig())
     mine.measure = measure
     return mine, measured

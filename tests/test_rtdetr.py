@@ -21,12 +21,12 @@ from tests.versions import few_queries
 from yolo_flash import FlashConfig, cli, patch_model, unpatch_model, verify
 from yolo_flash.backends import separate
 from yolo_flash.blocks import FlashBlock
+from yolo_flash.dispatch.decision import Trial
+from yolo_flash.dispatch.dispatcher import Runtime
 from yolo_flash.machine import detect
 from yolo_flash.multihead import FlashMultiheadAttention
 from yolo_flash.patch import patch_modules, targets
 from yolo_flash.planning import Shot, describe, layer_inputs, make_plan
-from yolo_flash.runtime import Runtime
-from yolo_flash.selector import Trial
 
 # config -> (layer of AIFI, of the decoder, head_dim of AIFI)
 CONFIGS = {

@@ -10,7 +10,7 @@ import torch
 
 from tests.machines import MACHINES
 from yolo_flash import AttentionSpec
-from yolo_flash.selector import select
+from yolo_flash.dispatch.decision import select
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 DIMS = {"area 4": (32, 32), "area 1": (32, 32), "PSA": (32, 64)}

@@ -12,7 +12,7 @@ import torch
 from tests.machines import MACHINES
 from yolo_flash import AttentionSpec, BackendNotSupportedError
 from yolo_flash.backends.registry import BACKENDS
-from yolo_flash.selector import Trial, select
+from yolo_flash.dispatch.decision import Trial, select
 
 _COMMON: dict[str, Any] = {"num_heads": 2, "seq_len_q": 400, "seq_len_k": 400, "head_dim": 32}
 HALF = {**_COMMON, "dtype": torch.float16, "layout": "nhwc"}

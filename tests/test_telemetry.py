@@ -20,7 +20,7 @@ from ultralytics import YOLO
 from tests.counting import run_out_of_memory_once
 from yolo_flash import AttentionSpec, FlashConfig, patch_model, telemetry
 from yolo_flash.backends import registry as backends_module
-from yolo_flash.runtime import Runtime
+from yolo_flash.dispatch.dispatcher import Runtime
 from yolo_flash.telemetry import attention_kernels, known_columns, readable, score_bytes
 from yolo_flash.utils import profiler
 
@@ -227,7 +227,7 @@ def test_a_fallback_is_counted_from_then_on(tiny_args: dict[str, Any], monkeypat
 
     broken = dataclasses.replace(flash, forward=fails_in_the_second_epoch)
     monkeypatch.setitem(backends_module.BACKENDS, "sdpa_flash", broken)
-    monkeypatch.setattr("yolo_flash.selector._cpu_rules", lambda spec: iter([("sdpa_flash", "for this test")]))
+    monkeypatch.setattr("yolo_flash.dispatch.rules._cpu_rules", lambda spec: iter([("sdpa_flash", "for this test")]))
     model = train({**tiny_args, "epochs": 2}, backend="auto")
     first, second = of(events(model), "epoch")
     assert (first["backends"], first["fallbacks"]) == ({"sdpa_flash": 8}, {})

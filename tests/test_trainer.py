@@ -381,7 +381,7 @@ def cudnn_with_a_failing_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = backends_module.Backend("sdpa_cudnn", lambda spec, machine: iter(()), run, lambda machine: True)
     monkeypatch.setitem(backends_module.BACKENDS, "sdpa_cudnn", broken)
     rules = [("sdpa_cudnn", "for this test"), ("sdpa_flash", "after it")]
-    monkeypatch.setattr("yolo_flash.selector._cpu_rules", lambda spec: iter(rules))
+    monkeypatch.setattr("yolo_flash.dispatch.rules._cpu_rules", lambda spec: iter(rules))
 
 
 def test_a_kernel_error_in_the_backward_does_not_halve_the_batch(

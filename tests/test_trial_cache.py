@@ -14,9 +14,10 @@ import torch
 from ultralytics import YOLO
 
 from tests.test_autotune import AREA, CPU, PSA
-from yolo_flash import patch_model, plan, trial_cache
+from yolo_flash import patch_model, plan
+from yolo_flash.dispatch import trial_cache
+from yolo_flash.dispatch.decision import Trial
 from yolo_flash.machine import detect
-from yolo_flash.selector import Trial
 from yolo_flash.signature import Signature
 from yolo_flash.utils import numerics
 

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from tests.machines import MACHINES
 from tests.test_autotune import AREA, CPU, PSA, break_flash, forbid, raises
-from yolo_flash import FlashConfig, autotune, runtime, trial_cache
+from yolo_flash import FlashConfig, autotune
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.backends.spec import AttentionSpec
+from yolo_flash.dispatch import dispatcher, trial_cache
+from yolo_flash.dispatch.decision import Trial, select
+from yolo_flash.dispatch.dispatcher import Runtime
 from yolo_flash.machine import detect
 from yolo_flash.planning import PlanRow, describe
 from yolo_flash.report import _fate
-from yolo_flash.runtime import Runtime
-from yolo_flash.selector import Trial, select
 from yolo_flash.telemetry import plan_entry
 from yolo_flash.utils import memory
 
@@ -221,7 +222,7 @@ def test_autobatch_has_a_limit_where_the_backend_of_the_rules_has_no_time() -> N
 
 
 def test_what_was_not_planned_is_counted_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_MAX_DECISIONS", 5)
+    monkeypatch.setattr(dispatcher, "_MAX_DECISIONS", 5)
     mine = Runtime(FlashConfig())
     mine.learn({AREA: FAST}, detect(CPU))
     for batch in range(10, 20):

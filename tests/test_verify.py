@@ -21,12 +21,13 @@ from ultralytics.nn.modules.block import AAttn
 from ultralytics.utils import ASSETS, YAML
 
 from tests.counting import randomise
-from yolo_flash import FlashConfig, autotune, cli, comparison, executed, patch_model, trial_cache, verification, verify
+from yolo_flash import FlashConfig, autotune, cli, comparison, executed, patch_model, verification, verify
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.backends.spec import AttentionSpec
+from yolo_flash.dispatch import trial_cache
+from yolo_flash.dispatch.decision import Trial
 from yolo_flash.machine import detect
 from yolo_flash.patch import patch_modules
-from yolo_flash.selector import Trial
 from yolo_flash.utils.numerics import allowed_error, relative_error
 from yolo_flash.verification_inputs import is_fresh, load_images
 
@@ -369,7 +370,7 @@ def test_a_backend_that_raises_is_off_though_auto_replaces_it(monkeypatch: pytes
         raise RuntimeError("no such kernel")
 
     break_backend(monkeypatch, fail)
-    monkeypatch.setattr("yolo_flash.selector._cpu_rules", lambda spec: iter([("sdpa_flash", "a test")]))
+    monkeypatch.setattr("yolo_flash.dispatch.rules._cpu_rules", lambda spec: iter([("sdpa_flash", "a test")]))
     facts = verify("yolo26n.yaml", imgsz=64, device="cpu")
     assert "sdpa_flash raised in this run: RuntimeError: no such kernel" in facts["off"]
     assert "the plan says sdpa_flash, and sdpa_math ran" in facts["off"][0]

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from .backends.registry import BackendNotSupportedError
     from .backends.spec import AttentionSpec
     from .config import FlashConfig, FlashConfigError
+    from .dispatch.decision import Decision
     from .graphs import FlashGraphError
     from .guard import FlashKernelError
     from .machine import Machine
     from .planning import PlanRow
     from .report import checks
-    from .selector import Decision
     from .verification import verify
     from .wrapper import patch_model, plan, unpatch_model
 

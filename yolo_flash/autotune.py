@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from ultralytics.utils import LOGGER, NUM_THREADS, TQDM
 
-from . import trial_cache
 from .backends.registry import BACKENDS
 from .backends.spec import AttentionSpec
+from .dispatch import trial_cache
+from .dispatch.decision import Trial
 from .machine import Machine, detect
-from .selector import Trial
 from .trial_block import Probe, arm_of, channels, hard_probe, inputs, random_probe
 from .utils.errors import first_line, is_out_of_memory
 from .utils.memory import extra_bytes, free_bytes, readable, wait

@@ -21,12 +21,12 @@ from .backends.registry import BACKENDS
 from .bench_process import GRAPHS, UNPATCHED, Job, serve
 from .bench_rounds import bench
 from .config import FlashConfig
+from .dispatch.dispatcher import Runtime
 from .graphed_predict import PredictGraphs
 from .machine import Machine, detect
 from .models import open_model
 from .patch import patch_modules
 from .planning import Shot, make_plan
-from .runtime import Runtime
 
 
 @dataclass(frozen=True)

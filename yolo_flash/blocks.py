@@ -17,9 +17,9 @@ from ultralytics.utils import LOGGER
 
 from .backends.registry import BACKENDS, BackendNotSupportedError
 from .backends.spec import AttentionSpec
+from .dispatch.dispatcher import Runtime
 from .guard import Job, attend_packed, memory_format, transformed
 from .likeness import difference
-from .runtime import Runtime
 from .stock_pickle import PREFIX, StockPickle, stock_twin
 
 _UNREAD = frozenset(vars(nn.Module())) | {"__class__", "_compiled_call_impl", "total_ops", "total_params"}

@@ -8,7 +8,6 @@ from typing import Any
 
 from ultralytics.utils import LOGGER
 
-from . import trial_cache
 from .arguments import UsageError, merge, read, refuse_missing, split_settings
 from .backends.registry import BackendNotSupportedError
 from .bench_op import OpJob, bench_op
@@ -18,6 +17,7 @@ from .bench_rounds import bench
 from .bench_step import StepJob
 from .bench_train import TrainJob, bench_train
 from .config import FlashConfigError
+from .dispatch import trial_cache
 from .report import checks, show_plan
 from .verification import verify_from_sources
 

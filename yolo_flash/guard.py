@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from .backends.registry import BACKENDS
 from .backends.separate import RUNS, Inputs
 from .backends.spec import AttentionSpec
-from .runtime import Runtime
+from .dispatch.dispatcher import Runtime
 from .utils.errors import is_out_of_memory
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import FlashConfig
-from .runtime import Runtime
+from .dispatch.dispatcher import Runtime
 from .stock_pickle import PREFIX, StockPickle, become
 from .utils.numerics import relative_error
 from .utils.stock_code import foreign

@@ -13,9 +13,9 @@ from ultralytics.utils import LOGGER
 from .backends.registry import BackendNotSupportedError, check_name
 from .blocks import FlashAAttn, FlashAttention, FlashBlock, unknown_block
 from .config import FlashConfig, FlashConfigError
+from .dispatch.dispatcher import Runtime
 from .likeness import difference
 from .multihead import FlashMultiheadAttention, unread_weights
-from .runtime import Runtime
 from .stock_pickle import become, restore
 
 BLOCKS: dict[type, type[FlashBlock]] = {

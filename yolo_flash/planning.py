@@ -18,11 +18,11 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from .backends.spec import AttentionSpec
 from .blocks import FlashBlock, block_spec
+from .dispatch.decision import Decision, Trial
+from .dispatch.dispatcher import Runtime
 from .machine import Machine
 from .multihead import denoising_queries, images_and_tokens
 from .patch import BLOCKS, layer_choices, targets, unpatch_modules
-from .runtime import Runtime
-from .selector import Decision, Trial
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from ._version import __version__
 from .backends.registry import BACKENDS
 from .backends.spec import AttentionSpec
 from .config import FlashConfig
+from .dispatch.decision import select
 from .forecast import attention_memory, largest_batch
 from .machine import Machine, cudnn_release, detect, resolve_device
 from .models import open_model
 from .patch import targets
 from .planning import PlanRow, describe, precisions, rounded_size
-from .selector import select
 from .telemetry import plan_entry, score_bytes
 from .utils.log import quiet
 from .utils.memory import readable

@@ -24,10 +24,10 @@ from ._version import __version__
 from .backends.registry import BACKENDS
 from .backends.spec import AttentionSpec, short
 from .config import FlashConfig
+from .dispatch.dispatcher import Runtime
 from .engine.run_plot import draw_run
 from .machine import Machine
 from .planning import PlanRow, describe
-from .runtime import Runtime
 from .utils.files import write_file
 from .utils.memory import GIB, peak_memory_gib, readable
 from .utils.profiler import PROFILER, hushed, profiler_lets_go, stop_profiler

@@ -21,13 +21,13 @@ from . import autotune, offline
 from .backends.registry import BackendNotSupportedError
 from .backends.spec import AttentionSpec
 from .config import FlashConfig
+from .dispatch.decision import Trial
+from .dispatch.dispatcher import Runtime
 from .graphed_step import StepGraphs
 from .graphs import EarlyCopy
 from .machine import detect
 from .patch import patch_modules, targets
 from .planning import PlanRow, Shot, make_plan
-from .runtime import Runtime
-from .selector import Trial
 from .telemetry import Telemetry, known_columns
 from .utils.errors import is_out_of_memory
 

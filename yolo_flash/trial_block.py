@@ -20,8 +20,8 @@ from . import trial_multihead
 from .backends.registry import BACKENDS
 from .backends.spec import AttentionSpec
 from .config import FlashConfig
+from .dispatch.dispatcher import Runtime
 from .patch import BLOCKS
-from .runtime import Runtime
 from .stock_pickle import become
 from .utils.numerics import Results, reference, relative_error
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .backends.separate import RUNS, Inputs
 from .backends.spec import AttentionSpec
 from .config import FlashConfig
+from .dispatch.dispatcher import Runtime
 from .multihead import FlashMultiheadAttention, denoising_mask
-from .runtime import Runtime
 from .stock_pickle import become
 from .utils.numerics import Results, reference
 

@@ -38,6 +38,7 @@ from .comparison import (
     without_attention,
 )
 from .config import FlashConfig, known_keys
+from .dispatch.dispatcher import Runtime
 from .executed import observe
 from .guard import FlashKernelError
 from .machine import detect, resolve_device
@@ -45,7 +46,6 @@ from .models import open_model
 from .multihead import images_and_tokens
 from .patch import patch_modules, targets, unpatch_modules
 from .planning import precisions, rounded_size
-from .runtime import Runtime
 from .utils.log import quiet
 from .utils.numerics import relative_error
 from .verification_inputs import is_fresh, load_images, settle

@@ -14,11 +14,11 @@ from ultralytics.utils.torch_utils import unwrap_model
 from . import autotune
 from .blocks import FlashBlock
 from .config import FlashConfig, known_keys
+from .dispatch.dispatcher import Runtime
 from .graphed_predict import predictor_class
 from .machine import detect, resolve_device
 from .patch import known_blocks, layer_choices, patch_modules, unpatch_modules
 from .planning import PlanRow, make_plan, rounded_size, run_shots
-from .runtime import Runtime
 from .stock_pickle import StockPickle, become, restore
 from .trainer import trainer_class
 

@@ -22,12 +22,12 @@ import torch
 import ultralytics
 from ultralytics.utils import LOGGER, NUM_THREADS, USER_CONFIG_DIR
 
-from .backends.registry import BACKENDS
-from .backends.spec import AttentionSpec, Layout, short
-from .machine import Machine
-from .selector import Trial
-from .utils.files import write_file
-from .utils.numerics import arithmetic
+from ..backends.registry import BACKENDS
+from ..backends.spec import AttentionSpec, Layout, short
+from ..machine import Machine
+from ..utils.files import write_file
+from ..utils.numerics import arithmetic
+from .decision import Trial
 
 Trials = dict[str, Trial]
 

@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 from ultralytics.utils import LOGGER, RANK
 
+from ..backends.registry import BACKENDS
+from ..backends.spec import AttentionSpec
+from ..config import FlashConfig
+from ..machine import Machine, detect
 from . import trial_cache
-from .backends.registry import BACKENDS
-from .backends.spec import AttentionSpec
-from .config import FlashConfig
-from .machine import Machine, detect
-from .selector import RULES_MEASURED_ON, Decision, Trial, select
+from .decision import Decision, Trial, select
+from .rules import RULES_MEASURED_ON
 
 Trials = Mapping[AttentionSpec, Mapping[str, Trial]]
 Measure = Callable[[list[AttentionSpec], torch.device], Trials]

@@ -1,0 +1,1 @@
+"""From a problem, a machine and what was measured there to the backend that runs."""
