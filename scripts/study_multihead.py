@@ -23,8 +23,8 @@ from ultralytics.utils import NUM_THREADS
 from yolo_flash import BackendNotSupportedError, FlashConfig, __version__
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.machine import detect
-from yolo_flash.multihead import denoising_mask
-from yolo_flash.patch import patch_modules
+from yolo_flash.patching.multihead import denoising_mask
+from yolo_flash.patching.patch import patch_modules
 
 MODES = ("predict", "train", "train, masked")
 SECONDS = 2.0

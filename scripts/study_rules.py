@@ -22,7 +22,7 @@ from ultralytics.utils import NUM_THREADS
 from yolo_flash import BackendNotSupportedError, FlashConfig, __version__
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.machine import detect
-from yolo_flash.patch import patch_modules
+from yolo_flash.patching.patch import patch_modules
 
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 BLOCKS: dict[str, Callable[[int], nn.Module]] = {

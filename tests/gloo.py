@@ -15,8 +15,8 @@ from ultralytics.utils import LOCAL_RANK, RANK
 from tests.counting import AttentionCalls
 from yolo_flash import autotune, graphed_step
 from yolo_flash.backends.spec import AttentionSpec
-from yolo_flash.blocks import FlashBlock
 from yolo_flash.dispatch.decision import Trial
+from yolo_flash.patching.blocks import FlashBlock
 
 
 def measure(specs: list[AttentionSpec], device: torch.device) -> dict[AttentionSpec, dict[str, Trial]]:

@@ -18,7 +18,7 @@ import ultralytics
 from yolo_flash import bench_rounds, cli, commands
 from yolo_flash.bench_rounds import COLUMNS, bench, summary, table
 from yolo_flash.bench_step import Step, StepJob
-from yolo_flash.patch import targets
+from yolo_flash.patching.patch import targets
 
 TINY: dict[str, Any] = {"imgsz": (64,), "batch": 2, "rounds": 1, "steps": 1, "device": "cpu"}
 

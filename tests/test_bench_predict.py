@@ -18,7 +18,7 @@ from ultralytics.nn.autobackend import AutoBackend
 from yolo_flash import bench_predict, bench_process, cli, commands
 from yolo_flash.bench_predict import Prediction, PredictJob
 from yolo_flash.bench_process import serve
-from yolo_flash.patch import targets
+from yolo_flash.patching.patch import targets
 
 from .machines import MACHINES
 from .versions import ULTRALYTICS

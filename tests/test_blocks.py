@@ -18,7 +18,7 @@ from tests.counting import AttentionCalls, in_threads, randomise
 from yolo_flash import BackendNotSupportedError, FlashConfig, FlashKernelError
 from yolo_flash.backends import registry as backends_module
 from yolo_flash.backends import spec
-from yolo_flash.patch import patch_modules, unpatch_modules
+from yolo_flash.patching.patch import patch_modules, unpatch_modules
 
 MAKE: dict[str, Callable[[], nn.Module]] = {
     "area1": lambda: AAttn(64, 2, 1),

@@ -19,8 +19,8 @@ from tests.counting import AttentionCalls
 from tests.test_blocks import LAYOUTS, channels, error, make, patched
 from tests.test_multihead import randomise
 from yolo_flash import FlashConfig
-from yolo_flash.multihead import denoising_mask
-from yolo_flash.patch import patch_modules, targets
+from yolo_flash.patching.multihead import denoising_mask
+from yolo_flash.patching.patch import patch_modules, targets
 
 KINDS = ["area1", "area4", "psa", "psa 36/72"]
 

@@ -18,15 +18,16 @@ from tests.counting import AttentionCalls
 from tests.test_blocks import channels, make
 from tests.test_multihead import randomise
 from tests.test_patch import data_pkl, saved
-from yolo_flash import BackendNotSupportedError, likeness, patch_model, unpatch_model
-from yolo_flash.patch import _warn_once, targets
+from yolo_flash import BackendNotSupportedError, patch_model, unpatch_model
+from yolo_flash.patching import equivalence
+from yolo_flash.patching.patch import _warn_once, targets
 
 Edit = Callable[[Any], object]
 
 
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
-    likeness._answers.clear()
+    equivalence._answers.clear()
     _warn_once.cache_clear()
 
 
@@ -185,7 +186,7 @@ def test_what_torch_does_to_a_module_is_no_edit(monkeypatch: pytest.MonkeyPatch)
         compared.append(given)
         return ""
 
-    monkeypatch.setattr(likeness, "_compare", compare)
+    monkeypatch.setattr(equivalence, "_compare", compare)
     for t in (1.0, 2.0, 1.0):
         block.something = torch.full((2,), t)  # as hooks of weight norm do in every forward
         ours(x)

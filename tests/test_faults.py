@@ -37,7 +37,7 @@ from tests.test_telemetry import FORWARD, events, of
 from yolo_flash import cli, offline, patch_model
 from yolo_flash import telemetry as telemetry_module
 from yolo_flash.engine.run_plot import draw_run
-from yolo_flash.patch import targets
+from yolo_flash.patching.patch import targets
 from yolo_flash.utils import profiler
 from yolo_flash.utils.files import write_file
 

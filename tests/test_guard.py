@@ -17,13 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from tests.counting import AttentionCalls
 from tests.test_blocks import LAYOUTS, channels, make, patched
 from tests.versions import TORCH
-from yolo_flash import FlashConfig, FlashKernelError, blocks, guard
+from yolo_flash import FlashConfig, FlashKernelError
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.dispatch.decision import Trial
 from yolo_flash.dispatch.dispatcher import Runtime
 from yolo_flash.machine import detect
-from yolo_flash.patch import patch_modules
+from yolo_flash.patching import blocks, fallback
+from yolo_flash.patching.patch import patch_modules
 
 CPU = torch.device("cpu")
 
@@ -90,7 +91,7 @@ def test_the_node_gives_what_the_graph_gives(kind: str, layout: str, monkeypatch
     block = patched(make(kind)).to(memory_format=LAYOUTS[layout])
     x = torch.randn(2, channels(block), 8, 6).to(memory_format=LAYOUTS[layout])
     node = gradients(block, x)
-    monkeypatch.setattr(blocks, "attend_packed", lambda qkv, job: guard._run(qkv, job.spec, job.backend))
+    monkeypatch.setattr(blocks, "attend_packed", lambda qkv, job: fallback._run(qkv, job.spec, job.backend))
     for a, b in zip(node, gradients(block, x), strict=True):
         assert torch.equal(a, b)
 

@@ -18,9 +18,10 @@ from ultralytics.nn.modules.block import AAttn, Attention
 from ultralytics.nn.modules.transformer import AIFI
 
 from tests.test_patch import patched_layers
-from yolo_flash import BackendNotSupportedError, FlashConfig, likeness, patch_model, plan
-from yolo_flash.likeness import difference
-from yolo_flash.patch import BLOCKS, _warn_once, patch_modules, targets, unpatch_modules
+from yolo_flash import BackendNotSupportedError, FlashConfig, patch_model, plan
+from yolo_flash.patching import equivalence
+from yolo_flash.patching.equivalence import difference
+from yolo_flash.patching.patch import BLOCKS, _warn_once, patch_modules, targets, unpatch_modules
 
 MAKE: dict[str, Callable[[], nn.Module]] = {
     "area1": lambda: AAttn(64, 2, 1),
@@ -35,7 +36,7 @@ MAKE: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
-    likeness._answers.clear()
+    equivalence._answers.clear()
     _warn_once.cache_clear()
 
 
@@ -121,10 +122,10 @@ def test_what_a_block_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = YOLO("yolo12n.yaml").model.eval().fuse(verbose=False)
     assert len(targets(model)) == 8
     for context in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta")):
-        likeness._answers.clear()
+        equivalence._answers.clear()
         with context:
             assert different(AAttn(64, 2)) == ""
-    likeness._answers.clear()
+    equivalence._answers.clear()
     monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float64)
     torch.set_default_dtype(torch.float64)
     try:
@@ -200,13 +201,13 @@ def test_what_hooks_hold_is_not_copied() -> None:
 # At what cost ---------------------------------------------------------------------------------------------------------
 def test_equal_blocks_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[nn.Module] = []
-    compare = likeness._compare
+    compare = equivalence._compare
 
     def count(block: nn.Module, cls: Any) -> str:
         compared.append(block)
         return compare(block, cls)
 
-    monkeypatch.setattr(likeness, "_compare", count)
+    monkeypatch.setattr(equivalence, "_compare", count)
     model = nn.Sequential(*(AAttn(64, 2, area) for area in (4, 1) for _ in range(8)))
     patch_model(model)
     assert patched_layers(model) == 16
@@ -228,13 +229,13 @@ def test_equal_blocks_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_comparison_is_a_few_small_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels: list[int] = []
-    run = likeness._run
+    run = equivalence._run
 
     def spy(cls: Any, twin: nn.Module, given: dict[str, Tensor]) -> Tensor:
         pixels.append(given["x"].shape[0] * given["x"].shape[2] * given["x"].shape[3])
         return run(cls, twin, given)
 
-    monkeypatch.setattr(likeness, "_run", spy)
+    monkeypatch.setattr(equivalence, "_run", spy)
     different(AAttn(64, 2, 4))
     assert pixels == [48] * 4  # stock and ours, in training and in prediction
 

@@ -24,8 +24,8 @@ from tests.counting import AttentionCalls
 from tests.versions import TORCH
 from yolo_flash import AttentionSpec, BackendNotSupportedError, FlashConfig, FlashKernelError
 from yolo_flash.backends import separate
-from yolo_flash.multihead import FlashMultiheadAttention, denoising_mask
-from yolo_flash.patch import patch_modules, targets, unpatch_modules
+from yolo_flash.patching.multihead import FlashMultiheadAttention, denoising_mask
+from yolo_flash.patching.patch import patch_modules, targets, unpatch_modules
 
 Case = tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor], tuple[int, ...]]
 

@@ -26,7 +26,7 @@ from tests.twins import SGD, Twin, check_steps, train_twins, twins
 from tests.versions import loss_in_graphs
 from yolo_flash import patch_model
 from yolo_flash.backends import registry as backends_module
-from yolo_flash.patch import targets
+from yolo_flash.patching.patch import targets
 
 
 def test_losses_show_an_error_of_attention(

@@ -22,8 +22,8 @@ from ultralytics.utils import ASSETS
 
 from tests.counting import AttentionCalls, in_threads, randomise
 from yolo_flash import BackendNotSupportedError, FlashConfigError, patch_model, plan, unpatch_model
-from yolo_flash.blocks import FlashBlock
-from yolo_flash.patch import targets
+from yolo_flash.patching.blocks import FlashBlock
+from yolo_flash.patching.patch import targets
 
 
 def yolo(name: str = "yolo12n.yaml") -> YOLO:

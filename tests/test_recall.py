@@ -14,11 +14,11 @@ from tests.machines import MACHINES
 from tests.test_autotune import CPU, PSA, forbid
 from yolo_flash import FlashConfig, patch_model, plan
 from yolo_flash.backends.spec import AttentionSpec
-from yolo_flash.blocks import FlashBlock
 from yolo_flash.dispatch import dispatcher, trial_cache
 from yolo_flash.dispatch.decision import Trial, select
 from yolo_flash.dispatch.dispatcher import Runtime
 from yolo_flash.machine import Machine, detect
+from yolo_flash.patching.blocks import FlashBlock
 
 pytestmark = pytest.mark.measures
 FAST = {"stock": Trial(ms=2.0, ms_low=1.9), "sdpa_flash": Trial(ms=1.0, ms_low=0.9)}

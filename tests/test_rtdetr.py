@@ -20,12 +20,12 @@ from tests.test_trainer import Phases
 from tests.versions import few_queries
 from yolo_flash import FlashConfig, cli, patch_model, unpatch_model, verify
 from yolo_flash.backends import separate
-from yolo_flash.blocks import FlashBlock
 from yolo_flash.dispatch.decision import Trial
 from yolo_flash.dispatch.dispatcher import Runtime
 from yolo_flash.machine import detect
-from yolo_flash.multihead import FlashMultiheadAttention
-from yolo_flash.patch import patch_modules, targets
+from yolo_flash.patching.blocks import FlashBlock
+from yolo_flash.patching.multihead import FlashMultiheadAttention
+from yolo_flash.patching.patch import patch_modules, targets
 from yolo_flash.planning import Shot, describe, layer_inputs, make_plan
 
 # config -> (layer of AIFI, of the decoder, head_dim of AIFI)

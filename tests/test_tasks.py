@@ -23,7 +23,7 @@ from tests.datasets import create_dataset
 from tests.test_patch import patched_layers
 from tests.test_trainer import Phases
 from yolo_flash import patch_model
-from yolo_flash.patch import targets
+from yolo_flash.patching.patch import targets
 
 # config -> (task, attention layers)
 CASES = {

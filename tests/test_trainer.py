@@ -30,7 +30,7 @@ from yolo_flash import (
 from yolo_flash.backends import registry as backends_module
 from yolo_flash.backends import spec
 from yolo_flash.backends.spec import AttentionSpec
-from yolo_flash.blocks import FlashBlock
+from yolo_flash.patching.blocks import FlashBlock
 from yolo_flash.trainer import trainer_class
 from yolo_flash.wrapper import patch_from_sources
 

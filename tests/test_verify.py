@@ -27,7 +27,7 @@ from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.dispatch import trial_cache
 from yolo_flash.dispatch.decision import Trial
 from yolo_flash.machine import detect
-from yolo_flash.patch import patch_modules
+from yolo_flash.patching.patch import patch_modules
 from yolo_flash.utils.numerics import allowed_error, relative_error
 from yolo_flash.verification_inputs import is_fresh, load_images
 

@@ -23,7 +23,7 @@ from tests.test_options import LAYERS
 from tests.test_patch import patched_layers
 from tests.test_tasks import EnoughError
 from yolo_flash import patch_model
-from yolo_flash.patch import targets
+from yolo_flash.patching.patch import targets
 
 SGD = {
     "optimizer": "SGD",

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .config import FlashConfig, FlashConfigError
     from .dispatch.decision import Decision
     from .graphs import FlashGraphError
-    from .guard import FlashKernelError
     from .machine import Machine
+    from .patching.fallback import FlashKernelError
     from .planning import PlanRow
     from .report import checks
     from .verification import verify

@@ -25,7 +25,7 @@ from .dispatch.dispatcher import Runtime
 from .graphed_predict import PredictGraphs
 from .machine import Machine, detect
 from .models import open_model
-from .patch import patch_modules
+from .patching.patch import patch_modules
 from .planning import Shot, make_plan
 
 

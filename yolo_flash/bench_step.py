@@ -23,7 +23,7 @@ from .config import FlashConfig
 from .fixed_loss import Capacity
 from .graphs import GraphedStep
 from .models import open_model
-from .patch import patch_modules
+from .patching.patch import patch_modules
 
 NCHW = "nchw"  # an arm without the plugin and without channels_last, in which Ultralytics trains on CUDA
 

@@ -24,7 +24,7 @@ from .backends.registry import BackendNotSupportedError, check_name
 from .commands import run_bench, run_checks, run_plan, run_verify
 from .config import FlashConfig, FlashConfigError
 from .graphs import FlashGraphError
-from .guard import FlashKernelError
+from .patching.fallback import FlashKernelError
 from .wrapper import patch_from_sources
 
 HELP = """

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ultralytics.nn.modules.head import Detect, RTDETRDecoder, v10Detect
 from ultralytics.utils.nms import non_max_suppression
 
-from .multihead import denoising_mask, denoising_queries
-from .patch import BLOCKS, targets
+from .patching.multihead import denoising_mask, denoising_queries
+from .patching.patch import BLOCKS, targets
 from .utils.numerics import allowed_error, relative_error
 
 CONF, IOU = 0.25, 0.7  # Ultralytics' defaults for prediction

@@ -17,12 +17,12 @@ from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import unwrap_model
 
 from .backends.spec import AttentionSpec
-from .blocks import FlashBlock, block_spec
 from .dispatch.decision import Decision, Trial
 from .dispatch.dispatcher import Runtime
 from .machine import Machine
-from .multihead import denoising_queries, images_and_tokens
-from .patch import BLOCKS, layer_choices, targets, unpatch_modules
+from .patching.blocks import FlashBlock, block_spec
+from .patching.multihead import denoising_queries, images_and_tokens
+from .patching.patch import BLOCKS, layer_choices, targets, unpatch_modules
 
 
 @dataclass(frozen=True)

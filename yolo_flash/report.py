@@ -18,7 +18,7 @@ from .dispatch.decision import select
 from .forecast import attention_memory, largest_batch
 from .machine import Machine, cudnn_release, detect, resolve_device
 from .models import open_model
-from .patch import targets
+from .patching.patch import targets
 from .planning import PlanRow, describe, precisions, rounded_size
 from .telemetry import plan_entry, score_bytes
 from .utils.log import quiet

@@ -26,7 +26,7 @@ from .dispatch.dispatcher import Runtime
 from .graphed_step import StepGraphs
 from .graphs import EarlyCopy
 from .machine import detect
-from .patch import patch_modules, targets
+from .patching.patch import patch_modules, targets
 from .planning import PlanRow, Shot, make_plan
 from .telemetry import Telemetry, known_columns
 from .utils.errors import is_out_of_memory

@@ -21,8 +21,8 @@ from .backends.registry import BACKENDS
 from .backends.spec import AttentionSpec
 from .config import FlashConfig
 from .dispatch.dispatcher import Runtime
-from .patch import BLOCKS
-from .stock_pickle import become
+from .patching.class_swap import become
+from .patching.patch import BLOCKS
 from .utils.numerics import Results, reference, relative_error
 
 _PARTS = ("output", "gradient of q", "gradient of k", "gradient of v")

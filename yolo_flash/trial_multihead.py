@@ -13,8 +13,8 @@ from .backends.separate import RUNS, Inputs
 from .backends.spec import AttentionSpec
 from .config import FlashConfig
 from .dispatch.dispatcher import Runtime
-from .multihead import FlashMultiheadAttention, denoising_mask
-from .stock_pickle import become
+from .patching.class_swap import become
+from .patching.multihead import FlashMultiheadAttention, denoising_mask
 from .utils.numerics import Results, reference
 
 

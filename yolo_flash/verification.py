@@ -22,7 +22,6 @@ from . import autotune
 from ._version import __version__
 from .backends.registry import BACKENDS
 from .backends.spec import AttentionSpec, short
-from .blocks import FlashBlock, block_spec
 from .comparison import (
     Comparison,
     Detections,
@@ -40,11 +39,12 @@ from .comparison import (
 from .config import FlashConfig, known_keys
 from .dispatch.dispatcher import Runtime
 from .executed import observe
-from .guard import FlashKernelError
 from .machine import detect, resolve_device
 from .models import open_model
-from .multihead import images_and_tokens
-from .patch import patch_modules, targets, unpatch_modules
+from .patching.blocks import FlashBlock, block_spec
+from .patching.fallback import FlashKernelError
+from .patching.multihead import images_and_tokens
+from .patching.patch import patch_modules, targets, unpatch_modules
 from .planning import precisions, rounded_size
 from .utils.log import quiet
 from .utils.numerics import relative_error

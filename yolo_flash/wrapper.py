@@ -12,14 +12,14 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
 from . import autotune
-from .blocks import FlashBlock
 from .config import FlashConfig, known_keys
 from .dispatch.dispatcher import Runtime
 from .graphed_predict import predictor_class
 from .machine import detect, resolve_device
-from .patch import known_blocks, layer_choices, patch_modules, unpatch_modules
+from .patching.blocks import FlashBlock
+from .patching.class_swap import StockPickle, become, restore
+from .patching.patch import known_blocks, layer_choices, patch_modules, unpatch_modules
 from .planning import PlanRow, make_plan, rounded_size, run_shots
-from .stock_pickle import StockPickle, become, restore
 from .trainer import trainer_class
 
 if TYPE_CHECKING:

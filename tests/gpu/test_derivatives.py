@@ -16,7 +16,7 @@ from tests.test_derivatives import Masked, derivatives
 from tests.test_edits import double_scale
 from tests.test_multihead import randomise
 from yolo_flash import BackendNotSupportedError, patch_model
-from yolo_flash.blocks import FlashBlock
+from yolo_flash.patching.blocks import FlashBlock
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,7 +19,7 @@ from tests.test_trainer import check_every_phase
 from yolo_flash import BackendNotSupportedError, FlashConfig, checks, patch_model, plan
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.machine import detect
-from yolo_flash.patch import patch_modules, targets
+from yolo_flash.patching.patch import patch_modules, targets
 
 pytestmark = [
     pytest.mark.gpu,

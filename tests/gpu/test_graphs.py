@@ -23,7 +23,7 @@ from yolo_flash.fixed_loss import Capacity, needed, pad_targets
 from yolo_flash.graphed_predict import FlashPredictorMixin
 from yolo_flash.graphed_step import FlashGraphError
 from yolo_flash.graphs import EarlyCopy, GraphedStep
-from yolo_flash.patch import patch_modules
+from yolo_flash.patching.patch import patch_modules
 
 pytestmark = [
     pytest.mark.gpu,

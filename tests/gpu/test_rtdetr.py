@@ -19,8 +19,8 @@ from tests.test_multihead import errors, patched, plain, randomise
 from tests.test_multihead import run as run_module
 from yolo_flash import AttentionSpec, BackendNotSupportedError, autotune, patch_model, plan
 from yolo_flash.machine import detect
-from yolo_flash.multihead import FlashMultiheadAttention, denoising_mask
-from yolo_flash.patch import targets
+from yolo_flash.patching.multihead import FlashMultiheadAttention, denoising_mask
+from yolo_flash.patching.patch import targets
 
 pytestmark = [
     pytest.mark.gpu,

@@ -20,10 +20,10 @@ from ultralytics.nn.modules.transformer import (
     TransformerLayer,
 )
 
-from .backends.separate import RUNS
-from .backends.spec import AttentionSpec
+from ..backends.separate import RUNS
+from ..backends.spec import AttentionSpec
 from .blocks import FlashBlock, _compute_dtype, _leave_stock, spec_fields
-from .guard import Job, attend_separate
+from .fallback import Job, attend_separate
 
 OWNERS = (AIFI, DeformableTransformerDecoderLayer, TransformerEncoderLayer, TransformerLayer)
 

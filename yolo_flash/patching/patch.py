@@ -10,13 +10,13 @@ import ultralytics
 from torch import nn
 from ultralytics.utils import LOGGER
 
-from .backends.registry import BackendNotSupportedError, check_name
+from ..backends.registry import BackendNotSupportedError, check_name
+from ..config import FlashConfig, FlashConfigError
+from ..dispatch.dispatcher import Runtime
 from .blocks import FlashAAttn, FlashAttention, FlashBlock, unknown_block
-from .config import FlashConfig, FlashConfigError
-from .dispatch.dispatcher import Runtime
-from .likeness import difference
+from .class_swap import become, restore
+from .equivalence import difference
 from .multihead import FlashMultiheadAttention, unread_weights
-from .stock_pickle import become, restore
 
 BLOCKS: dict[type, type[FlashBlock]] = {
     cls._stock: cls for cls in (FlashAAttn, FlashAttention, FlashMultiheadAttention)

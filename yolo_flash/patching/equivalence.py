@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .config import FlashConfig
-from .dispatch.dispatcher import Runtime
-from .stock_pickle import PREFIX, StockPickle, become
-from .utils.numerics import relative_error
-from .utils.stock_code import foreign
+from ..config import FlashConfig
+from ..dispatch.dispatcher import Runtime
+from ..utils.numerics import relative_error
+from ..utils.stock_code import foreign
+from .class_swap import PREFIX, StockPickle, become
 
 if TYPE_CHECKING:
     from .blocks import FlashBlock

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .backends.registry import BACKENDS
-from .backends.separate import RUNS, Inputs
-from .backends.spec import AttentionSpec
-from .dispatch.dispatcher import Runtime
-from .utils.errors import is_out_of_memory
+from ..backends.registry import BACKENDS
+from ..backends.separate import RUNS, Inputs
+from ..backends.spec import AttentionSpec
+from ..dispatch.dispatcher import Runtime
+from ..utils.errors import is_out_of_memory
+from .derivatives import _is_batched, needs_rules, written_out
 
 
 class FlashKernelError(Exception):
@@ -96,53 +96,6 @@ def memory_format(x: Tensor) -> torch.memory_format:
     """The format that a convolution of `x` gives: by the order of strides, since PSA's input is a slice of channels."""
     nhwc = x.stride(1) == 1 and x.stride(3) >= x.shape[1]
     return torch.channels_last if nhwc else torch.contiguous_format
-
-
-def transformed() -> bool:
-    """Whether `torch.func` or forward-mode AD sees every operator now: the fused ones lack the rules for it."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def needs_rules(*grads: Tensor) -> bool:
-    """Whether a backward that is given these gradients is itself differentiated (`create_graph=True`) or transformed.
-
-    `is_grads_batched=True` shows in the gradients alone, as a tensor of an older kind of `vmap`.
-    """
-    return torch.is_grad_enabled() or transformed() or any(map(_is_batched, grads))
-
-
-def _is_batched(t: Tensor) -> bool:
-    return torch._C._functorch.is_legacy_batchedtensor(t) or torch._C._functorch.is_batchedtensor(t)
-
-
-def written_out(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of attention in plain operators: exact, to be differentiated any number of times, not fused.
-
-    Args:
-        q: Queries `[..., seq_len_q, head_dim]`.
-        k: Keys `[..., seq_len_k, head_dim]`.
-        v: Values `[..., seq_len_k, head_dim_v]`.
-        dout: Gradient of the output, `[..., seq_len_q, head_dim_v]`.
-        scale: Of the scores.
-        mask: Bool `[seq_len_q, seq_len_k]`, True where a key is not seen.
-
-    Returns:
-        The gradients of q, k and v, computed in float32 at least and in the dtypes of these.
-    """
-    dtypes = q.dtype, k.dtype, v.dtype
-    with torch.autocast(q.device.type, enabled=False):
-        q, k, v, dout = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v, dout))
-        scores = q @ k.transpose(-2, -1) * scale
-        if mask is not None:
-            scores = scores.masked_fill(mask, float("-inf"))
-        weights = scores.softmax(dim=-1)
-        dweights = dout @ v.transpose(-2, -1)
-        dscores = weights * (dweights - (weights * dweights).sum(dim=-1, keepdim=True)) * scale
-        grads = dscores @ k, dscores.transpose(-2, -1) @ q, weights.transpose(-2, -1) @ dout
-        dq, dk, dv = (grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))
-    return dq, dk, dv
 
 
 # One node -------------------------------------------------------------------------------------------------------------

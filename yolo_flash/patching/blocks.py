@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from ultralytics.nn.modules.block import AAttn, Attention
 from ultralytics.utils import LOGGER
 
-from .backends.registry import BACKENDS, BackendNotSupportedError
-from .backends.spec import AttentionSpec
-from .dispatch.dispatcher import Runtime
-from .guard import Job, attend_packed, memory_format, transformed
-from .likeness import difference
-from .stock_pickle import PREFIX, StockPickle, stock_twin
+from ..backends.registry import BACKENDS, BackendNotSupportedError
+from ..backends.spec import AttentionSpec
+from ..dispatch.dispatcher import Runtime
+from .class_swap import PREFIX, StockPickle, stock_twin
+from .derivatives import transformed
+from .equivalence import difference
+from .fallback import Job, attend_packed, memory_format
 
 _UNREAD = frozenset(vars(nn.Module())) | {"__class__", "_compiled_call_impl", "total_ops", "total_params"}
 """Attributes of a block that change nothing of what its stock forward computes; `training` is one of them."""

@@ -1,0 +1,1 @@
+"""Swap the class of an attention block for one of ours, and back."""
