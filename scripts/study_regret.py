@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 
-from yolo_flash import AttentionSpec, autotune
+from yolo_flash import AttentionSpec
 from yolo_flash.dispatch import trial_cache
 from yolo_flash.dispatch.decision import select
 from yolo_flash.kernels import area
 from yolo_flash.machine import detect
+from yolo_flash.planning import autotune
 
 LAYERS = [("area 4", heads) for heads in (2, 4, 8, 12)] + [("area 1", heads) for heads in (4, 8, 12)]
 LAYERS += [("PSA", heads) for heads in (2, 4, 6)]

@@ -39,7 +39,7 @@ def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _by_the_rules(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Times decide no test but those of measuring itself, which are marked."""
     if request.node.get_closest_marker("measures") is None:
-        monkeypatch.setattr("yolo_flash.autotune.measure", lambda specs, device: {})
+        monkeypatch.setattr("yolo_flash.planning.autotune.measure", lambda specs, device: {})
         monkeypatch.setattr("yolo_flash.dispatch.trial_cache.known", lambda machine: {})
 
 

@@ -13,10 +13,11 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import LOCAL_RANK, RANK
 
 from tests.counting import AttentionCalls
-from yolo_flash import autotune, graphed_step
+from yolo_flash import graphed_step
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.dispatch.decision import Trial
 from yolo_flash.patching.blocks import FlashBlock
+from yolo_flash.planning import autotune
 
 
 def measure(specs: list[AttentionSpec], device: torch.device) -> dict[AttentionSpec, dict[str, Trial]]:

@@ -20,7 +20,7 @@ from ultralytics import YOLO
 
 from tests.machines import MACHINES
 from tests.test_telemetry import events
-from yolo_flash import FlashConfig, autotune, cli, patch_model, plan
+from yolo_flash import FlashConfig, cli, patch_model, plan
 from yolo_flash.backends import separate
 from yolo_flash.backends.registry import BACKENDS, Backend
 from yolo_flash.backends.spec import AttentionSpec
@@ -28,6 +28,7 @@ from yolo_flash.dispatch import trial_cache
 from yolo_flash.dispatch.decision import Trial
 from yolo_flash.dispatch.dispatcher import Runtime
 from yolo_flash.machine import detect
+from yolo_flash.planning import autotune
 from yolo_flash.utils import numerics, timing
 
 CPU = torch.device("cpu")

@@ -11,11 +11,13 @@ import torch
 from ultralytics import YOLO
 
 from tests.machines import MACHINES
-from yolo_flash import FlashConfig, cli, forecast, report
+from yolo_flash import FlashConfig, cli, report
 from yolo_flash.backends.spec import AttentionSpec
+from yolo_flash.bench import largest_batch
 from yolo_flash.dispatch.dispatcher import Runtime
-from yolo_flash.forecast import attention_memory, kept_bytes
-from yolo_flash.planning import Shot, make_plan
+from yolo_flash.planning import memory
+from yolo_flash.planning.memory import attention_memory, kept_bytes
+from yolo_flash.planning.plan import Shot, make_plan
 
 MEASURED = sorted((Path(__file__).parent.parent / "docs" / "results").glob("step-*.json"))
 
@@ -40,7 +42,7 @@ def test_the_difference_is_within_a_tenth_of_the_measured_one(file: Path, arm: s
     backend = "sdpa_flash" if arm == "auto" else arm
     rows = make_plan(YOLO(job["model"]).model, Runtime(FlashConfig(backend=backend)), MACHINES["H100"], [shot])
     forecast = attention_memory(rows)
-    assert (forecast.stock - forecast.planned) / 2**30 == pytest.approx(peak["unpatched"] - peak[arm], rel=0.1)
+    assert (memory.stock - memory.planned) / 2**30 == pytest.approx(peak["unpatched"] - peak[arm], rel=0.1)
 
 
 def test_there_are_measurements() -> None:
@@ -73,8 +75,8 @@ class Card:
             def parts(self, imgsz: int, batch: int) -> dict[str, Any]:
                 return {"kernel_ms": lambda: card.run(self.arm, self.job.amp, imgsz, batch)}
 
-        monkeypatch.setattr(forecast, "Step", Step)
-        monkeypatch.setattr(forecast, "free_bytes", lambda device: 60 * 2**30)
+        monkeypatch.setattr(memory, "Step", Step)
+        monkeypatch.setattr(memory, "free_bytes", lambda device: 60 * 2**30)
         for name, value in (
             ("memory_allocated", lambda device: 4 * 2**30),
             ("max_memory_allocated", lambda device: int(self.peak * 2**30)),
@@ -100,13 +102,13 @@ def test_the_largest_batch_is_on_the_line_through_two_peaks(
     arm: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Card(monkeypatch)
-    assert forecast.largest_batch("yolo12n.yaml", 640, arm, torch.device("cuda:0"), True) == batch
+    assert largest_batch.largest_batch("yolo12n.yaml", 640, arm, torch.device("cuda:0"), True) == batch
 
 
 @pytest.mark.parametrize(("amp", "used"), [(True, "fp16"), ("bf16", "bf16"), (False, "fp32"), ("fp32", "fp32")])
 def test_the_steps_have_the_precision_of_the_run(amp: Any, used: str, monkeypatch: pytest.MonkeyPatch) -> None:
     card = Card(monkeypatch)
-    forecast.largest_batch("yolo12n.yaml", 320, "auto", torch.device("cuda:0"), amp)
+    largest_batch.largest_batch("yolo12n.yaml", 320, "auto", torch.device("cuda:0"), amp)
     assert card.steps == [("auto", used, 320, batch) for batch in (2, 2, 6, 6)]
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from tests.test_autotune import AREA, CPU, PSA, break_flash
-from yolo_flash import autotune
 from yolo_flash.backends import separate
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.dispatch import trial_cache
-from yolo_flash.trial_block import arm_of, hard_probe
+from yolo_flash.planning import autotune
+from yolo_flash.planning.arms import arm_of
+from yolo_flash.planning.probes import hard_probe
 from yolo_flash.utils.numerics import reference, relative_error
 
 SEPARATE = AttentionSpec(2, 8, 40, 40, 32, 32, torch.float32, "separate")

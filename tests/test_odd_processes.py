@@ -22,10 +22,11 @@ from tests.test_autotune import AREA, CPU, PSA
 from tests.test_options import LAYERS
 from tests.test_patch import patched_layers
 from tests.twins import twins
-from yolo_flash import autotune, patch_model
+from yolo_flash import patch_model
 from yolo_flash.dispatch import trial_cache
 from yolo_flash.dispatch.decision import Trial
 from yolo_flash.machine import detect
+from yolo_flash.planning import autotune
 
 SOURCE = Path(yolo_flash.__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}

@@ -25,7 +25,7 @@ from tests.test_telemetry import FORWARD, events, interrupted, of
 from yolo_flash import AttentionSpec, FlashConfig, cli, patch_model
 from yolo_flash.dispatch.dispatcher import Runtime
 from yolo_flash.machine import detect
-from yolo_flash.planning import PlanRow
+from yolo_flash.planning.plan import PlanRow
 from yolo_flash.telemetry import Telemetry
 
 LAYERS = 3  # of the tiny model

@@ -21,7 +21,7 @@ from yolo_flash import BackendNotSupportedError, FlashConfig, patch_model, plan
 from yolo_flash.dispatch.dispatcher import Runtime
 from yolo_flash.models import open_model
 from yolo_flash.patching.patch import BLOCKS, patch_modules, targets
-from yolo_flash.planning import Shot, describe, layer_inputs, make_plan, rounded_size, run_shots
+from yolo_flash.planning.plan import Shot, describe, layer_inputs, make_plan, rounded_size, run_shots
 from yolo_flash.trainer import _commonest_shape
 
 # scale -> (layers, heads) of the table in the README; YOLO12: (layers of each stage, heads of stage 6, of stage 8)

@@ -57,7 +57,7 @@ def test_files_of_other_runs_change_nothing_near_what_this_run_has_measured() ->
 
 
 def test_a_plan_knows_what_the_steps_will_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("yolo_flash.autotune.measure", lambda specs, device: {})  # it failed, say
+    monkeypatch.setattr("yolo_flash.planning.autotune.measure", lambda specs, device: {})  # it failed, say
     model = patch_model(YOLO("yolo12n.yaml"))
     rows = plan(model, imgsz=64, batch=2, device="cpu")
     trial_cache.store({row.decision.spec: SLOW for row in rows}, detect(CPU))

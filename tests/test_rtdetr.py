@@ -26,7 +26,7 @@ from yolo_flash.machine import detect
 from yolo_flash.patching.blocks import FlashBlock
 from yolo_flash.patching.multihead import FlashMultiheadAttention
 from yolo_flash.patching.patch import patch_modules, targets
-from yolo_flash.planning import Shot, describe, layer_inputs, make_plan
+from yolo_flash.planning.plan import Shot, describe, layer_inputs, make_plan
 
 # config -> (layer of AIFI, of the decoder, head_dim of AIFI)
 CONFIGS = {

@@ -21,13 +21,14 @@ from ultralytics.nn.modules.block import AAttn
 from ultralytics.utils import ASSETS, YAML
 
 from tests.counting import randomise
-from yolo_flash import FlashConfig, autotune, cli, comparison, executed, patch_model, verification, verify
+from yolo_flash import FlashConfig, cli, comparison, executed, patch_model, verification, verify
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.dispatch import trial_cache
 from yolo_flash.dispatch.decision import Trial
 from yolo_flash.machine import detect
 from yolo_flash.patching.patch import patch_modules
+from yolo_flash.planning import autotune
 from yolo_flash.utils.numerics import allowed_error, relative_error
 from yolo_flash.verification_inputs import is_fresh, load_images
 

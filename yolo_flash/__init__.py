@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .graphs import FlashGraphError
     from .machine import Machine
     from .patching.fallback import FlashKernelError
-    from .planning import PlanRow
+    from .planning.plan import PlanRow
     from .report import checks
     from .verification import verify
     from .wrapper import patch_model, plan, unpatch_model

@@ -26,7 +26,7 @@ from .graphed_predict import PredictGraphs
 from .machine import Machine, detect
 from .models import open_model
 from .patching.patch import patch_modules
-from .planning import Shot, make_plan
+from .planning.plan import Shot, make_plan
 
 
 @dataclass(frozen=True)

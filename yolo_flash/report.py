@@ -13,14 +13,14 @@ from ultralytics.utils.checks import collect_system_info
 from ._version import __version__
 from .backends.registry import BACKENDS
 from .backends.spec import AttentionSpec
+from .bench.largest_batch import largest_batch
 from .config import FlashConfig
 from .dispatch.decision import select
-from .forecast import attention_memory, largest_batch
 from .machine import Machine, cudnn_release, detect, resolve_device
 from .models import open_model
 from .patching.patch import targets
-from .planning import PlanRow, describe, precisions, rounded_size
-from .telemetry import plan_entry, score_bytes
+from .planning.memory import attention_memory, score_bytes
+from .planning.plan import PlanRow, describe, plan_entry, precisions, rounded_size
 from .utils.log import quiet
 from .utils.memory import readable
 from .wrapper import patch_from_sources, plan

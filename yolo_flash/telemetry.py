@@ -22,12 +22,12 @@ from ultralytics.utils import LOGGER
 
 from ._version import __version__
 from .backends.registry import BACKENDS
-from .backends.spec import AttentionSpec, short
 from .config import FlashConfig
 from .dispatch.dispatcher import Runtime
 from .engine.run_plot import draw_run
 from .machine import Machine
-from .planning import PlanRow, describe
+from .planning.memory import score_bytes
+from .planning.plan import PlanRow, describe, plan_entry
 from .utils.files import write_file
 from .utils.memory import GIB, peak_memory_gib, readable
 from .utils.profiler import PROFILER, hushed, profiler_lets_go, stop_profiler
@@ -266,27 +266,6 @@ class Telemetry:
             file.write(json.dumps({"event": event, **facts}) + "\n")
 
 
-def plan_entry(row: PlanRow) -> dict[str, Any]:
-    """A row of the plan as JSON: layer, block, mode, spec, backend, why, ms, error and the reasons of the refused.
-
-    `notes` has the backends whose time was scaled, and from what.
-    """
-    decision = row.decision
-    return {
-        "layer": row.layer,
-        "block": row.block,
-        "mode": row.mode,
-        "spec": dataclasses.asdict(decision.spec) | {"dtype": short(decision.spec.dtype)},
-        "backend": decision.backend,
-        "why": decision.why,
-        "ms": decision.ms,
-        "notes": decision.notes,
-        "error": decision.error,
-        "refused": {name: list(reasons) for name, reasons in decision.refused.items()},
-        "note": row.note,
-    }
-
-
 def attention_kernels(events: Iterable[Any]) -> tuple[Counter[str], Counter[str]]:
     """Attention in a profile.
 
@@ -319,17 +298,6 @@ def _replays_text(facts: dict[str, Any]) -> str:
 def _short_name(kernel: str) -> str:
     """`void pytorch_flash::flash_fwd_kernel<...>(...)` -> `flash_fwd_kernel`."""
     return re.split(r"[<(]", kernel.removeprefix("void "))[0].rsplit("::", 1)[-1]
-
-
-def score_bytes(specs: Iterable[AttentionSpec]) -> int:
-    """Bytes of score matrices that stock blocks keep for the backward of one step.
-
-    Under autocast the softmax runs in float32 and the product needs a half copy: 6 bytes a score; in float32, 4.
-
-    Args:
-        specs: One for each layer.
-    """
-    return sum(spec.scores * (4 if spec.dtype is torch.float32 else 6) for spec in specs)
 
 
 def known_columns(csv: Path, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
-from . import autotune, offline
+from . import offline
 from .backends.registry import BackendNotSupportedError
 from .backends.spec import AttentionSpec
 from .config import FlashConfig
@@ -27,7 +27,8 @@ from .graphed_step import StepGraphs
 from .graphs import EarlyCopy
 from .machine import detect
 from .patching.patch import patch_modules, targets
-from .planning import PlanRow, Shot, make_plan
+from .planning import autotune
+from .planning.plan import PlanRow, Shot, make_plan
 from .telemetry import Telemetry, known_columns
 from .utils.errors import is_out_of_memory
 

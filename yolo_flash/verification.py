@@ -18,7 +18,6 @@ from ultralytics.engine.model import Model
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
-from . import autotune
 from ._version import __version__
 from .backends.registry import BACKENDS
 from .backends.spec import AttentionSpec, short
@@ -45,7 +44,8 @@ from .patching.blocks import FlashBlock, block_spec
 from .patching.fallback import FlashKernelError
 from .patching.multihead import images_and_tokens
 from .patching.patch import patch_modules, targets, unpatch_modules
-from .planning import precisions, rounded_size
+from .planning import autotune
+from .planning.plan import precisions, rounded_size
 from .utils.log import quiet
 from .utils.numerics import relative_error
 from .verification_inputs import is_fresh, load_images, settle

@@ -12,12 +12,12 @@ import torch
 
 from tests.counting import randomise
 from tests.test_blocks import MAKE, channels, patched
-from yolo_flash import autotune
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.dispatch import trial_cache
 from yolo_flash.dispatch.decision import select
 from yolo_flash.machine import detect
-from yolo_flash.trial_block import hard_probe
+from yolo_flash.planning import autotune
+from yolo_flash.planning.probes import hard_probe
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,10 +17,11 @@ from ultralytics.utils import ASSETS
 from tests.counting import AttentionCalls
 from tests.test_multihead import errors, patched, plain, randomise
 from tests.test_multihead import run as run_module
-from yolo_flash import AttentionSpec, BackendNotSupportedError, autotune, patch_model, plan
+from yolo_flash import AttentionSpec, BackendNotSupportedError, patch_model, plan
 from yolo_flash.machine import detect
 from yolo_flash.patching.multihead import FlashMultiheadAttention, denoising_mask
 from yolo_flash.patching.patch import targets
+from yolo_flash.planning import autotune
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .backends.separate import RUNS, Inputs
-from .backends.spec import AttentionSpec
-from .config import FlashConfig
-from .dispatch.dispatcher import Runtime
-from .patching.class_swap import become
-from .patching.multihead import FlashMultiheadAttention, denoising_mask
-from .utils.numerics import Results, reference
+from ..backends.separate import RUNS, Inputs
+from ..backends.spec import AttentionSpec
+from ..config import FlashConfig
+from ..dispatch.dispatcher import Runtime
+from ..patching.class_swap import become
+from ..patching.multihead import FlashMultiheadAttention, denoising_mask
+from ..utils.numerics import Results, reference
 
 
 class MultiheadArm:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -16,13 +17,13 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import unwrap_model
 
-from .backends.spec import AttentionSpec
-from .dispatch.decision import Decision, Trial
-from .dispatch.dispatcher import Runtime
-from .machine import Machine
-from .patching.blocks import FlashBlock, block_spec
-from .patching.multihead import denoising_queries, images_and_tokens
-from .patching.patch import BLOCKS, layer_choices, targets, unpatch_modules
+from ..backends.spec import AttentionSpec, short
+from ..dispatch.decision import Decision, Trial
+from ..dispatch.dispatcher import Runtime
+from ..machine import Machine
+from ..patching.blocks import FlashBlock, block_spec
+from ..patching.multihead import denoising_queries, images_and_tokens
+from ..patching.patch import BLOCKS, layer_choices, targets, unpatch_modules
 
 
 @dataclass(frozen=True)
@@ -278,3 +279,24 @@ def _marked(decision: Decision, name: str) -> str:
 def _stage(layer: str) -> str:
     """`model.6.m.0.0.attn` -> `model.6`."""
     return ".".join(layer.split(".")[:2])
+
+
+def plan_entry(row: PlanRow) -> dict[str, Any]:
+    """A row of the plan as JSON: layer, block, mode, spec, backend, why, ms, error and the reasons of the refused.
+
+    `notes` has the backends whose time was scaled, and from what.
+    """
+    decision = row.decision
+    return {
+        "layer": row.layer,
+        "block": row.block,
+        "mode": row.mode,
+        "spec": dataclasses.asdict(decision.spec) | {"dtype": short(decision.spec.dtype)},
+        "backend": decision.backend,
+        "why": decision.why,
+        "ms": decision.ms,
+        "notes": decision.notes,
+        "error": decision.error,
+        "refused": {name: list(reasons) for name, reasons in decision.refused.items()},
+        "note": row.note,
+    }

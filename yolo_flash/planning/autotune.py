@@ -19,16 +19,17 @@ import torch
 from torch import Tensor
 from ultralytics.utils import LOGGER, NUM_THREADS, TQDM
 
-from .backends.registry import BACKENDS
-from .backends.spec import AttentionSpec
-from .dispatch import trial_cache
-from .dispatch.decision import Trial
-from .machine import Machine, detect
-from .trial_block import Probe, arm_of, channels, hard_probe, inputs, random_probe
-from .utils.errors import first_line, is_out_of_memory
-from .utils.memory import extra_bytes, free_bytes, readable, wait
-from .utils.numerics import Results, allowed_error
-from .utils.timing import sampler_of
+from ..backends.registry import BACKENDS
+from ..backends.spec import AttentionSpec
+from ..dispatch import trial_cache
+from ..dispatch.decision import Trial
+from ..machine import Machine, detect
+from ..utils.errors import first_line, is_out_of_memory
+from ..utils.memory import extra_bytes, free_bytes, readable, wait
+from ..utils.numerics import Results, allowed_error
+from ..utils.timing import sampler_of
+from .arms import arm_of, channels, inputs
+from .probes import Probe, hard_probe, random_probe
 
 _SCORES_TO_CHECK = 2**22  # exactness does not depend on the number of groups: as many as make this, one at least
 _SECONDS = 1.0  # spent on the samples of one backend at most, once it has two

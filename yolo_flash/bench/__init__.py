@@ -1,0 +1,1 @@
+"""Measuring for the reader: stock against ours, in fresh processes."""

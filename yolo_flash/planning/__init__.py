@@ -1,0 +1,1 @@
+"""What comes before the first step: the problems of a run, trials of their backends, the memory they need."""
