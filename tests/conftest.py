@@ -46,7 +46,7 @@ def _by_the_rules(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 @pytest.fixture(scope="session")
 def coco8() -> str:
     """data.yaml of the real coco8 where YOLO_FLASH_DATASETS has it, else of the stand-in."""
-    from yolo_flash.standin import create_standin
+    from yolo_flash.assets.coco8_standin import create_standin
 
     real = Path(os.environ.get("YOLO_FLASH_DATASETS", "")) / "coco8"
     if not (real / "data.yaml").is_file():

@@ -22,7 +22,8 @@ from ultralytics.utils import ASSETS, SETTINGS, YAML
 
 import yolo_flash
 from tests.versions import ULTRALYTICS
-from yolo_flash import cli, offline
+from yolo_flash import cli
+from yolo_flash.assets import offline
 from yolo_flash.config import FlashConfig, FlashConfigError
 
 TRAIN = ["train", "model=yolo12n.yaml"]

@@ -16,8 +16,9 @@ import pytest
 from ultralytics.data import utils as data_utils
 from ultralytics.utils import ROOT, SETTINGS, YAML, downloads
 
-from yolo_flash import cli, offline
-from yolo_flash.standin import create_standin
+from yolo_flash import cli
+from yolo_flash.assets import offline
+from yolo_flash.assets.coco8_standin import create_standin
 
 SHIPPED = ROOT / "cfg" / "datasets" / "coco8.yaml"
 

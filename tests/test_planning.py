@@ -18,8 +18,8 @@ from ultralytics.utils import ROOT
 
 from tests.machines import MACHINES
 from yolo_flash import BackendNotSupportedError, FlashConfig, patch_model, plan
+from yolo_flash.assets.models import open_model
 from yolo_flash.dispatch.dispatcher import Runtime
-from yolo_flash.models import open_model
 from yolo_flash.patching.patch import BLOCKS, patch_modules, targets
 from yolo_flash.planning.plan import Shot, describe, layer_inputs, make_plan, rounded_size, run_shots
 from yolo_flash.trainer import _commonest_shape

@@ -12,8 +12,8 @@ from ultralytics.data import YOLODataset
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils import ASSETS, YAML
 
-from yolo_flash import standin
-from yolo_flash.standin import PHOTO_BOXES, VIEWS, create_standin, view_boxes
+from yolo_flash.assets import coco8_standin
+from yolo_flash.assets.coco8_standin import PHOTO_BOXES, VIEWS, create_standin, view_boxes
 
 
 def files(folder: Path) -> dict[str, Path]:
@@ -82,7 +82,7 @@ def test_flipped_view_mirrors_the_boxes_and_the_picture() -> None:
     for view in VIEWS:
         plain, flipped = (replace(view, flip=flip) for flip in (False, True))
         assert view_boxes(flipped) == [(name, 1 - x, y, w, h) for name, x, y, w, h in view_boxes(plain)]
-    a, b = (decode(standin._encode(v)) for v in (plain, flipped))
+    a, b = (decode(coco8_standin._encode(v)) for v in (plain, flipped))
     assert np.abs(a.astype(int) - b[:, ::-1]).mean() < 5  # equal but for the losses of JPEG
 
 
@@ -107,7 +107,7 @@ def test_unusable_set_is_replaced(folder: Path, damage: str) -> None:
     elif damage == "yaml missing":
         data.unlink()
     elif damage == "older version":
-        data.write_text(data.read_text().replace(standin.HEADER, f"{standin.TITLE}\n# version 0\n"))
+        data.write_text(data.read_text().replace(coco8_standin.HEADER, f"{coco8_standin.TITLE}\n# version 0\n"))
         (folder / "images" / "val" / "standin-99.jpg").touch()
     else:
         folder = folder.rename(folder.with_name("moved"))
@@ -126,27 +126,27 @@ def test_files_of_others_are_never_replaced(folder: Path) -> None:
 
 
 def test_finished_set_of_a_faster_process_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, folder = standin._write, tmp_path / "set"
+    write, folder = coco8_standin._write, tmp_path / "set"
 
     def write_twice(made: Path, path: Path) -> None:
         write(made, path)
         write(path, path)  # what another process has finished in the meantime
         (path / "labels" / "train.cache").touch()
 
-    monkeypatch.setattr(standin, "_write", write_twice)
+    monkeypatch.setattr(coco8_standin, "_write", write_twice)
     create_standin(folder)
     assert (folder / "labels" / "train.cache").exists()
 
 
 def test_missing_photograph_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standin, "ASSETS", tmp_path / "none")
+    monkeypatch.setattr(coco8_standin, "ASSETS", tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=r"bus\.jpg"):
         create_standin(tmp_path / "set")
     assert not list(tmp_path.iterdir())
 
 
 def test_unreadable_photograph_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standin, "ASSETS", tmp_path)
+    monkeypatch.setattr(coco8_standin, "ASSETS", tmp_path)
     (tmp_path / "bus.jpg").write_text("not a picture")
     with pytest.raises(OSError, match=r"bus\.jpg"):
         create_standin(tmp_path / "set")

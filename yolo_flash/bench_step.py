@@ -17,12 +17,12 @@ from ultralytics.cfg import get_cfg
 from ultralytics.utils.torch_utils import ModelEMA, init_seeds
 
 from . import fixed_loss
+from .assets.models import open_model
 from .bench_process import GRAPHS, UNPATCHED, Job, serve
 from .capture import answer_step, capture_step
 from .config import FlashConfig
 from .fixed_loss import Capacity
 from .graphs import GraphedStep
-from .models import open_model
 from .patching.patch import patch_modules
 
 NCHW = "nchw"  # an arm without the plugin and without channels_last, in which Ultralytics trains on CUDA

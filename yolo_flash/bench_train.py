@@ -21,10 +21,10 @@ import torch
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.checks import check_file
 
-from . import offline
+from .assets import offline
+from .assets.models import open_model
 from .bench_process import UNPATCHED, BaseJob, take_turn
 from .bench_rounds import bench
-from .models import open_model
 from .utils.memory import peak_memory_gib
 from .wrapper import patch_model
 

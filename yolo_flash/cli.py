@@ -17,9 +17,9 @@ from ultralytics.cfg import MODES, TASK2MODEL, TASKS, entrypoint
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML
 from ultralytics.utils.checks import check_yaml
 
-from . import offline
 from ._version import __version__
 from .arguments import UsageError, merge, read, refuse_missing, split_settings
+from .assets import offline
 from .backends.registry import BackendNotSupportedError, check_name
 from .commands import run_bench, run_checks, run_plan, run_verify
 from .config import FlashConfig, FlashConfigError

@@ -11,13 +11,13 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.checks import collect_system_info
 
 from ._version import __version__
+from .assets.models import open_model
 from .backends.registry import BACKENDS
 from .backends.spec import AttentionSpec
 from .bench.largest_batch import largest_batch
 from .config import FlashConfig
 from .dispatch.decision import select
 from .machine import Machine, cudnn_release, detect, resolve_device
-from .models import open_model
 from .patching.patch import targets
 from .planning.memory import attention_memory, score_bytes
 from .planning.plan import PlanRow, describe, plan_entry, precisions, rounded_size

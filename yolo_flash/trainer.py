@@ -17,7 +17,7 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
-from . import offline
+from .assets import offline
 from .backends.registry import BackendNotSupportedError
 from .backends.spec import AttentionSpec
 from .config import FlashConfig

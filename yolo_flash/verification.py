@@ -19,6 +19,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
 from ._version import __version__
+from .assets.models import open_model
 from .backends.registry import BACKENDS
 from .backends.spec import AttentionSpec, short
 from .comparison import (
@@ -39,7 +40,6 @@ from .config import FlashConfig, known_keys
 from .dispatch.dispatcher import Runtime
 from .executed import observe
 from .machine import detect, resolve_device
-from .models import open_model
 from .patching.blocks import FlashBlock, block_spec
 from .patching.fallback import FlashKernelError
 from .patching.multihead import images_and_tokens

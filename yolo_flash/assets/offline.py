@@ -17,7 +17,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from ultralytics.utils import DATASETS_DIR, LOGGER, SETTINGS, USER_CONFIG_DIR, downloads, env_bool
 from ultralytics.utils.checks import check_file, check_yolov5u_filename
 
-from .standin import create_standin
+from .coco8_standin import create_standin
 
 DOWNLOAD_HOST = "github.com"  # data sets and weights of Ultralytics come from its releases
 PROBE_SECONDS = 3.0

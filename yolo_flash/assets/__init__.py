@@ -1,0 +1,1 @@
+"""Models and data where nothing can be downloaded."""
