@@ -42,7 +42,7 @@ def test_the_difference_is_within_a_tenth_of_the_measured_one(file: Path, arm: s
     backend = "sdpa_flash" if arm == "auto" else arm
     rows = make_plan(YOLO(job["model"]).model, Runtime(FlashConfig(backend=backend)), MACHINES["H100"], [shot])
     forecast = attention_memory(rows)
-    assert (memory.stock - memory.planned) / 2**30 == pytest.approx(peak["unpatched"] - peak[arm], rel=0.1)
+    assert (forecast.stock - forecast.planned) / 2**30 == pytest.approx(peak["unpatched"] - peak[arm], rel=0.1)
 
 
 def test_there_are_measurements() -> None:

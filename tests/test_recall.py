@@ -113,7 +113,7 @@ def test_the_cache_is_read_once_and_not_at_the_wrong_time(monkeypatch: pytest.Mo
     mine.decide_for_compile("", "auto", TINY.without_sizes(), "cpu")
     for name, value in (("RANK", 0), ("dist", Ranks)):
         with monkeypatch.context() as rank:  # whose files may be others
-            rank.setattr(runtime, name, value)
+            rank.setattr(dispatcher, name, value)
             mine.decide(dataclasses.replace(TINY, batch=3), "auto", CPU)
     assert not reads
     assert mine.decide(dataclasses.replace(TINY, batch=1), "auto", CPU).backend == "sdpa_flash"
@@ -232,7 +232,7 @@ def test_nothing_is_measured_within_a_training_or_on_the_card_of_the_rules(monke
 def test_a_capture_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
     mine, measured = predicting("T4", monkeypatch)
     with monkeypatch.context() as capturing:
-        capturing.setattr(runtime, "_is_traced", lambda device: True)
+        capturing.setattr(dispatcher, "_is_traced", lambda device: True)
         for _ in range(9):
             mine.plan(FIELDS, "auto", CARD)
         assert not measured

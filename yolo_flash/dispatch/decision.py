@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..backends.registry import BACKENDS, BackendNotSupportedError, check_name
 from ..backends.spec import AttentionSpec
 from ..machine import Machine
-from .rules import _rules
+from .rules import rules_for
 
 ASKED_FOR = "asked for"  # why an explicit choice is taken
 TIE = 0.03  # times this near are equal: the spread of repeats
@@ -130,8 +130,8 @@ def select(
     by_rules = False
     if check_name(choice) == "auto":
         rules = [
-            rule for rule in _rules(spec, machine) if rule[0] not in refused
-        ]  # ends with stock, which has no limits
+            rule for rule in rules_for(spec, machine) if rule[0] not in refused
+        ]  # stock, without limits, ends them
         timed = {name: trial for name, trial in trials.items() if trial.ms is not None and name not in refused}
         by_rules = not timed
         for name, trial in trials.items():

@@ -12,7 +12,7 @@ from ..machine import Machine
 RULES_MEASURED_ON = (9, 0)  # the compute capability of the card whose numbers are behind the rules for GPUs
 
 
-def _rules(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str]]:
+def rules_for(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str]]:
     """Backends in the order in which `auto` takes them, with the reason; measured in docs/results/rules-*.md."""
     if machine.kind == "cpu":
         yield from _cpu_rules(spec)

@@ -9,7 +9,6 @@ import torch
 
 from ..backends.registry import BACKENDS
 from ..backends.spec import AttentionSpec
-from ..plan import PlanRow
 from .plan import PlanRow
 
 

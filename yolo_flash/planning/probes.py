@@ -13,17 +13,11 @@ from torch import Tensor
 from ..backends.spec import AttentionSpec
 from ..utils.numerics import Results, reference, relative_error
 from . import arms_multihead
-from .arms import _grouped, _laid_out, channels
+from .arms import _grouped, _laid_out, channels, inputs
 
 _PARTS = ("output", "gradient of q", "gradient of k", "gradient of v")
-
-
 _HIGH = 120.0  # a score of the hard inputs: its exponential overflows float32, that of its negative is zero there
-
-
 _HARD_SCORES = {"cpu": 2**22, "cuda": 2**24}  # as many kinds of hard inputs as make this, one at least
-
-
 _HARD_LARGEST = {"cpu": 2**24, "cuda": 2**27}  # of one image: beyond, a trial would take seconds more
 
 
