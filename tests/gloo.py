@@ -13,9 +13,9 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import LOCAL_RANK, RANK
 
 from tests.counting import AttentionCalls
-from yolo_flash import graphed_step
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.dispatch.decision import Trial
+from yolo_flash.graphs import policy
 from yolo_flash.patching.blocks import FlashBlock
 from yolo_flash.planning import autotune
 
@@ -75,7 +75,7 @@ class GraphTrainer(GlooTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not self.ddp:
-            graphed_step.not_supported_reasons = lambda trainer, mode: []
+            policy.not_supported_reasons = lambda trainer, mode: []
         self.replayed: list[int] = []
         self.averaged: list[bool] = []  # in which optimizer steps by us, not by DDP
         self._flash_graphs._capture_step = self.capture

@@ -155,7 +155,7 @@ def test_telemetry_that_fails_within_a_profiled_step_leaves_no_profiler(
     )
     after: list[bool] = []
     model.add_callback("on_train_batch_start", lambda trainer: after.append(torch.autograd._profiler_enabled()))
-    monkeypatch.setattr("yolo_flash.graphed_step.StepGraphs.prepare", lambda self, trainer: "")
+    monkeypatch.setattr("yolo_flash.graphs.policy.StepGraphs.prepare", lambda self, trainer: "")
     model.train(**tiny_args)
     assert after == [False, False]
     assert not profiler.PROFILER.locked()

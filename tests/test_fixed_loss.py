@@ -13,9 +13,9 @@ from ultralytics.utils import DEFAULT_CFG
 from ultralytics.utils.loss import v8DetectionLoss
 
 from tests.versions import loss_in_graphs
-from yolo_flash import fixed_loss
-from yolo_flash.capture import _with_gradients, capture_step, loss_error
-from yolo_flash.fixed_loss import Capacity, FixedShapeLoss, gains, needed, not_supported_reason, pad_targets
+from yolo_flash.graphs import fixed_loss
+from yolo_flash.graphs.capture import _with_gradients, capture_step, loss_error
+from yolo_flash.graphs.fixed_loss import Capacity, FixedShapeLoss, gains, needed, not_supported_reason, pad_targets
 
 SIDE = 96
 Batch = dict[str, Any]

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from ultralytics import YOLO, YOLOE
 from ultralytics.models.yolo.detect import DetectionPredictor
 
-from yolo_flash import graphed_predict, patch_model, unpatch_model
-from yolo_flash.graphed_predict import FlashPredictorMixin, PredictGraphs, predictor_class
+from yolo_flash import patch_model, unpatch_model
+from yolo_flash.engine import predictor
+from yolo_flash.engine.predictor import FlashPredictorMixin, predictor_class
+from yolo_flash.graphs import predict
+from yolo_flash.graphs.predict import PredictGraphs
 
 
 class Replay:
@@ -34,8 +37,8 @@ class Replay:
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[Replay]:
     """Every forward is one that could be replayed; the graphs there were."""
-    monkeypatch.setattr(graphed_predict, "CapturedForward", Replay)
-    monkeypatch.setattr(graphed_predict, "_has_graphs", lambda images: True)
+    monkeypatch.setattr(predict, "CapturedForward", Replay)
+    monkeypatch.setattr(predictor, "_has_graphs", lambda images: True)
     monkeypatch.setattr(Replay, "made", [])
     return Replay.made
 
@@ -105,7 +108,7 @@ def test_what_predict_sets_in_the_head_belongs_to_the_graph(replays: list[Replay
             for _ in range(2):
                 assert graphs(network, images)[0].shape[1] == max_det
     assert len(replays) == 2
-    assert graphed_predict._inner(network) is model
+    assert predict._inner(network) is model
 
 
 class Network(nn.Module):

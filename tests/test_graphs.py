@@ -25,12 +25,12 @@ from tests.counting import run_out_of_memory_once
 from tests.test_telemetry import events, of
 from tests.versions import loss_in_graphs
 from yolo_flash import FlashConfig, FlashConfigError, patch_model
-from yolo_flash import graphed_step as graphed_step_module
-from yolo_flash import graphs as graphs_module
-from yolo_flash.fixed_loss import Capacity, FixedShapeLoss
-from yolo_flash.graphed_step import StepGraphs, not_supported_reasons
-from yolo_flash.graphs import FlashGraphError, GraphedStep
-from yolo_flash.ranks import RankAverage
+from yolo_flash.graphs import graphed_step as graphs_module
+from yolo_flash.graphs import policy as graphed_step_module
+from yolo_flash.graphs.ddp import RankAverage
+from yolo_flash.graphs.fixed_loss import Capacity, FixedShapeLoss
+from yolo_flash.graphs.graphed_step import FlashGraphError, GraphedStep
+from yolo_flash.graphs.policy import StepGraphs, not_supported_reasons
 
 pytestmark = pytest.mark.usefixtures("tiny_model")  # writes tiny.yaml
 

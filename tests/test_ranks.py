@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from yolo_flash.ranks import RankAverage
+from yolo_flash.graphs.ddp import RankAverage
 
 CASES = (
     "plain",

@@ -17,8 +17,8 @@ from tests.test_autotune import AREA, CPU, PSA
 from yolo_flash import patch_model, plan
 from yolo_flash.dispatch import trial_cache
 from yolo_flash.dispatch.decision import Trial
+from yolo_flash.graphs.signature import Signature
 from yolo_flash.machine import detect
-from yolo_flash.signature import Signature
 from yolo_flash.utils import numerics
 
 pytestmark = pytest.mark.measures

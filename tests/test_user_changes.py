@@ -23,15 +23,16 @@ from ultralytics.utils.torch_utils import unwrap_model
 from tests.test_graphs import Replay, a_trainer, losses_of, with_criterion
 from tests.test_telemetry import events, of
 from tests.versions import loss_in_graphs
-from yolo_flash import capture as capture_module
-from yolo_flash import fixed_loss, patch_model
-from yolo_flash import graphed_step as graphed_step_module
-from yolo_flash.fixed_loss import Capacity, FixedShapeLoss
-from yolo_flash.graph_limits import not_supported_reasons
-from yolo_flash.graphed_predict import PredictGraphs
-from yolo_flash.graphed_step import StepGraphs
-from yolo_flash.graphs import Answer, FlashGraphError, _Replay
-from yolo_flash.signature import Signature
+from yolo_flash import patch_model
+from yolo_flash.graphs import capture as capture_module
+from yolo_flash.graphs import fixed_loss
+from yolo_flash.graphs import policy as graphed_step_module
+from yolo_flash.graphs.fixed_loss import Capacity, FixedShapeLoss
+from yolo_flash.graphs.graphed_step import Answer, FlashGraphError, _Replay
+from yolo_flash.graphs.limits import not_supported_reasons
+from yolo_flash.graphs.policy import StepGraphs
+from yolo_flash.graphs.predict import PredictGraphs
+from yolo_flash.graphs.signature import Signature
 
 pytestmark = [pytest.mark.usefixtures("tiny_model"), loss_in_graphs]
 

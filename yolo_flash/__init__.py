@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .backends.spec import AttentionSpec
     from .config import FlashConfig, FlashConfigError
     from .dispatch.decision import Decision
-    from .graphs import FlashGraphError
+    from .graphs.graphed_step import FlashGraphError
     from .machine import Machine
     from .patching.fallback import FlashKernelError
     from .planning.plan import PlanRow

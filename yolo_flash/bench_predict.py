@@ -23,7 +23,7 @@ from .bench_process import GRAPHS, UNPATCHED, Job, serve
 from .bench_rounds import bench
 from .config import FlashConfig
 from .dispatch.dispatcher import Runtime
-from .graphed_predict import PredictGraphs
+from .graphs.predict import PredictGraphs
 from .machine import Machine, detect
 from .patching.patch import patch_modules
 from .planning.plan import Shot, make_plan

@@ -16,13 +16,13 @@ from torch import nn
 from ultralytics.cfg import get_cfg
 from ultralytics.utils.torch_utils import ModelEMA, init_seeds
 
-from . import fixed_loss
 from .assets.models import open_model
 from .bench_process import GRAPHS, UNPATCHED, Job, serve
-from .capture import answer_step, capture_step
 from .config import FlashConfig
-from .fixed_loss import Capacity
-from .graphs import GraphedStep
+from .graphs import fixed_loss
+from .graphs.capture import answer_step, capture_step
+from .graphs.fixed_loss import Capacity
+from .graphs.graphed_step import GraphedStep
 from .patching.patch import patch_modules
 
 NCHW = "nchw"  # an arm without the plugin and without channels_last, in which Ultralytics trains on CUDA

@@ -23,7 +23,7 @@ from .assets import offline
 from .backends.registry import BackendNotSupportedError, check_name
 from .commands import run_bench, run_checks, run_plan, run_verify
 from .config import FlashConfig, FlashConfigError
-from .graphs import FlashGraphError
+from .graphs.graphed_step import FlashGraphError
 from .patching.fallback import FlashKernelError
 from .wrapper import patch_from_sources
 

@@ -23,8 +23,8 @@ from .backends.spec import AttentionSpec
 from .config import FlashConfig
 from .dispatch.decision import Trial
 from .dispatch.dispatcher import Runtime
-from .graphed_step import StepGraphs
-from .graphs import EarlyCopy
+from .graphs.graphed_step import EarlyCopy
+from .graphs.policy import StepGraphs
 from .machine import detect
 from .patching.patch import patch_modules, targets
 from .planning import autotune

@@ -13,7 +13,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from .config import FlashConfig, known_keys
 from .dispatch.dispatcher import Runtime
-from .graphed_predict import predictor_class
+from .engine.predictor import predictor_class
 from .machine import detect, resolve_device
 from .patching.blocks import FlashBlock
 from .patching.class_swap import StockPickle, become, restore

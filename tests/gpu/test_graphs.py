@@ -18,11 +18,11 @@ from tests.counting import randomise, run_out_of_memory_once
 from tests.test_patch import load_without_plugin, patched_layers
 from tests.test_telemetry import events
 from yolo_flash import FlashConfig, patch_model
-from yolo_flash.capture import answer_step, capture_step
-from yolo_flash.fixed_loss import Capacity, needed, pad_targets
-from yolo_flash.graphed_predict import FlashPredictorMixin
-from yolo_flash.graphed_step import FlashGraphError
-from yolo_flash.graphs import EarlyCopy, GraphedStep
+from yolo_flash.engine.predictor import FlashPredictorMixin
+from yolo_flash.graphs.capture import answer_step, capture_step
+from yolo_flash.graphs.fixed_loss import Capacity, needed, pad_targets
+from yolo_flash.graphs.graphed_step import EarlyCopy, GraphedStep
+from yolo_flash.graphs.policy import FlashGraphError
 from yolo_flash.patching.patch import patch_modules
 
 pytestmark = [

@@ -13,11 +13,11 @@ from ultralytics.nn.tasks import BaseModel
 
 from tests.test_telemetry import events, of
 from tests.test_user_changes import CHANGES
-from yolo_flash import graphed_step as graphed_step_module
 from yolo_flash import patch_model
-from yolo_flash.capture import _labelled, loss_error
-from yolo_flash.fixed_loss import Capacity, FixedShapeLoss, needed_bytes, pad_targets
-from yolo_flash.graphs import FlashGraphError
+from yolo_flash.graphs import policy as graphed_step_module
+from yolo_flash.graphs.capture import _labelled, loss_error
+from yolo_flash.graphs.fixed_loss import Capacity, FixedShapeLoss, needed_bytes, pad_targets
+from yolo_flash.graphs.graphed_step import FlashGraphError
 from yolo_flash.utils.stock_code import foreign
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .utils.numerics import arithmetic
-from .utils.stock_code import helpers
+from ..utils.numerics import arithmetic
+from ..utils.stock_code import helpers
 
 # Attributes that Ultralytics' code writes itself while it runs, or that a captured loss is given anew in every step.
 _WRITTEN = frozenset(

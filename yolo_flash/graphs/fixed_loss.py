@@ -20,8 +20,8 @@ from ultralytics.utils.loss import BboxLoss, E2ELoss, v8DetectionLoss
 from ultralytics.utils.ops import xywh2xyxy, xyxy2xywh
 from ultralytics.utils.tal import TaskAlignedAssigner, make_anchors
 
+from ..utils.stock_code import foreign
 from .signature import Signature
-from .utils.stock_code import foreign
 
 _NO_PARTS = (Tensor, dict, type, FunctionType, MethodType)
 _EPS = 1e-9  # of TaskAlignedAssigner.select_candidates_in_gts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from ultralytics.engine.predictor import BasePredictor
 from ultralytics.utils import LOGGER
 
-from .graphs import mended_generator
+from ..utils.errors import first_line
+from ..utils.numerics import relative_error
+from .graphed_step import mended_generator
 from .signature import Signature, has_hooks, plain_values, tensors_aside
-from .utils.errors import first_line
-from .utils.numerics import relative_error
 
 _KEPT = 4  # graphs at once, those used last: each holds the memory of a forward
 _CAPTURES = 2 * _KEPT  # of one network: shapes that take turns would be captured in every call
@@ -118,40 +116,6 @@ class CapturedForward:
         self._images.copy_(images)
         self._graph.replay()
         return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self._outputs)
-
-
-class FlashPredictorMixin(BasePredictor):
-    """Runs the network of a predictor from graphs; first base of a class generated for each predictor."""
-
-    _flash_graphs: PredictGraphs
-
-    def setup_model(self, *args: Any, **kwargs: Any) -> None:
-        """Begin without graphs: the network is another one."""
-        self._flash_graphs = PredictGraphs()
-        super().setup_model(*args, **kwargs)
-
-    def inference(self, im: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the predictor does it; plain forwards of a PyTorch model on a GPU by replay."""
-        model: Any = self.model
-        special = args or kwargs or self.args.augment or self.args.embed or self.args.visualize
-        if special or not _has_graphs(im) or getattr(model, "format", "") != "pt":
-            return super().inference(im, *args, **kwargs)
-        return self._flash_graphs(model, im)
-
-
-def _has_graphs(images: Tensor) -> bool:
-    return images.is_cuda and not torch.version.hip
-
-
-@functools.lru_cache
-def predictor_class(base: type) -> type:
-    """Our predictor on top of `base`, of Ultralytics or of a user; a class with an `inference` of its own stays."""
-    if issubclass(base, FlashPredictorMixin):
-        return base
-    if getattr(base, "inference", None) is not BasePredictor.inference:
-        LOGGER.warning(f"yolo-flash: {base.__name__} has an inference of its own, which runs without CUDA graphs.")
-        return base
-    return type(base.__name__, (FlashPredictorMixin, base), {})
 
 
 def _inner(network: Any) -> nn.Module:

@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils.torch_utils import unwrap_model
 
+from ..utils.stock_code import foreign
 from .signature import has_hooks, kept_graph
-from .utils.stock_code import foreign
 
 _ENTRANCES = ("forward", "predict", "loss")
 

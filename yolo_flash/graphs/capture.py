@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..utils.errors import first_line, is_out_of_memory
+from ..utils.numerics import relative_error
 from . import fixed_loss
 from .fixed_loss import Capacity, FixedShapeLoss
-from .graphs import Answer, GraphedStep, no_trace, without_cached_casts
-from .utils.errors import first_line, is_out_of_memory
-from .utils.numerics import relative_error
+from .graphed_step import Answer, GraphedStep, no_trace, without_cached_casts
 
 LABELS = ("batch_idx", "cls", "bboxes")  # of a batch, what the loss reads beside the images
 

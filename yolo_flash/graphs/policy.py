@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
+from ..utils.errors import first_line, is_out_of_memory
+from ..utils.memory import free_bytes, readable
 from . import fixed_loss
 from .capture import LABELS, answer_step, capture_step
+from .ddp import RankAverage, everywhere
 from .fixed_loss import Capacity, FixedShapeLoss
-from .graph_limits import boxes_stay, not_supported_reasons, own_loop
-from .graphs import Answer, FlashGraphError, GraphedStep
-from .ranks import RankAverage, everywhere
-from .utils.errors import first_line, is_out_of_memory
-from .utils.memory import free_bytes, readable
+from .graphed_step import Answer, FlashGraphError, GraphedStep
+from .limits import boxes_stay, not_supported_reasons, own_loop
 
 _TIMED = 3  # steps of each kind that `auto` compares
 _GAIN = 1.05  # below it graphs do not pay for their memory
