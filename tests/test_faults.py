@@ -35,8 +35,8 @@ from tests.test_options import LAYERS, train
 from tests.test_patch import patched_layers
 from tests.test_telemetry import FORWARD, events, of
 from yolo_flash import cli, patch_model
-from yolo_flash import telemetry as telemetry_module
 from yolo_flash.assets import offline
+from yolo_flash.engine import telemetry as telemetry_module
 from yolo_flash.engine.run_plot import draw_run
 from yolo_flash.patching.patch import targets
 from yolo_flash.utils import profiler

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from yolo_flash.telemetry import COLUMNS
+from yolo_flash.engine.telemetry import COLUMNS
 
 RUN = """
 import json

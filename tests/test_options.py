@@ -24,9 +24,9 @@ from tests.test_patch import patched_layers
 from tests.test_telemetry import FORWARD, events, interrupted, of
 from yolo_flash import AttentionSpec, FlashConfig, cli, patch_model
 from yolo_flash.dispatch.dispatcher import Runtime
+from yolo_flash.engine.telemetry import Telemetry
 from yolo_flash.machine import detect
 from yolo_flash.planning.plan import PlanRow
-from yolo_flash.telemetry import Telemetry
 
 LAYERS = 3  # of the tiny model
 

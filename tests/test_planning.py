@@ -20,9 +20,9 @@ from tests.machines import MACHINES
 from yolo_flash import BackendNotSupportedError, FlashConfig, patch_model, plan
 from yolo_flash.assets.models import open_model
 from yolo_flash.dispatch.dispatcher import Runtime
+from yolo_flash.engine.trainer import _commonest_shape
 from yolo_flash.patching.patch import BLOCKS, patch_modules, targets
 from yolo_flash.planning.plan import Shot, describe, layer_inputs, make_plan, rounded_size, run_shots
-from yolo_flash.trainer import _commonest_shape
 
 # scale -> (layers, heads) of the table in the README; YOLO12: (layers of each stage, heads of stage 6, of stage 8)
 YOLO12 = {"n": (4, 2, 4), "s": (4, 4, 8), "m": (4, 8, 8), "l": (8, 8, 8), "x": (8, 12, 12)}

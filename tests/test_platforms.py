@@ -66,7 +66,7 @@ for module in pkgutil.walk_packages(yolo_flash.__path__, "yolo_flash."):
         importlib.import_module(module.name)
 from ultralytics import YOLO
 from yolo_flash import checks, patch_model, plan
-from yolo_flash.telemetry import peak_memory_gib
+from yolo_flash.engine.telemetry import peak_memory_gib
 model = patch_model(YOLO("yolo12n.yaml"), autotune=False)
 rows = plan(model, imgsz=64, batch=2, device="cpu")
 checks(device="cpu")

@@ -18,11 +18,13 @@ import torch
 from ultralytics import YOLO
 
 from tests.counting import run_out_of_memory_once
-from yolo_flash import AttentionSpec, FlashConfig, patch_model, telemetry
+from yolo_flash import AttentionSpec, FlashConfig, patch_model
 from yolo_flash.backends import registry as backends_module
+from yolo_flash.backends.profiled import attention_kernels
 from yolo_flash.dispatch.dispatcher import Runtime
+from yolo_flash.engine import telemetry
+from yolo_flash.engine.telemetry import known_columns, readable
 from yolo_flash.planning.memory import score_bytes
-from yolo_flash.telemetry import attention_kernels, known_columns, readable
 from yolo_flash.utils import profiler
 
 OPERATOR = "_scaled_dot_product_flash_attention_for_cpu"

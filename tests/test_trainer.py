@@ -30,9 +30,9 @@ from yolo_flash import (
 from yolo_flash.backends import registry as backends_module
 from yolo_flash.backends import spec
 from yolo_flash.backends.spec import AttentionSpec
+from yolo_flash.engine.model import patch_from_sources
+from yolo_flash.engine.trainer import trainer_class
 from yolo_flash.patching.blocks import FlashBlock
-from yolo_flash.trainer import trainer_class
-from yolo_flash.wrapper import patch_from_sources
 
 
 class Phases(AttentionCalls):

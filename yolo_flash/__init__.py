@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from .backends.spec import AttentionSpec
     from .config import FlashConfig, FlashConfigError
     from .dispatch.decision import Decision
+    from .engine.model import patch_model, plan, unpatch_model
     from .graphs.graphed_step import FlashGraphError
     from .machine import Machine
     from .patching.fallback import FlashKernelError
     from .planning.plan import PlanRow
     from .report import checks
     from .verification import verify
-    from .wrapper import patch_model, plan, unpatch_model
 
 __all__ = [
     "AttentionSpec",

@@ -25,8 +25,8 @@ from .assets import offline
 from .assets.models import open_model
 from .bench_process import UNPATCHED, BaseJob, take_turn
 from .bench_rounds import bench
+from .engine.model import patch_model
 from .utils.memory import peak_memory_gib
-from .wrapper import patch_model
 
 COMPILE = "compile"  # an arm without the plugin, by Ultralytics' own compile=True
 PLUGIN: dict[str, dict[str, Any]] = {"eager": {"graphs": "off"}, "graphs": {"graphs": "on"}, "auto": {"graphs": "auto"}}

@@ -23,9 +23,9 @@ from .assets import offline
 from .backends.registry import BackendNotSupportedError, check_name
 from .commands import run_bench, run_checks, run_plan, run_verify
 from .config import FlashConfig, FlashConfigError
+from .engine.model import patch_from_sources
 from .graphs.graphed_step import FlashGraphError
 from .patching.fallback import FlashKernelError
-from .wrapper import patch_from_sources
 
 HELP = """
 yolo-flash {version}: the `yolo` command with exact, fused attention for YOLO10, 11, 12, 26, RT-DETR.

@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from .backends.profiled import attention_kernels
 from .backends.registry import BACKENDS
-from .telemetry import attention_kernels
 from .utils.profiler import PROFILER, hushed
 
 T = TypeVar("T")

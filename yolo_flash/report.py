@@ -17,13 +17,13 @@ from .backends.spec import AttentionSpec
 from .bench.largest_batch import largest_batch
 from .config import FlashConfig
 from .dispatch.decision import select
+from .engine.model import patch_from_sources, plan
 from .machine import Machine, cudnn_release, detect, resolve_device
 from .patching.patch import targets
 from .planning.memory import attention_memory, score_bytes
 from .planning.plan import PlanRow, describe, plan_entry, precisions, rounded_size
 from .utils.log import quiet
 from .utils.memory import readable
-from .wrapper import patch_from_sources, plan
 
 
 def checks(device: str | int | None = None, as_json: bool = False) -> dict[str, Any]:

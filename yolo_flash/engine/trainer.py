@@ -17,20 +17,20 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
-from .assets import offline
-from .backends.registry import BackendNotSupportedError
-from .backends.spec import AttentionSpec
-from .config import FlashConfig
-from .dispatch.decision import Trial
-from .dispatch.dispatcher import Runtime
-from .graphs.graphed_step import EarlyCopy
-from .graphs.policy import StepGraphs
-from .machine import detect
-from .patching.patch import patch_modules, targets
-from .planning import autotune
-from .planning.plan import PlanRow, Shot, make_plan
+from ..assets import offline
+from ..backends.registry import BackendNotSupportedError
+from ..backends.spec import AttentionSpec
+from ..config import FlashConfig
+from ..dispatch.decision import Trial
+from ..dispatch.dispatcher import Runtime
+from ..graphs.graphed_step import EarlyCopy
+from ..graphs.policy import StepGraphs
+from ..machine import detect
+from ..patching.patch import patch_modules, targets
+from ..planning import autotune
+from ..planning.plan import PlanRow, Shot, make_plan
+from ..utils.errors import is_out_of_memory
 from .telemetry import Telemetry, known_columns
-from .utils.errors import is_out_of_memory
 
 if TYPE_CHECKING:
     from ultralytics.engine.trainer import BaseTrainer as _TrainerBase

@@ -11,15 +11,15 @@ from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
-from .config import FlashConfig, known_keys
-from .dispatch.dispatcher import Runtime
-from .engine.predictor import predictor_class
-from .machine import detect, resolve_device
-from .patching.blocks import FlashBlock
-from .patching.class_swap import StockPickle, become, restore
-from .patching.patch import known_blocks, layer_choices, patch_modules, unpatch_modules
-from .planning import autotune
-from .planning.plan import PlanRow, make_plan, rounded_size, run_shots
+from ..config import FlashConfig, known_keys
+from ..dispatch.dispatcher import Runtime
+from ..machine import detect, resolve_device
+from ..patching.blocks import FlashBlock
+from ..patching.class_swap import StockPickle, become, restore
+from ..patching.patch import known_blocks, layer_choices, patch_modules, unpatch_modules
+from ..planning import autotune
+from ..planning.plan import PlanRow, make_plan, rounded_size, run_shots
+from .predictor import predictor_class
 from .trainer import trainer_class
 
 if TYPE_CHECKING:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,22 @@ import ultralytics
 from torch.profiler import DeviceType, ProfilerActivity, profile
 from ultralytics.utils import LOGGER
 
-from ._version import __version__
-from .backends.registry import BACKENDS
-from .config import FlashConfig
-from .dispatch.dispatcher import Runtime
-from .engine.run_plot import draw_run
-from .machine import Machine
-from .planning.memory import score_bytes
-from .planning.plan import PlanRow, describe, plan_entry
-from .utils.files import write_file
-from .utils.memory import GIB, peak_memory_gib, readable
-from .utils.profiler import PROFILER, hushed, profiler_lets_go, stop_profiler
+from .._version import __version__
+from ..backends.profiled import _short_name, attention_kernels
+from ..backends.registry import BACKENDS
+from ..config import FlashConfig
+from ..dispatch.dispatcher import Runtime
+from ..machine import Machine
+from ..planning.memory import score_bytes
+from ..planning.plan import PlanRow, describe, plan_entry
+from ..utils.files import write_file
+from ..utils.memory import GIB, peak_memory_gib, readable
+from ..utils.profiler import PROFILER, hushed, profiler_lets_go, stop_profiler
+from .run_plot import draw_run
 
 PEAK = "flash/peak_allocated_gib"
 SPEED = "flash/images_per_second"
 COLUMNS = (PEAK, SPEED)
-_ATTENTION_KERNEL = re.compile(
-    r"flash|fmha|sdpa|attention|dot_do_o|convert_dq|area_(?:for|back)ward", re.IGNORECASE
-)  # of all libraries
 
 
 class Telemetry:
@@ -266,38 +263,12 @@ class Telemetry:
             file.write(json.dumps({"event": event, **facts}) + "\n")
 
 
-def attention_kernels(events: Iterable[Any]) -> tuple[Counter[str], Counter[str]]:
-    """Attention in a profile.
-
-    Args:
-        events: Of a torch profile.
-
-    Returns:
-        operator of attention -> calls, forward and backward; and, on CUDA, kernel of attention -> launches.
-    """
-    names = {f"{name}{suffix}" for b in BACKENDS.values() for name in b.operators for suffix in ("", "_backward")}
-    operators: Counter[str] = Counter()
-    kernels: Counter[str] = Counter()
-    for event in events:
-        nested = event.cpu_parent is not None and event.cpu_parent.name == event.name  # a redispatch of the same call
-        if event.name in names and not nested:
-            operators[event.name] += 1
-        elif event.device_type == DeviceType.CUDA and _ATTENTION_KERNEL.search(event.name):
-            kernels[event.name] += 1
-    return operators, kernels
-
-
 def _replays_text(facts: dict[str, Any]) -> str:
     """`; 23 of 24 steps from CUDA graphs, 1 not: more boxes than the graphs have room for`; empty if none is."""
     if not facts.get("replayed"):
         return ""
     eager = "".join(f", {count} not: {reason}" for reason, count in facts["eager"].items())
     return f"; {facts['replayed']} of {facts['steps']} steps from CUDA graphs{eager}"
-
-
-def _short_name(kernel: str) -> str:
-    """`void pytorch_flash::flash_fwd_kernel<...>(...)` -> `flash_fwd_kernel`."""
-    return re.split(r"[<(]", kernel.removeprefix("void "))[0].rsplit("::", 1)[-1]
 
 
 def known_columns(csv: Path, metrics: Mapping[str, float]) -> dict[str, float]:
