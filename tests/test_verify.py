@@ -21,7 +21,7 @@ from ultralytics.nn.modules.block import AAttn
 from ultralytics.utils import ASSETS, YAML
 
 from tests.counting import randomise
-from yolo_flash import FlashConfig, cli, comparison, executed, patch_model, verification, verify
+from yolo_flash import FlashConfig, cli, patch_model, verify
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.dispatch import trial_cache
@@ -30,7 +30,8 @@ from yolo_flash.machine import detect
 from yolo_flash.patching.patch import patch_modules
 from yolo_flash.planning import autotune
 from yolo_flash.utils.numerics import allowed_error, relative_error
-from yolo_flash.verification_inputs import is_fresh, load_images
+from yolo_flash.verify import compare, detections, executed, verify
+from yolo_flash.verify.inputs import is_fresh, load_images
 
 Run = Callable[[Tensor, AttentionSpec], tuple[Tensor, Tensor]]
 FORCED = ["imgsz=64", "device=cpu", "flash.backend=sdpa_flash"]
@@ -282,20 +283,20 @@ def test_half_precision_as_on_a_gpu(mode: str) -> None:
     block = randomise(AAttn(64, 2, 4))
     ours = copy.deepcopy(block)
     patch_modules(ours, FlashConfig(backend="sdpa_flash"))
-    how = comparison.Mode(mode, torch.bfloat16, nhwc=mode == "train")
+    how = compare.Mode(mode, torch.bfloat16, nhwc=mode == "train")
     x = torch.randn(2, 64, 8, 8).bfloat16()
     x = x.contiguous(memory_format=torch.channels_last) if how.nhwc else x
     upstream = torch.randn(2, 64, 8, 8)
-    truth = comparison.run_block(block, {"input": x}, upstream, how, exact=True)
-    stock = comparison.run_block(block, {"input": x}, upstream, how)
-    found = comparison.run_block(ours, {"input": x}, upstream, how)
+    truth = compare.run_block(block, {"input": x}, upstream, how, exact=True)
+    stock = compare.run_block(block, {"input": x}, upstream, how)
+    found = compare.run_block(ours, {"input": x}, upstream, how)
     assert {truth["output"].dtype, found["output"].dtype} == {torch.float64, torch.bfloat16}
-    rows = comparison.compare(truth, stock, found, torch.bfloat16)
+    rows = compare.compare(truth, stock, found, torch.bfloat16)
     assert len(rows) == (13 if mode == "train" else 1)
     assert all(row.ok for row in rows)
     assert 1e-3 < rows[0].stock < 2e-2  # autocast was on
     broken = found | {"output": 1.05 * found["output"]}
-    assert not comparison.compare(truth, stock, broken, torch.bfloat16)[0].ok
+    assert not compare.compare(truth, stock, broken, torch.bfloat16)[0].ok
 
 
 # Faults ---------------------------------------------------------------------------------------------------------------
@@ -385,15 +386,15 @@ def test_the_rule() -> None:
     assert relative_error(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 4.0])) == 0.75
     assert relative_error(torch.tensor([3.0, 4.0]), torch.zeros(2)) == 5
     assert math.isnan(relative_error(torch.tensor([math.nan]), torch.ones(1)))
-    assert comparison.Comparison("x", 1.0, 0.5, 1.0).ok
+    assert compare.Comparison("x", 1.0, 0.5, 1.0).ok
     for ours, allowed in ((1.1, 1.0), (math.nan, 1.0), (math.inf, math.inf), (1.0, math.nan)):
-        assert not comparison.Comparison("x", ours, 0.5, allowed).ok
+        assert not compare.Comparison("x", ours, 0.5, allowed).ok
 
 
 def test_long_sums_may_round_a_little_more() -> None:
     ones = {"output": torch.ones(4)}
     ours = {"output": torch.full((4,), 1 + 1e-6)}
-    allowed = [comparison.compare(ones, ones, ours, torch.float32, pixels)[0] for pixels in (0, 32, 800)]
+    allowed = [compare.compare(ones, ones, ours, torch.float32, pixels)[0] for pixels in (0, 32, 800)]
     assert [row.ok for row in allowed] == [False, False, True]
 
 
@@ -402,7 +403,7 @@ def test_a_gradient_that_is_zero_is_measured_against_the_largest() -> None:
     stock = {"gradient of a": torch.full((4,), 1e-8), "gradient of b": torch.ones(4)}
     for size, ok in ((3e-8, True), (1e-3, False)):
         ours = stock | {"gradient of a": torch.full((4,), size)}
-        assert [row.ok for row in comparison.compare(truth, stock, ours, torch.float32)] == [ok, True]
+        assert [row.ok for row in compare.compare(truth, stock, ours, torch.float32)] == [ok, True]
 
 
 def test_detections_on_the_threshold_may_differ_in_number_and_not_in_place() -> None:
@@ -416,7 +417,7 @@ def test_detections_on_the_threshold_may_differ_in_number_and_not_in_place() -> 
     below[0, 5, 2] -= 1e-4
 
     def found(ours: Tensor) -> Any:
-        return comparison.compare_detections(
+        return detections.compare_detections(
             model, {"outputs.0": truth}, {"outputs.0": above}, {"outputs.0": ours}, 640, torch.float32
         )
 
@@ -503,6 +504,6 @@ def test_too_little_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(verification, "run_model", fail)
+    monkeypatch.setattr(verify, "run_model", fail)
     with pytest.raises(ValueError, match=r"out of memory on .*smaller imgsz= or batch="):
         verify("yolo26n.yaml", imgsz=64, device="cpu")

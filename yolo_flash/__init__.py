@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .patching.fallback import FlashKernelError
     from .planning.plan import PlanRow
     from .report import checks
-    from .verification import verify
+    from .verify.verify import verify
 
 __all__ = [
     "AttentionSpec",

@@ -19,7 +19,7 @@ from .bench_train import TrainJob, bench_train
 from .config import FlashConfigError
 from .dispatch import trial_cache
 from .report import checks, show_plan
-from .verification import verify_from_sources
+from .verify.verify import verify_from_sources
 
 
 def _check_counts(command: str, values: dict[str, Any]) -> None:

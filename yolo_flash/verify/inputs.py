@@ -14,7 +14,7 @@ from ultralytics.data.augment import LetterBox
 from ultralytics.data.loaders import LoadImagesAndVideos
 from ultralytics.data.utils import check_det_dataset
 
-from .assets import offline
+from ..assets import offline
 
 
 def _norms(model: nn.Module) -> list[nn.BatchNorm2d]:

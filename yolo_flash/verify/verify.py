@@ -18,38 +18,37 @@ from ultralytics.engine.model import Model
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
-from ._version import __version__
-from .assets.models import open_model
-from .backends.registry import BACKENDS
-from .backends.spec import AttentionSpec, short
-from .comparison import (
+from .._version import __version__
+from ..assets.models import open_model
+from ..backends.registry import BACKENDS
+from ..backends.spec import AttentionSpec, short
+from ..config import FlashConfig, known_keys
+from ..dispatch.dispatcher import Runtime
+from ..machine import detect, resolve_device
+from ..patching.blocks import FlashBlock, block_spec
+from ..patching.fallback import FlashKernelError
+from ..patching.multihead import images_and_tokens
+from ..patching.patch import patch_modules, targets, unpatch_modules
+from ..planning import autotune
+from ..planning.plan import precisions, rounded_size
+from ..utils.log import quiet
+from ..utils.numerics import relative_error
+from .compare import (
     Comparison,
-    Detections,
     Given,
     Mode,
     Results,
     compare,
-    compare_detections,
     forgive_loss,
     layer_inputs,
     run_block,
     run_model,
     without_attention,
 )
-from .config import FlashConfig, known_keys
-from .dispatch.dispatcher import Runtime
+from .detections import Detections, compare_detections
 from .executed import observe
-from .machine import detect, resolve_device
-from .patching.blocks import FlashBlock, block_spec
-from .patching.fallback import FlashKernelError
-from .patching.multihead import images_and_tokens
-from .patching.patch import patch_modules, targets, unpatch_modules
-from .planning import autotune
-from .planning.plan import precisions, rounded_size
-from .utils.log import quiet
-from .utils.numerics import relative_error
-from .verification_inputs import is_fresh, load_images, settle
-from .verification_text import as_plain, as_text
+from .inputs import is_fresh, load_images, settle
+from .table import as_plain, as_text
 
 _SEEN = 10  # attention reaches the outputs if they change by so many times the allowed error without it
 

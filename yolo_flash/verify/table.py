@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from .comparison import CONF
+from .detections import CONF
 
 
 def as_plain(facts: Any, *properties: str) -> dict[str, Any]:

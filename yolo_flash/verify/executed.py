@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .backends.profiled import attention_kernels
-from .backends.registry import BACKENDS
-from .utils.profiler import PROFILER, hushed
+from ..backends.profiled import attention_kernels
+from ..backends.registry import BACKENDS
+from ..utils.profiler import PROFILER, hushed
 
 T = TypeVar("T")
 

@@ -1,0 +1,1 @@
+"""The proof: ours against stock and float64."""
