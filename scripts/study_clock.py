@@ -26,8 +26,8 @@ from torch.profiler import DeviceType, ProfilerActivity, profile
 from ultralytics import YOLO
 
 from yolo_flash import patch_model
-from yolo_flash.bench_process import until_ready
-from yolo_flash.bench_train import InMemory
+from yolo_flash.bench.process import until_ready
+from yolo_flash.bench.train import InMemory
 
 PHASES = ("to device", "network", "loss", "backward", "optimizer and EMA", "rest")
 WARM_UP, EPOCHS, PROFILED = 2, 7, 10

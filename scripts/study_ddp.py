@@ -29,7 +29,7 @@ from torch.profiler import DeviceType, ProfilerActivity, profile
 from ultralytics import YOLO
 
 from yolo_flash import patch_model
-from yolo_flash.bench_train import InMemory
+from yolo_flash.bench.train import InMemory
 
 ARMS = [f"{gpus}:{arm}" for gpus in (1, 2) for arm in ("unpatched", "eager", "graphs")]
 EPOCHS, WARM_UP, WORKERS = 6, 2, 8

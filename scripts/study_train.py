@@ -17,8 +17,8 @@ from typing import Any
 
 from ultralytics.utils import YAML
 
-from yolo_flash.bench_process import answer_of, start, until_ready
-from yolo_flash.bench_train import TrainJob
+from yolo_flash.bench.process import answer_of, start, until_ready
+from yolo_flash.bench.train import TrainJob
 
 ROWS = {  # model, imgsz, batch, images, arms
     "yolo12n-640-b64": ("yolo12n.yaml", 640, 64, 320, ("unpatched", "graphs")),

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from yolo_flash.bench_report import GPU_SHAPES, Shape
+from yolo_flash.bench.op_table import GPU_SHAPES, Shape
 from yolo_flash.kernels import area
 from yolo_flash.kernels.area import Tiles
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 import ultralytics
 
-from yolo_flash import bench_rounds, cli, commands
-from yolo_flash.bench_rounds import COLUMNS, bench, summary, table
-from yolo_flash.bench_step import Step, StepJob
+from yolo_flash import cli, commands
+from yolo_flash.bench import rounds
+from yolo_flash.bench.rounds import COLUMNS, bench, summary, table
+from yolo_flash.bench.step import Step, StepJob
 from yolo_flash.patching.patch import targets
 
 TINY: dict[str, Any] = {"imgsz": (64,), "batch": 2, "rounds": 1, "steps": 1, "device": "cpu"}
@@ -72,7 +73,7 @@ def test_arms_take_turns_in_fresh_processes(tmp_path: Path, monkeypatch: pytest.
         returncode = 0
 
         def __init__(self, command: list[str], **pipes: Any) -> None:
-            assert command[1:3] == ["-m", "yolo_flash.bench_step"]
+            assert command[1:3] == ["-m", "yolo_flash.bench.step"]
             self.imgsz, self.arm = command[-2:]
             self.stdout = io.StringIO("a line of another library\nready\n")
             began.append(self.arm)
@@ -91,8 +92,8 @@ def test_arms_take_turns_in_fresh_processes(tmp_path: Path, monkeypatch: pytest.
 
         def wait(self) -> None: ...
 
-    monkeypatch.setattr("yolo_flash.bench_process.subprocess.Popen", Process)
-    monkeypatch.setattr(bench_rounds, "_commit", lambda: "c0ffee")
+    monkeypatch.setattr("yolo_flash.bench.process.subprocess.Popen", Process)
+    monkeypatch.setattr(rounds, "_commit", lambda: "c0ffee")
     job = StepJob(imgsz=(640, 4096), arms=("unpatched", "auto", "stock"), rounds=2, csv=str(sheet))
     small, large = bench(job)
     assert told == began == ["unpatched", "auto", "stock"] * 4
@@ -189,7 +190,7 @@ def test_other_tasks_are_refused() -> None:
 
 
 def test_a_process_whose_parent_is_gone_measures_nothing() -> None:
-    command = [sys.executable, "-m", "yolo_flash.bench_step", json.dumps(dataclasses.asdict(StepJob(**TINY))), "64"]
+    command = [sys.executable, "-m", "yolo_flash.bench.step", json.dumps(dataclasses.asdict(StepJob(**TINY))), "64"]
     done = subprocess.run([*command, "auto"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
     assert "{" not in done.stdout
 
@@ -200,7 +201,7 @@ def test_an_arm_without_the_plugin_is_stock() -> None:
 
 
 def test_the_commit_is_that_of_the_checkout_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_rounds, "__file__", str(tmp_path / "yolo_flash" / "bench_rounds.py"))
-    assert bench_rounds._commit() == ""
+    monkeypatch.setattr(rounds, "__file__", str(tmp_path / "yolo_flash" / "bench_rounds.py"))
+    assert rounds._commit() == ""
     (tmp_path / ".git").touch()  # no repository
-    assert bench_rounds._commit() == ""
+    assert rounds._commit() == ""

@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from yolo_flash import Machine, bench_op, bench_timing, cli, commands
+from yolo_flash import Machine, cli, commands
 from yolo_flash.backends.registry import BACKENDS, BackendNotSupportedError
 from yolo_flash.backends.spec import AttentionSpec
-from yolo_flash.bench_op import OpJob
-from yolo_flash.bench_report import ARMS, BOTH, COLUMNS, FORWARD, GPU_SHAPES, MODES, OURS, SHAPES, notes, plot, table
+from yolo_flash.bench import op, op_timing
+from yolo_flash.bench.op import OpJob
+from yolo_flash.bench.op_table import ARMS, BOTH, COLUMNS, FORWARD, GPU_SHAPES, MODES, OURS, SHAPES, notes, plot, table
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about what is measured on a CPU")
 
@@ -29,7 +30,7 @@ Install = Callable[..., None]
 
 
 def measure(**job: Any) -> dict[tuple[str, str, str], dict[str, Any]]:
-    rows = bench_op.bench_op(OpJob(**{"repeats": 1, **job}))
+    rows = op.bench_op(OpJob(**{"repeats": 1, **job}))
     return {(row["shape"], row["mode"], row["arm"]): row for row in rows}
 
 
@@ -192,7 +193,7 @@ def test_arms_take_turns_within_every_repeat(another_arm: Install, monkeypatch: 
 
         return SimpleNamespace(row=row, call=call, sample=sample, method="clock", note="")
 
-    monkeypatch.setattr(bench_timing, "_timer", timer)
+    monkeypatch.setattr(op_timing, "_timer", timer)
     rows = measure(shapes=("tiny-area",), repeats=3)
     assert turns == ["sdpa_flash", "sdpa_cudnn"] * 8  # of each mode: once to warm up, three repeats
     numbers = rows["tiny-area", FORWARD, "sdpa_flash"]
@@ -204,10 +205,10 @@ def test_without_a_graph_the_profiler_sums_the_kernels(monkeypatch: pytest.Monke
     def fail(call: object, calls: int) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(bench_timing, "graph_ms", fail)
-    monkeypatch.setattr(bench_timing, "_profiled_us", lambda call: 250.0)
+    monkeypatch.setattr(op_timing, "graph_ms", fail)
+    monkeypatch.setattr(op_timing, "_profiled_us", lambda call: 250.0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    timer = bench_timing._timer({}, tuple, torch.device("cuda"))
+    timer = op_timing._timer({}, tuple, torch.device("cuda"))
     assert timer.method == "profiler"
     assert timer.sample() == 250
     assert timer.note.endswith("could be made: RuntimeError: operation not permitted when stream is capturing")
@@ -225,17 +226,17 @@ def test_flash_attn_4_gets_views_and_the_true_scale(as_tuple: bool, monkeypatch:
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace(flash_attn_func=func))
     card = Machine(kind="cuda", name="a card", capability=(9, 0))
-    assert bench_op._no_peer(card) == ""
+    assert op._no_peer(card) == ""
     packed = torch.randn(2, 10, 2, 32 + 32 + 64)
     spec = AttentionSpec(2, 2, 10, 10, 32, 64, torch.float32, "nhwc")
-    for found, wanted in zip(bench_timing._run_peer(packed, spec), flash(packed, spec), strict=True):
+    for found, wanted in zip(op_timing._run_peer(packed, spec), flash(packed, spec), strict=True):
         assert found.is_contiguous()
         torch.testing.assert_close(found, wanted)
 
 
 def test_a_broken_flash_attn_4_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    reason = bench_op._no_peer(Machine(kind="cuda", name="a card", capability=(9, 0)))
+    reason = op._no_peer(Machine(kind="cuda", name="a card", capability=(9, 0)))
     assert reason.startswith("its import gave ModuleNotFoundError: ")
 
 
@@ -277,14 +278,14 @@ def test_the_plot_has_room_for_all_shapes(keep: Callable[[dict[str, Any]], bool]
 
 
 def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill = bench_op.measure
+    fill = op.measure
 
     def interrupted(rows: list[dict[str, Any]], *args: Any) -> None:
         if rows[0]["shape"] == "tiny-psa":
             raise KeyboardInterrupt
         fill(rows, *args)
 
-    monkeypatch.setattr(bench_op, "measure", interrupted)
+    monkeypatch.setattr(op, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         measure(folder=str(tmp_path))
     with (tmp_path / "op.csv").open(newline="") as file:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from yolo_flash import bench_pictures, bench_report, cli
-from yolo_flash.bench_pictures import TECHNIQUES, draw_predict, draw_sizes, draw_train, draw_waterfall
-from yolo_flash.bench_rounds import COLUMNS, NUMBERS
-from yolo_flash.bench_train import TrainJob
+from yolo_flash import cli
+from yolo_flash.bench import op_table, pictures
+from yolo_flash.bench.pictures import TECHNIQUES, draw_predict, draw_sizes, draw_train, draw_waterfall
+from yolo_flash.bench.rounds import COLUMNS, NUMBERS
+from yolo_flash.bench.train import TrainJob
 from yolo_flash.utils.files import as_csv, from_csv
 
 from .test_bench_op import made_up_rows
@@ -50,7 +51,7 @@ def made_up(command: str = "step", on_gpu: bool = True) -> list[dict[str, Any]]:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures instead of their PNG."""
     drawn: list[Any] = []
-    monkeypatch.setattr(bench_pictures, "as_png", drawn.append)
+    monkeypatch.setattr(pictures, "as_png", drawn.append)
     return drawn
 
 
@@ -227,9 +228,9 @@ def test_the_command_draws_what_the_files_hold(tmp_path: Path) -> None:
 
 def test_the_plot_of_bench_op_is_drawn_again_from_its_csv(tmp_path: Path) -> None:
     rows = made_up_rows()
-    (tmp_path / "op.csv").write_bytes(as_csv(bench_report.COLUMNS, rows))
+    (tmp_path / "op.csv").write_bytes(as_csv(op_table.COLUMNS, rows))
     cli.main(["bench", "plot", "op.csv"])
-    assert (tmp_path / "op.png").read_bytes() == bench_report.plot(rows)
+    assert (tmp_path / "op.png").read_bytes() == op_table.plot(rows)
 
 
 def test_rows_come_back_from_csv_as_they_were() -> None:

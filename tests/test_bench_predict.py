@@ -15,9 +15,10 @@ import pytest
 import torch
 from ultralytics.nn.autobackend import AutoBackend
 
-from yolo_flash import bench_predict, bench_process, cli, commands
-from yolo_flash.bench_predict import Prediction, PredictJob
-from yolo_flash.bench_process import serve
+from yolo_flash import cli, commands
+from yolo_flash.bench import predict, process
+from yolo_flash.bench.predict import Prediction, PredictJob
+from yolo_flash.bench.process import serve
 from yolo_flash.patching.patch import targets
 
 from .machines import MACHINES
@@ -70,7 +71,7 @@ def test_a_process_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPat
     calls: list[int] = []
     run_as_process(monkeypatch, "auto")
     card = SimpleNamespace(total_memory=79 * 2**30)
-    monkeypatch.setattr(bench_process.torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(process.torch.cuda, "get_device_properties", lambda device: card)
     serve(PredictJob, lambda job, arm: SimpleNamespace(parts=parts))
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert answer["error"] == "out of memory (79 GiB)"
@@ -86,16 +87,16 @@ def run_as_process(monkeypatch: pytest.MonkeyPatch, arm: str) -> None:
 # Arms -----------------------------------------------------------------------------------------------------------------
 def test_without_arms_those_that_run_here_are_measured(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
     measured: list[PredictJob] = []
-    monkeypatch.setattr(bench_predict, "bench", measured.append)
-    bench_predict.bench_predict(PredictJob(**TINY))
-    bench_predict.bench_predict(PredictJob(**TINY, arms=("auto", "stock")))
+    monkeypatch.setattr(predict, "bench", measured.append)
+    predict.bench_predict(PredictJob(**TINY))
+    predict.bench_predict(PredictJob(**TINY, arms=("auto", "stock")))
     assert [job.arms for job in measured] == [("unpatched", "sdpa_math", "sdpa_flash", "auto"), ("auto", "stock")]
     assert any(line.startswith("bench predict: without sdpa_cudnn: runs on NVIDIA cards") for line in log)
 
 
 @pytest.mark.parametrize(("amp", "halves"), [("fp32", []), ("fp16", ["sdpa_flash", "sdpa_cudnn", "triton_area"])])
 def test_on_a_gpu_the_precision_decides_which(amp: str, halves: list[str]) -> None:
-    arms = bench_predict._arms_that_run(PredictJob(imgsz=(64, 96), amp=amp), MACHINES["H100"])
+    arms = predict._arms_that_run(PredictJob(imgsz=(64, 96), amp=amp), MACHINES["H100"])
     assert arms[0] == "unpatched"
     assert arms[-1] == "auto"
     assert set(arms[1:-1]) == {"sdpa_math", "sdpa_efficient", *halves}

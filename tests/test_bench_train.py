@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from yolo_flash import bench_train, cli, commands
-from yolo_flash.bench_rounds import COLUMNS, summary, table
-from yolo_flash.bench_train import ARMS, Clocks, TrainJob, get_ready, train_arguments
+from yolo_flash import cli, commands
+from yolo_flash.bench import train
+from yolo_flash.bench.rounds import COLUMNS, summary, table
+from yolo_flash.bench.train import ARMS, Clocks, TrainJob, get_ready, train_arguments
 
 
 def test_a_training_is_measured_from_the_command_line(coco8: str, tmp_path: Path, log: list[str]) -> None:
@@ -52,7 +53,7 @@ def test_a_training_is_measured_from_the_command_line(coco8: str, tmp_path: Path
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The time, which passes by assignment only."""
     clock = SimpleNamespace(ms=0.0)
-    monkeypatch.setattr(bench_train.time, "perf_counter", lambda: clock.ms / 1e3)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock.ms / 1e3)
     return clock
 
 
@@ -91,7 +92,7 @@ def test_figures_are_medians_over_the_warm_epochs(clock: SimpleNamespace) -> Non
 
 def test_batches_from_memory_are_the_first_of_the_loader_every_time() -> None:
     loader = a_trainer().train_loader
-    held = bench_train.InMemory(loader)
+    held = train.InMemory(loader)
     for batch in held:
         batch["images"] = 0  # as the trainer puts its own into it
     assert list(held) == list(loader)
@@ -165,9 +166,9 @@ def test_an_arm_is_a_setting(
             assert folders[0].is_dir()
             trained.append(arguments)
 
-    monkeypatch.setattr(bench_train, "open_model", Model)
-    monkeypatch.setattr(bench_train, "patch_model", lambda model, **keys: patched.append(keys))
-    monkeypatch.setattr(bench_train.offline, "training_data", lambda data: f"/there/{data}")
+    monkeypatch.setattr(train, "open_model", Model)
+    monkeypatch.setattr(train, "patch_model", lambda model, **keys: patched.append(keys))
+    monkeypatch.setattr(train.offline, "training_data", lambda data: f"/there/{data}")
     monkeypatch.setattr(Clocks, "figures", lambda clocks: {"iteration_ms": 1.0})
     job = TrainJob(batch=8, epochs=5, device="cpu", workers=2, cache=False, seed=3, mosaic=0)
     assert get_ready(job, arm)(96) == {"iteration_ms": 1.0}
@@ -202,10 +203,10 @@ def test_without_arms_the_plugin_is_compared_with_stock(
     device: str, arms: tuple[str, ...], coco8: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[TrainJob] = []
-    monkeypatch.setattr(bench_train, "bench", measured.append)
+    monkeypatch.setattr(train, "bench", measured.append)
     monkeypatch.setattr(TrainJob, "torch_device", lambda job: torch.device(device))
-    bench_train.bench_train(TrainJob(data=coco8))
-    bench_train.bench_train(TrainJob(data=coco8, arms=ARMS))
+    train.bench_train(TrainJob(data=coco8))
+    train.bench_train(TrainJob(data=coco8, arms=ARMS))
     assert [job.arms for job in measured] == [arms, ARMS]
 
 

@@ -10,12 +10,12 @@ from ultralytics.utils import LOGGER
 
 from .arguments import UsageError, merge, read, refuse_missing, split_settings
 from .backends.registry import BackendNotSupportedError
-from .bench_op import OpJob, bench_op
-from .bench_plot import PlotJob, bench_plot
-from .bench_predict import PredictJob, bench_predict
-from .bench_rounds import bench
-from .bench_step import StepJob
-from .bench_train import TrainJob, bench_train
+from .bench.op import OpJob, bench_op
+from .bench.plot import PlotJob, bench_plot
+from .bench.predict import PredictJob, bench_predict
+from .bench.rounds import bench
+from .bench.step import StepJob
+from .bench.train import TrainJob, bench_train
 from .config import FlashConfigError
 from .dispatch import trial_cache
 from .report import checks, show_plan

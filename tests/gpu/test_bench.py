@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from yolo_flash.bench_predict import Prediction, PredictJob, bench_predict
-from yolo_flash.bench_rounds import bench
-from yolo_flash.bench_step import Step, StepJob
+from yolo_flash.bench.predict import Prediction, PredictJob, bench_predict
+from yolo_flash.bench.rounds import bench
+from yolo_flash.bench.step import Step, StepJob
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..bench_step import Step, StepJob
 from ..planning.plan import precisions
 from ..utils.memory import free_bytes
+from .step import Step, StepJob
 
 _BATCHES = (2, 6)  # small enough for any card, far enough apart for a slope
 

@@ -10,9 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .bench_rounds import VERSIONS
-from .utils.files import Row
-from .utils.plotting import COLORS, as_png, new_figure
+from ..utils.files import Row
+from ..utils.plotting import COLORS, as_png, new_figure
+from .rounds import VERSIONS
 
 TECHNIQUES = {  # of a training step, in the order in which each builds on the one before
     "nchw": "stock, NCHW",

@@ -21,12 +21,12 @@ import torch
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.checks import check_file
 
-from .assets import offline
-from .assets.models import open_model
-from .bench_process import UNPATCHED, BaseJob, take_turn
-from .bench_rounds import bench
-from .engine.model import patch_model
-from .utils.memory import peak_memory_gib
+from ..assets import offline
+from ..assets.models import open_model
+from ..engine.model import patch_model
+from ..utils.memory import peak_memory_gib
+from .process import UNPATCHED, BaseJob, take_turn
+from .rounds import bench
 
 COMPILE = "compile"  # an arm without the plugin, by Ultralytics' own compile=True
 PLUGIN: dict[str, dict[str, Any]] = {"eager": {"graphs": "off"}, "graphs": {"graphs": "on"}, "auto": {"graphs": "auto"}}

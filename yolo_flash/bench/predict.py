@@ -17,16 +17,16 @@ from ultralytics.engine.predictor import BasePredictor
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 from ultralytics.utils.torch_utils import init_seeds
 
-from .assets.models import open_model
-from .backends.registry import BACKENDS
-from .bench_process import GRAPHS, UNPATCHED, Job, serve
-from .bench_rounds import bench
-from .config import FlashConfig
-from .dispatch.dispatcher import Runtime
-from .graphs.predict import PredictGraphs
-from .machine import Machine, detect
-from .patching.patch import patch_modules
-from .planning.plan import Shot, make_plan
+from ..assets.models import open_model
+from ..backends.registry import BACKENDS
+from ..config import FlashConfig
+from ..dispatch.dispatcher import Runtime
+from ..graphs.predict import PredictGraphs
+from ..machine import Machine, detect
+from ..patching.patch import patch_modules
+from ..planning.plan import Shot, make_plan
+from .process import GRAPHS, UNPATCHED, Job, serve
+from .rounds import bench
 
 
 @dataclass(frozen=True)

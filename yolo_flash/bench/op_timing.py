@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.profiler import DeviceType
 
-from .backends.registry import BACKENDS
-from .backends.spec import AttentionSpec
-from .bench_report import BOTH, FORWARD, MODES, PEER, SHAPES, Row
-from .utils.errors import first_line
-from .utils.memory import extra_bytes, wait
-from .utils.numerics import Results, reference, relative_error
-from .utils.profiler import hushed, kernels_profiled
-from .utils.timing import graph_ms
+from ..backends.registry import BACKENDS
+from ..backends.spec import AttentionSpec
+from ..utils.errors import first_line
+from ..utils.memory import extra_bytes, wait
+from ..utils.numerics import Results, reference, relative_error
+from ..utils.profiler import hushed, kernels_profiled
+from ..utils.timing import graph_ms
+from .op_table import BOTH, FORWARD, MODES, PEER, SHAPES, Row
 
 Call = Callable[[], Results]
 

@@ -12,10 +12,10 @@ from typing import Any
 import ultralytics
 from ultralytics.utils import LOGGER, TQDM
 
-from ._version import __version__
-from .bench_process import BaseJob, one_round
-from .machine import cudnn_release
-from .utils.files import Row, as_csv, write_file
+from .._version import __version__
+from ..machine import cudnn_release
+from ..utils.files import Row, as_csv, write_file
+from .process import BaseJob, one_round
 
 FIGURES = ("network_kernel_ms", "kernel_ms", "wall_ms", "images_per_second", "peak_gib")
 NUMBERS = ("imgsz", "batch", "round", *FIGURES)

@@ -16,14 +16,14 @@ from torch import nn
 from ultralytics.cfg import get_cfg
 from ultralytics.utils.torch_utils import ModelEMA, init_seeds
 
-from .assets.models import open_model
-from .bench_process import GRAPHS, UNPATCHED, Job, serve
-from .config import FlashConfig
-from .graphs import fixed_loss
-from .graphs.capture import answer_step, capture_step
-from .graphs.fixed_loss import Capacity
-from .graphs.graphed_step import GraphedStep
-from .patching.patch import patch_modules
+from ..assets.models import open_model
+from ..config import FlashConfig
+from ..graphs import fixed_loss
+from ..graphs.capture import answer_step, capture_step
+from ..graphs.fixed_loss import Capacity
+from ..graphs.graphed_step import GraphedStep
+from ..patching.patch import patch_modules
+from .process import GRAPHS, UNPATCHED, Job, serve
 
 NCHW = "nchw"  # an arm without the plugin and without channels_last, in which Ultralytics trains on CUDA
 

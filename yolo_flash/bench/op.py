@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from ultralytics.utils import LOGGER, TQDM
 
-from ._version import __version__
-from .backends.registry import BACKENDS, BackendNotSupportedError
-from .bench_report import ARMS, COLUMNS, CPU_SHAPES, GPU_SHAPES, MODES, NUMBERS, PEER, SHAPES, notes, plot, table
-from .bench_timing import load_peer, measure
-from .machine import Machine, cudnn_release, detect
-from .utils.errors import first_line
-from .utils.files import Row, as_csv, from_csv, write_file
+from .._version import __version__
+from ..backends.registry import BACKENDS, BackendNotSupportedError
+from ..machine import Machine, cudnn_release, detect
+from ..utils.errors import first_line
+from ..utils.files import Row, as_csv, from_csv, write_file
+from .op_table import ARMS, COLUMNS, CPU_SHAPES, GPU_SHAPES, MODES, NUMBERS, PEER, SHAPES, notes, plot, table
+from .op_timing import load_peer, measure
 
 
 @dataclass(frozen=True)

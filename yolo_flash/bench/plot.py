@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ultralytics.utils import LOGGER, TQDM
 
-from . import bench_report, bench_rounds
-from .bench_pictures import draw_predict, draw_sizes, draw_train, draw_waterfall
-from .bench_train import TrainJob
-from .utils.files import Row, columns_of, from_csv, write_file
+from ..utils.files import Row, columns_of, from_csv, write_file
+from . import op_table, rounds
+from .pictures import draw_predict, draw_sizes, draw_train, draw_waterfall
+from .train import TrainJob
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def bench_plot(job: PlotJob) -> list[Path]:
         "waterfall.png": lambda: draw_waterfall(samples),
         "predict.png": lambda: draw_predict(samples),
         "train.png": lambda: draw_train(trainings),
-        "op.png": lambda: bench_report.plot(op) if any(row["us"] is not None for row in op) else None,
+        "op.png": lambda: op_table.plot(op) if any(row["us"] is not None for row in op) else None,
     }
     folder = Path(job.folder or Path(job.files[0]).parent)
     written = []
@@ -79,12 +79,12 @@ def _read(file: Path, samples: list[Row], trainings: list[Row], op: list[Row]) -
     """Add the rows of a file to those of its kind."""
     kinds: tuple[tuple[Sequence[str], Sequence[str], list[Row]], ...] = (
         (
-            (*bench_rounds.COLUMNS, *TrainJob.more_columns),
-            (*bench_rounds.NUMBERS, *TrainJob.more_numbers),
+            (*rounds.COLUMNS, *TrainJob.more_columns),
+            (*rounds.NUMBERS, *TrainJob.more_numbers),
             trainings,
         ),
-        (bench_rounds.COLUMNS, bench_rounds.NUMBERS, samples),
-        (bench_report.COLUMNS, bench_report.NUMBERS, op),
+        (rounds.COLUMNS, rounds.NUMBERS, samples),
+        (op_table.COLUMNS, op_table.NUMBERS, op),
     )
     try:
         text, found = columns_of(file)
@@ -94,7 +94,7 @@ def _read(file: Path, samples: list[Row], trainings: list[Row], op: list[Row]) -
                 return
     except ValueError as error:
         raise ValueError(f"{file}: {error}.") from error
-    missing = [name for name in bench_rounds.COLUMNS if name not in found]
+    missing = [name for name in rounds.COLUMNS if name not in found]
     raise ValueError(
         f"{file} is no CSV file of bench step, predict, train or op: it lacks the columns {', '.join(missing)}."
     )

@@ -21,10 +21,10 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch.profiler import DeviceType
 
-from .backends.registry import check_name
-from .machine import detect
-from .utils.memory import GIB, peak_memory_gib
-from .utils.profiler import hushed, kernels_profiled
+from ..backends.registry import check_name
+from ..machine import detect
+from ..utils.memory import GIB, peak_memory_gib
+from ..utils.profiler import hushed, kernels_profiled
 
 UNPATCHED = "unpatched"  # an arm without the plugin
 GRAPHS = "graphs"  # an arm with the backends of `auto`, from CUDA graphs
