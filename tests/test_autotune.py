@@ -20,10 +20,11 @@ from ultralytics import YOLO
 
 from tests.machines import MACHINES
 from tests.test_telemetry import events
-from yolo_flash import FlashConfig, cli, patch_model, plan
+from yolo_flash import FlashConfig, patch_model, plan
 from yolo_flash.backends import separate
 from yolo_flash.backends.registry import BACKENDS, Backend
 from yolo_flash.backends.spec import AttentionSpec
+from yolo_flash.cli import main
 from yolo_flash.dispatch import trial_cache
 from yolo_flash.dispatch.decision import Trial
 from yolo_flash.dispatch.dispatcher import Runtime
@@ -485,5 +486,5 @@ def test_a_layer_with_a_backend_of_its_own_is_not_unplanned() -> None:
 
 @pytest.mark.measures
 def test_a_plan_as_json_is_json_alone_while_it_measures(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["plan", "imgsz=64", "batch=1", "device=cpu", "train", "--json"])
+    main.main(["plan", "imgsz=64", "batch=1", "device=cpu", "train", "--json"])
     assert all(row["ms"] for row in json.loads(capsys.readouterr().out)["plan"])

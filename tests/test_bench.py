@@ -15,10 +15,10 @@ import pytest
 import torch
 import ultralytics
 
-from yolo_flash import cli, commands
 from yolo_flash.bench import rounds
 from yolo_flash.bench.rounds import COLUMNS, bench, summary, table
 from yolo_flash.bench.step import Step, StepJob
+from yolo_flash.cli import commands, main
 from yolo_flash.patching.patch import targets
 
 TINY: dict[str, Any] = {"imgsz": (64,), "batch": 2, "rounds": 1, "steps": 1, "device": "cpu"}
@@ -27,7 +27,7 @@ TINY: dict[str, Any] = {"imgsz": (64,), "batch": 2, "rounds": 1, "steps": 1, "de
 def test_a_step_is_measured_from_the_command_line(tmp_path: Path, log: list[str]) -> None:
     file, sheet = tmp_path / "step.json", tmp_path / "step.csv"
     typed = "bench step model=yolo12n.yaml imgsz=64 batch=2 rounds=1 steps=1 device=cpu arms=unpatched,sdpa_flash"
-    cli.main([*typed.split(), f"json={file}", f"csv={sheet}"])
+    main.main([*typed.split(), f"json={file}", f"csv={sheet}"])
     results = json.loads(file.read_text())
     assert list(results["arms"]) == ["unpatched", "sdpa_flash"]
     assert results["job"] == json.loads(json.dumps(dataclasses.asdict(StepJob(**TINY)))) | {
@@ -127,7 +127,7 @@ def test_a_bench_in_which_every_arm_failed_ends_with_the_reason() -> None:
     with pytest.raises(
         SystemExit, match=r"^yolo-flash: bench step: every arm failed: FileNotFoundError: .*nothing\.pt"
     ):
-        cli.main(["bench", "step", "model=nothing.pt", "imgsz=64", "batch=2", "rounds=1", "steps=1", "device=cpu"])
+        main.main(["bench", "step", "model=nothing.pt", "imgsz=64", "batch=2", "rounds=1", "steps=1", "device=cpu"])
 
 
 @pytest.mark.parametrize(
@@ -144,10 +144,10 @@ def test_the_others_do_too(command: str, result: list[Any], told: str | None, mo
     monkeypatch.setattr(commands, command, lambda job: result)
     what = command.removeprefix("bench").strip("_") or "step"
     if told is None:
-        cli.main(["bench", what])
+        main.main(["bench", what])
         return
     with pytest.raises(SystemExit) as end:
-        cli.main(["bench", what])
+        main.main(["bench", what])
     assert end.value.code == f"yolo-flash: bench {what}: every arm failed: {told}"
 
 
@@ -181,7 +181,7 @@ def test_speed_up_is_by_gpu_time_where_there_is_one() -> None:
 )
 def test_mistakes_are_told_before_a_process_starts(typed: str, message: str) -> None:
     with pytest.raises(SystemExit, match=message):
-        cli.main(typed.split())
+        main.main(typed.split())
 
 
 def test_other_tasks_are_refused() -> None:

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from yolo_flash import Machine, cli, commands
+from yolo_flash import Machine
 from yolo_flash.backends.registry import BACKENDS, BackendNotSupportedError
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.bench import op, op_timing
 from yolo_flash.bench.op import OpJob
 from yolo_flash.bench.op_table import ARMS, BOTH, COLUMNS, FORWARD, GPU_SHAPES, MODES, OURS, SHAPES, notes, plot, table
+from yolo_flash.cli import commands, main
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about what is measured on a CPU")
 
@@ -60,7 +61,7 @@ def made_up_rows() -> list[dict[str, Any]]:
 
 # The command ----------------------------------------------------------------------------------------------------------
 def test_the_command_writes_numbers_and_a_plot_and_logs_tables(tmp_path: Path, log: list[str]) -> None:
-    cli.main(["bench", "op", "repeats=1"])
+    main.main(["bench", "op", "repeats=1"])
     folder = tmp_path / "runs" / "op"
     assert sorted(file.name for file in folder.iterdir()) == ["op.csv", "op.png"]
     with (folder / "op.csv").open(newline="") as file:
@@ -98,7 +99,7 @@ def test_settings_come_from_the_command_line(tmp_path: Path, monkeypatch: pytest
     jobs: list[OpJob] = []
     monkeypatch.setattr(commands, "bench_op", jobs.append)
     typed = "bench op shapes=one-group,tiny-psa arms=sdpa_flash repeats=3 dtype=bfloat16 folder=2024"
-    cli.main(typed.split())
+    main.main(typed.split())
     assert jobs == [OpJob(("one-group", "tiny-psa"), ("sdpa_flash",), 3, "bfloat16", "2024")]
 
 
@@ -122,7 +123,7 @@ def test_settings_come_from_the_command_line(tmp_path: Path, monkeypatch: pytest
 )
 def test_mistakes_are_told_before_anything_runs(typed: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as raised:
-        cli.main(["bench", "op", typed])
+        main.main(["bench", "op", typed])
     assert message in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -130,7 +131,7 @@ def test_mistakes_are_told_before_anything_runs(typed: str, message: str, tmp_pa
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     with pytest.raises(SystemExit, match=r"bench op: .*taken"):
-        cli.main(["bench", "op", "folder=taken"])
+        main.main(["bench", "op", "folder=taken"])
 
 
 # Arms -----------------------------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from yolo_flash import cli
 from yolo_flash.bench import op_table, pictures
 from yolo_flash.bench.pictures import TECHNIQUES, draw_predict, draw_sizes, draw_train, draw_waterfall
 from yolo_flash.bench.rounds import COLUMNS, NUMBERS
 from yolo_flash.bench.train import TrainJob
+from yolo_flash.cli import main
 from yolo_flash.utils.files import as_csv, from_csv
 
 from .test_bench_op import made_up_rows
@@ -193,7 +193,7 @@ def test_a_training_is_bars_of_iterations_with_and_without_the_loader(figures: l
 def test_the_csv_of_a_training_is_drawn(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_bytes(as_csv(TRAIN_COLUMNS, a_training()))
     (tmp_path / "step.csv").write_bytes(as_csv(COLUMNS, made_up()))
-    cli.main(["bench", "plot", "train.csv", "step.csv", "folder=pictures"])
+    main.main(["bench", "plot", "train.csv", "step.csv", "folder=pictures"])
     pictures = sorted(file.name for file in (tmp_path / "pictures").iterdir())
     assert pictures == ["imgsz.png", "train.png", "waterfall.png"]
     with Image.open(tmp_path / "pictures" / "train.png") as image:
@@ -215,9 +215,9 @@ def test_the_command_draws_what_the_files_hold(tmp_path: Path) -> None:
     (tmp_path / "numbers").mkdir()
     for name, rows in (("step", made_up()), ("predict", made_up("predict")[:5])):
         (tmp_path / "numbers" / f"{name}.csv").write_bytes(as_csv(COLUMNS, rows))
-    cli.main(["bench", "plot", "numbers/step.csv"])
+    main.main(["bench", "plot", "numbers/step.csv"])
     assert {file.name for file in (tmp_path / "numbers").glob("*.png")} == {"imgsz.png", "waterfall.png"}
-    cli.main(["bench", "plot", "numbers/predict.csv", "numbers/step.csv", "folder=new/pictures"])
+    main.main(["bench", "plot", "numbers/predict.csv", "numbers/step.csv", "folder=new/pictures"])
     pictures = sorted((tmp_path / "new" / "pictures").iterdir())
     assert [file.name for file in pictures] == ["imgsz.png", "predict.png", "waterfall.png"]
     for file in pictures:
@@ -229,7 +229,7 @@ def test_the_command_draws_what_the_files_hold(tmp_path: Path) -> None:
 def test_the_plot_of_bench_op_is_drawn_again_from_its_csv(tmp_path: Path) -> None:
     rows = made_up_rows()
     (tmp_path / "op.csv").write_bytes(as_csv(op_table.COLUMNS, rows))
-    cli.main(["bench", "plot", "op.csv"])
+    main.main(["bench", "plot", "op.csv"])
     assert (tmp_path / "op.png").read_bytes() == op_table.plot(rows)
 
 
@@ -254,12 +254,12 @@ def test_files_that_hold_something_else_are_told(content: bytes | None, message:
     if content is not None:
         (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(SystemExit, match=message):
-        cli.main(["bench", "plot", "a.csv"])
+        main.main(["bench", "plot", "a.csv"])
     assert not list(tmp_path.glob("*.png"))
 
 
 def test_a_plot_of_nothing_is_told() -> None:
     with pytest.raises(SystemExit, match="name the CSV files to draw"):
-        cli.main(["bench", "plot"])
+        main.main(["bench", "plot"])
     with pytest.raises(SystemExit, match=r"bench plot takes FILE\.csv \.\.\., folder=\.\.\.; found dpi"):
-        cli.main(["bench", "plot", "a.csv", "dpi=300"])
+        main.main(["bench", "plot", "a.csv", "dpi=300"])

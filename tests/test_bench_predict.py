@@ -15,10 +15,10 @@ import pytest
 import torch
 from ultralytics.nn.autobackend import AutoBackend
 
-from yolo_flash import cli, commands
 from yolo_flash.bench import predict, process
 from yolo_flash.bench.predict import Prediction, PredictJob
 from yolo_flash.bench.process import serve
+from yolo_flash.cli import commands, main
 from yolo_flash.patching.patch import targets
 
 from .machines import MACHINES
@@ -107,7 +107,7 @@ def test_settings_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch) ->
     jobs: list[PredictJob] = []
     monkeypatch.setattr(commands, "bench_predict", jobs.append)
     for imgsz in ("imgsz=640,1280", "imgsz=[640, 1280]"):
-        cli.main(["bench", "predict", imgsz, "batch=4", "amp=fp16", "device=0", "csv=7"])
+        main.main(["bench", "predict", imgsz, "batch=4", "amp=fp16", "device=0", "csv=7"])
     assert jobs == [PredictJob(imgsz=(640, 1280), batch=4, amp="fp16", device="0", csv="7")] * 2
 
 
@@ -124,5 +124,5 @@ def test_settings_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_mistakes_are_told_before_a_process_starts(typed: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=message):
-        cli.main(["bench", "predict", typed, "device=cpu", "csv=predict.csv"])
+        main.main(["bench", "predict", typed, "device=cpu", "csv=predict.csv"])
     assert list(tmp_path.iterdir()) == []

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from yolo_flash import cli, commands
 from yolo_flash.bench import train
 from yolo_flash.bench.rounds import COLUMNS, summary, table
 from yolo_flash.bench.train import ARMS, Clocks, TrainJob, get_ready, train_arguments
+from yolo_flash.cli import commands, main
 
 
 def test_a_training_is_measured_from_the_command_line(coco8: str, tmp_path: Path, log: list[str]) -> None:
     typed = f"bench train data={coco8} imgsz=64 batch=3 epochs=4 arms=eager device=cpu json=train.json csv=train.csv"
-    cli.main(typed.split())
+    main.main(typed.split())
     results = json.loads((tmp_path / "train.json").read_text())
     (sample,) = results["arms"]["eager"]["samples"]
     assert len(sample["losses"]) == len(sample["epoch_iteration_ms"]) == 4
@@ -215,7 +215,7 @@ def test_settings_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch) ->
     jobs: list[TrainJob] = []
     monkeypatch.setattr(commands, "bench_train", jobs.append)
     typed = "bench train data=coco128.yaml imgsz=320 arms=unpatched,auto device=0 cache=False mosaic=0.5 amp=bf16 csv=7"
-    cli.main(typed.split())
+    main.main(typed.split())
     arms = ("unpatched", "auto")
     job = TrainJob(data="coco128.yaml", imgsz=(320,), arms=arms, device="0", cache=False, mosaic=0.5, amp="bf16")
     assert [(job.csv, job.rounds, job.batch) for job in jobs] == [("7", 1, 16)]
@@ -240,5 +240,5 @@ def test_settings_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_mistakes_are_told_before_a_process_starts(typed: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=message):
-        cli.main(["bench", "train", typed, "csv=train.csv"])
+        main.main(["bench", "train", typed, "csv=train.csv"])
     assert list(tmp_path.iterdir()) == []

@@ -22,8 +22,8 @@ from ultralytics.utils import ASSETS, SETTINGS, YAML
 
 import yolo_flash
 from tests.versions import ULTRALYTICS
-from yolo_flash import cli
 from yolo_flash.assets import offline
+from yolo_flash.cli import main
 from yolo_flash.config import FlashConfig, FlashConfigError
 
 TRAIN = ["train", "model=yolo12n.yaml"]
@@ -59,7 +59,7 @@ class Yolo:
 @pytest.fixture
 def yolo(monkeypatch: pytest.MonkeyPatch) -> Yolo:
     yolo = Yolo()
-    monkeypatch.setattr(cli, "entrypoint", yolo)
+    monkeypatch.setattr(main, "entrypoint", yolo)
     return yolo
 
 
@@ -75,7 +75,7 @@ def resolved(yolo: Yolo) -> Callable[..., FlashConfig]:
     def run(*args: str) -> FlashConfig:
         made: list[Any] = []
         yolo.action = lambda: made.append(ultralytics.YOLO("yolo12n.yaml"))
-        cli.main([*TRAIN, *args])
+        main.main([*TRAIN, *args])
         (model,) = made
         config = model._flash_config
         assert isinstance(config, FlashConfig)
@@ -87,7 +87,7 @@ def resolved(yolo: Yolo) -> Callable[..., FlashConfig]:
 def refusal(*args: str) -> str:
     """The message with which the program ends."""
     with pytest.raises(SystemExit) as end:
-        cli.main(args)
+        main.main(args)
     assert isinstance(end.value.code, str), "a message, hence exit status 1"
     assert end.value.code.startswith("yolo-flash: ")
     return end.value.code.removeprefix("yolo-flash: ")
@@ -100,7 +100,7 @@ def never() -> bool:
 # Help ----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("args", [[], ["help"], ["--help"], ["-h"]])
 def test_alone_and_help_explain_in_one_screen_with_examples(args: list[str], yolo: Yolo, log: list[str]) -> None:
-    cli.main(args)
+    main.main(args)
     (text,) = log
     lines = text.strip().splitlines()
     assert len(lines) <= 30
@@ -113,17 +113,17 @@ def test_alone_and_help_explain_in_one_screen_with_examples(args: list[str], yol
 
 
 def test_what_help_shows_can_be_pasted_into_a_shell() -> None:
-    for line in cli.HELP.splitlines():
+    for line in main.HELP.splitlines():
         if "*" in line:  # zsh refuses an unquoted pattern that matches no file
             assert re.search(r"'[^']*\*[^']*'", line), line
 
 
 def test_alone_means_the_arguments_of_the_process(yolo: Yolo, log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/bin/yolo-flash"])
-    cli.main()
+    main.main()
     assert "Examples" in log[0]
     monkeypatch.setattr(sys, "argv", ["/usr/bin/yolo-flash", "cfg"])
-    cli.main()
+    main.main()
     assert yolo.args == ["cfg"]
 
 
@@ -163,7 +163,7 @@ def test_alone_means_the_arguments_of_the_process(yolo: Yolo, log: list[str], mo
 )
 def test_a_command_line_reaches_ultralytics_unchanged(line: str, yolo: Yolo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline, "can_download", never)
-    cli.main(line.split())
+    main.main(line.split())
     assert yolo.argv == [["yolo", *line.split()]]
 
 
@@ -185,12 +185,12 @@ def test_a_command_line_reaches_ultralytics_unchanged(line: str, yolo: Yolo, mon
     ],
 )
 def test_spaces_quotes_and_brackets_are_kept(typed: list[str], seen: list[str], yolo: Yolo) -> None:
-    cli.main([*TRAIN, *typed, "flash.log=false"])
+    main.main([*TRAIN, *typed, "flash.log=false"])
     assert yolo.args == [*TRAIN, *seen]
 
 
 def test_version_names_both_programs(yolo: Yolo, log: list[str]) -> None:
-    cli.main(["version"])
+    main.main(["version"])
     assert log == [f"yolo-flash {version('yolo-flash')}, ultralytics:"]
 
 
@@ -223,7 +223,7 @@ def test_a_setting_is_taken_out_wherever_and_however_it_is_typed(
 
 
 def test_a_setting_may_come_first(yolo: Yolo) -> None:
-    cli.main(["flash.backend=stock", *TRAIN])
+    main.main(["flash.backend=stock", *TRAIN])
     assert yolo.args == TRAIN
 
 
@@ -300,13 +300,13 @@ def test_the_temporary_copy_is_removed_after_an_exception_too(yolo: Yolo) -> Non
     Path("my.yaml").write_text("flash: {log: false}\n")
     yolo.action = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        cli.main([*TRAIN, "cfg=my.yaml"])
+        main.main([*TRAIN, "cfg=my.yaml"])
     assert not Path(yolo.args[-1].removeprefix("cfg=")).parent.exists()
 
 
 def test_a_cfg_file_without_a_section_is_passed_on_itself(yolo: Yolo) -> None:
     Path("my.yaml").write_text("epochs: 2\n")
-    cli.main([*TRAIN, "cfg=my.yaml"])
+    main.main([*TRAIN, "cfg=my.yaml"])
     assert yolo.args == [*TRAIN, "cfg=my.yaml"]
 
 
@@ -334,7 +334,7 @@ def test_a_cfg_file_that_cannot_be_used_is_told(file: str, text: str | None, tol
 
 
 def test_no_cfg_file_may_be_said_in_words(yolo: Yolo) -> None:
-    cli.main([*TRAIN, "cfg=None"])
+    main.main([*TRAIN, "cfg=None"])
     assert yolo.args == [*TRAIN, "cfg=None"]
 
 
@@ -356,13 +356,13 @@ def test_no_cfg_file_may_be_said_in_words(yolo: Yolo) -> None:
 )
 def test_train_without_a_model_takes_yolo12n_and_says_so(line: str, yolo: Yolo, online: None, log: list[str]) -> None:
     Path("default_copy.yaml").write_text("mode: train\ntask: detect\nmodel:\nresume: False\n")  # as of `copy-cfg`
-    cli.main(line.split())
+    main.main(line.split())
     assert yolo.args == [*line.split(), "model=yolo12n.pt"]
     assert log == ["yolo-flash: no model= given: training from yolo12n.pt"]
 
 
 def test_train_without_a_model_and_without_a_network_starts_from_scratch(yolo: Yolo, log: list[str]) -> None:
-    cli.main(["train"])
+    main.main(["train"])
     assert yolo.args == ["train", "model=yolo12n.yaml"]
     assert log == ["yolo-flash: no model= given and nothing can be downloaded: training yolo12n.yaml from scratch"]
 
@@ -375,7 +375,7 @@ def test_train_without_a_model_takes_weights_that_are_on_disk(
     monkeypatch.setattr(offline, "SETTINGS", {**SETTINGS, "weights_dir": str(tmp_path / "weights_dir")})
     Path(folder).mkdir(exist_ok=True)
     Path(folder, "yolo12n.pt").touch()
-    cli.main(["train"])
+    main.main(["train"])
     assert yolo.args == ["train", "model=yolo12n.pt"]
 
 
@@ -383,9 +383,9 @@ def test_train_without_a_model_takes_weights_that_are_on_disk(
 def test_each_task_has_a_model_with_and_without_a_network(
     task: str, yolo: Yolo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cli.main([task, "train"])
+    main.main([task, "train"])
     monkeypatch.setattr(offline, "can_download", lambda: True)
-    cli.main(["train", f"task={task}"])
+    main.main(["train", f"task={task}"])
     scratch, weights = (argv[-1].removeprefix("model=") for argv in yolo.argv)
     assert yaml_model_load(scratch)["scale"] == "n"
     assert weights == ("yolo12n.pt" if task == "detect" else TASK2MODEL[task])
@@ -394,21 +394,21 @@ def test_each_task_has_a_model_with_and_without_a_network(
 
 @pytest.mark.parametrize("typed", ["model = yolov8n.yaml", "--model=yolov8n.yaml", "model=yolov8n.yaml,"])
 def test_a_model_that_was_named_in_any_spelling_is_kept(typed: str, yolo: Yolo) -> None:
-    cli.main(["train", typed])
+    main.main(["train", typed])
     assert yolo.args == ["train", typed]
 
 
 def test_a_model_that_a_cfg_file_names_is_kept(yolo: Yolo) -> None:
     Path("my.yaml").write_text("model: yolov8n.yaml\nflash: {log: false}\n")
-    cli.main(["train", "cfg=my.yaml"])
+    main.main(["train", "cfg=my.yaml"])
     assert len(yolo.args) == 2
     assert yolo.cfg == [{"model": "yolov8n.yaml"}]
 
 
 def test_arguments_win_over_the_cfg_file(yolo: Yolo, online: None) -> None:
     Path("my.yaml").write_text("mode: train\ntask: segment\n")
-    cli.main(["cfg=my.yaml", "task=pose"])
-    cli.main(["cfg=my.yaml", "mode=val"])
+    main.main(["cfg=my.yaml", "task=pose"])
+    main.main(["cfg=my.yaml", "mode=val"])
     assert [argv[1:] for argv in yolo.argv] == [
         ["cfg=my.yaml", "task=pose", "model=yolo26n-pose.pt"],
         ["cfg=my.yaml", "mode=val"],
@@ -416,36 +416,36 @@ def test_arguments_win_over_the_cfg_file(yolo: Yolo, online: None) -> None:
 
 
 def test_a_checkpoint_to_resume_is_the_model(yolo: Yolo) -> None:
-    cli.main(["train", "resume=runs/my run/last.pt"])
+    main.main(["train", "resume=runs/my run/last.pt"])
     assert yolo.args == ["train", "resume=runs/my run/last.pt", "model=runs/my run/last.pt"]
 
 
 def test_a_checkpoint_to_resume_may_stand_in_a_cfg_file(yolo: Yolo) -> None:
     Path("my.yaml").write_text("resume: runs/last.pt\n")
-    cli.main(["train", "cfg=my.yaml"])
+    main.main(["train", "cfg=my.yaml"])
     assert yolo.args == ["train", "cfg=my.yaml", "model=runs/last.pt"]
 
 
 @pytest.mark.parametrize("resume", ["resume", "resume=True", "resume=runs/train"])
 def test_resume_without_a_checkpoint_is_left_to_ultralytics(resume: str, yolo: Yolo, online: None) -> None:
-    cli.main(["train", resume])
+    main.main(["train", resume])
     assert yolo.args == ["train", resume]
 
 
 def test_resume_with_a_model_is_left_to_ultralytics(yolo: Yolo) -> None:
-    cli.main(["train", "resume", "model=runs/last.pt"])
+    main.main(["train", "resume", "model=runs/last.pt"])
     assert yolo.args == ["train", "resume", "model=runs/last.pt"]
 
 
 @pytest.mark.parametrize("mode", ["val", "predict", "export", "track", "benchmark"])
 def test_other_modes_keep_the_default_of_ultralytics(mode: str, yolo: Yolo, online: None) -> None:
-    cli.main([mode])
+    main.main([mode])
     assert yolo.args == [mode]
 
 
 def test_resume_without_a_run_asks_for_one() -> None:
     with pytest.raises(SystemExit, match=r"resume needs the run to resume: model=path/to/last\.pt"):
-        cli.main(["train", "resume"])
+        main.main(["train", "resume"])
 
 
 @pytest.mark.parametrize(
@@ -486,7 +486,7 @@ def test_only_weights_of_the_download_host_are_probed_for(
     model: str, yolo: Yolo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(offline, "can_download", never)
-    cli.main(["val", f"model={model}"])
+    main.main(["val", f"model={model}"])
     assert yolo.args == ["val", f"model={model}"]
 
 
@@ -511,10 +511,10 @@ def test_everything_global_is_restored(end: str, bound: bool, yolo: Yolo, monkey
     before = snapshot()
     yolo.action = action
     if error is None:
-        cli.main(TRAIN)
+        main.main(TRAIN)
     else:
         with pytest.raises(type(error)) as raised:
-            cli.main(TRAIN)
+            main.main(TRAIN)
         assert raised.value is error, "errors of Ultralytics stay as they are"
     after = snapshot()
     assert after[0] is before[0]
@@ -528,7 +528,7 @@ def test_the_program_is_called_yolo_in_every_list_that_ultralytics_reads(
     monkeypatch.setattr(sys, "argv", ["a", "new", "list"])  # the modules of Ultralytics still have the old one
     old = ultralytics.cfg.ARGV[:]
     yolo.action = lambda: seen.extend([ultralytics.cfg.ARGV[:], ultralytics.engine.model.ARGV[:]])
-    cli.main(TRAIN)
+    main.main(TRAIN)
     assert seen == [["yolo", *TRAIN]] * 2
     assert sys.argv == ["a", "new", "list"]
     assert old == ultralytics.cfg.ARGV
@@ -537,7 +537,7 @@ def test_the_program_is_called_yolo_in_every_list_that_ultralytics_reads(
 def test_only_the_first_model_is_patched(yolo: Yolo) -> None:
     made: list[Any] = []
     yolo.action = lambda: made.extend([ultralytics.YOLO("yolo12n.yaml"), ultralytics.YOLO("yolo12n.yaml")])
-    cli.main(TRAIN)
+    main.main(TRAIN)
     assert [type(model).__name__ for model in made] == ["FlashYOLO", "YOLO"]
     assert [isinstance(model, YOLO) for model in made] == [True, True]
 
@@ -548,9 +548,9 @@ def test_both_classes_make_patched_objects_and_get_all_arguments(
 ) -> None:
     made: list[Any] = []
     monkeypatch.setitem(vars(ultralytics), name, lambda *args, **kwargs: (args, kwargs))
-    monkeypatch.setattr(cli, "patch_from_sources", lambda model, sources: SimpleNamespace(model=model, **sources))
+    monkeypatch.setattr(main, "patch_from_sources", lambda model, sources: SimpleNamespace(model=model, **sources))
     yolo.action = lambda: made.append(getattr(ultralytics, name)("a.pt", task="detect"))
-    cli.main([*TRAIN, "flash.log=false"])
+    main.main([*TRAIN, "flash.log=false"])
     assert made == [SimpleNamespace(model=(("a.pt",), {"task": "detect"}), cli={"log": False}, section=None)]
 
 
@@ -559,7 +559,7 @@ def test_a_solution_gets_a_patched_model_and_its_module_the_class_back(yolo: Yol
 
     made: list[Any] = []
     yolo.action = lambda: made.append(solutions.YOLO("yolo12n.yaml"))
-    cli.main(["solutions", "count"])
+    main.main(["solutions", "count"])
     assert type(made[0]).__name__ == "FlashYOLO"
     assert solutions.YOLO is YOLO
 
@@ -578,7 +578,7 @@ def test_a_real_training_run_with_a_section_and_a_space_in_its_folder(
 ) -> None:
     before = snapshot()
     YAML.save("my.yaml", {**tiny_args, "project": "", "flash": {"backend": "sdpa_math"}})
-    cli.main(["train", "cfg", "=", "my.yaml", "model=yolo12n.yaml", f"project={tmp_path / 'my runs'}"])
+    main.main(["train", "cfg", "=", "my.yaml", "model=yolo12n.yaml", f"project={tmp_path / 'my runs'}"])
     run = tmp_path / "my runs" / "train"
     assert (run / "weights" / "best.pt").is_file()
     assert not list(run.glob("TRAINED_ON_A_STAND_IN*")), "data= named the set itself"
@@ -588,7 +588,7 @@ def test_a_real_training_run_with_a_section_and_a_space_in_its_folder(
 
 def test_a_real_prediction_is_saved(tmp_path: Path) -> None:
     project = f"project={tmp_path / 'runs'}"
-    cli.main(["predict", "model=yolo12n.yaml", f"source={ASSETS / 'bus.jpg'}", "imgsz=32", "device=cpu", project])
+    main.main(["predict", "model=yolo12n.yaml", f"source={ASSETS / 'bus.jpg'}", "imgsz=32", "device=cpu", project])
     assert (tmp_path / "runs" / "predict" / "bus.jpg").is_file()
 
 
@@ -620,7 +620,7 @@ def test_nothing_leans_on_assertions(line: str, tmp_path: Path) -> None:
 
 
 def test_there_is_no_assertion_in_the_files_that_answer_users() -> None:
-    package = Path(cli.__file__).parent
+    package = Path(main.__file__).parent
     names = ("arguments", "backends", "cli", "commands", "comparison", "executed", "forecast", "kineto", "planning")
     for file in [*(package / f"{name}.py" for name in names), *package.glob("bench_*.py"), *package.glob("verif*.py")]:
         assert not re.search(r"^\s*assert ", file.read_text(encoding="utf-8"), re.MULTILINE), file

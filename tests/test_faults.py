@@ -34,8 +34,9 @@ from tests.counting import AttentionCalls, in_threads
 from tests.test_options import LAYERS, train
 from tests.test_patch import patched_layers
 from tests.test_telemetry import FORWARD, events, of
-from yolo_flash import cli, patch_model
+from yolo_flash import patch_model
 from yolo_flash.assets import offline
+from yolo_flash.cli import main
 from yolo_flash.engine import telemetry as telemetry_module
 from yolo_flash.engine.run_plot import draw_run
 from yolo_flash.patching.patch import targets
@@ -279,7 +280,7 @@ def test_ctrl_c_on_the_command_line_leaves_nothing_global_changed(
     seen.clear()
     before = everything_global()
     with pytest.raises(KeyboardInterrupt):
-        cli.main(command)
+        main.main(command)
     assert seen  # the copy of the cfg file
     assert everything_global() == before
 
@@ -382,7 +383,7 @@ def test_with_safe_load_nothing_of_ours_can_be_named(
     assert "references types outside the supported Ultralytics checkpoint format" in stock
     assert what_comes_of(hostile, patched=True) == stock
     with pytest.raises(TypeError, match="references types outside"):
-        cli.main(["predict", f"model={hostile}", f"source={ASSETS / 'bus.jpg'}", "device=cpu", "flash.backend=auto"])
+        main.main(["predict", f"model={hostile}", f"source={ASSETS / 'bus.jpg'}", "device=cpu", "flash.backend=auto"])
     assert not mark.exists()
     assert not [name for name in map(str, torch.serialization.get_safe_globals()) if "yolo_flash" in name]
 

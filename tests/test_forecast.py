@@ -11,9 +11,10 @@ import torch
 from ultralytics import YOLO
 
 from tests.machines import MACHINES
-from yolo_flash import FlashConfig, cli, report
+from yolo_flash import FlashConfig
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.bench import largest_batch
+from yolo_flash.cli import checks, main
 from yolo_flash.dispatch.dispatcher import Runtime
 from yolo_flash.planning import memory
 from yolo_flash.planning.memory import attention_memory, kept_bytes
@@ -116,18 +117,18 @@ def test_fit_says_what_fits_without_graphs_and_that_they_hold_as_much_again(
     log: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Card(monkeypatch)
-    monkeypatch.setattr(report, "resolve_device", lambda device: torch.device("cuda:0"))
-    monkeypatch.setattr(report, "detect", lambda device: MACHINES["H100"])
-    monkeypatch.setattr(report, "plan", lambda model, **run: [])
-    cli.main(["plan", "imgsz=1280", "--fit"])
+    monkeypatch.setattr(checks, "resolve_device", lambda device: torch.device("cuda:0"))
+    monkeypatch.setattr(checks, "detect", lambda device: MACHINES["H100"])
+    monkeypatch.setattr(checks, "plan", lambda model, **run: [])
+    main.main(["plan", "imgsz=1280", "--fit"])
     told = log[-1]
     assert told.startswith("largest training batch at 1280 pixels in ")
     assert "with flash.graphs=off: stock 58, with yolo-flash 117. CUDA graphs hold about as much again" in told
     assert "flash.graphs=auto, steps of up to about 58 images can run from them" in told
-    cli.main(["plan", "imgsz=1280", "--fit", "--json"])
+    main.main(["plan", "imgsz=1280", "--fit", "--json"])
     assert json.loads(capsys.readouterr().out)["fit"] == {"unpatched": 58, "auto": 117, "graphs": 58}
 
 
 def test_fit_needs_a_gpu() -> None:
     with pytest.raises(SystemExit, match=r"--fit measures on a GPU, the device is .*CPU"):
-        cli.main(["plan", "--fit", "device=cpu"])
+        main.main(["plan", "--fit", "device=cpu"])

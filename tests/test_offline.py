@@ -16,9 +16,9 @@ import pytest
 from ultralytics.data import utils as data_utils
 from ultralytics.utils import ROOT, SETTINGS, YAML, downloads
 
-from yolo_flash import cli
 from yolo_flash.assets import offline
 from yolo_flash.assets.coco8_standin import create_standin
+from yolo_flash.cli import main
 
 SHIPPED = ROOT / "cfg" / "datasets" / "coco8.yaml"
 
@@ -268,7 +268,7 @@ def test_missing_weights_end_the_program_at_once_with_what_to_do(
     start = time.monotonic()
     try:
         with pytest.raises(SystemExit) as end:
-            cli.main(["train", "model=yolo12n.pt", "data=coco8.yaml"])
+            main.main(["train", "model=yolo12n.pt", "data=coco8.yaml"])
     finally:
         answer.set()
     assert time.monotonic() - start < 2
@@ -419,7 +419,7 @@ def test_a_run_is_noted_behind_a_linked_home_too(tmp_path: Path, monkeypatch: py
 
 def test_a_real_run_on_the_stand_in(folders: Path, tiny_args: dict[str, Any], tmp_path: Path, log: list[str]) -> None:
     args = {**tiny_args, "data": "coco8.yaml", "val": False}
-    cli.main(["train", *(f"{key}={value}" for key, value in args.items())])
+    main.main(["train", *(f"{key}={value}" for key, value in args.items())])
     run = tmp_path / "runs" / "train"
     assert (run / "TRAINED_ON_A_STAND_IN.txt").is_file()
     assert YAML.load(run / "args.yaml")["model"] == "yolo12n.yaml"

@@ -22,7 +22,8 @@ from ultralytics.utils import YAML
 from tests.counting import AttentionCalls, train_compiled
 from tests.test_patch import patched_layers
 from tests.test_telemetry import FORWARD, events, interrupted, of
-from yolo_flash import AttentionSpec, FlashConfig, cli, patch_model
+from yolo_flash import AttentionSpec, FlashConfig, patch_model
+from yolo_flash.cli import main
 from yolo_flash.dispatch.dispatcher import Runtime
 from yolo_flash.engine.telemetry import Telemetry
 from yolo_flash.machine import detect
@@ -261,7 +262,7 @@ def test_folds_trained_one_after_another_share_nothing_and_leave_nothing(
 def test_resume_on_the_command_line_goes_on_fused(tiny_model: str, tiny_args: dict[str, Any]) -> None:
     last = interrupted(tiny_args, patch_model(YOLO(tiny_model), backend="sdpa_flash"))
     with AttentionCalls() as calls:
-        cli.main(["train", "resume", f"model={last}", "flash.backend=sdpa_flash"])
+        main.main(["train", "resume", f"model={last}", "flash.backend=sdpa_flash"])
     assert calls.backward == {"sdpa_flash": LAYERS * 2 * 2}  # layers x batches x epochs that were left
     written = [json.loads(line) for line in (last.parents[1] / "flash.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in of(written, "epoch")] == [1, 2, 3]

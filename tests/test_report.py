@@ -16,8 +16,9 @@ import torch
 import ultralytics
 from ultralytics.utils import LOGGER
 
-from yolo_flash import checks, cli, report
+from yolo_flash import checks
 from yolo_flash.backends.registry import BACKENDS
+from yolo_flash.cli import checks, main
 from yolo_flash.machine import Machine
 
 SPECS = ["YOLO12, area attention", "YOLO26, PSA", "RT-DETR, decoder"]
@@ -42,7 +43,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def t4(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "detect", lambda device: T4)
+    monkeypatch.setattr(checks, "detect", lambda device: T4)
 
 
 def run_json(*args: str, config: Path | None = None) -> Any:
@@ -69,7 +70,7 @@ def rows(text: str) -> list[tuple[str, str]]:
 def test_the_report_names_device_versions_backends_and_ends_with_ultralytics_checks(
     no_gpu: None, log: list[str]
 ) -> None:
-    cli.main(["checks"])
+    main.main(["checks"])
     ours = log[0]
     assert ours.startswith(f"yolo-flash {version('yolo-flash')}\n")
     for fact in ("(CPU)", f"torch {torch.__version__}", f"Python {sys.version.split()[0]}", "triton ", *SPECS):
@@ -100,8 +101,8 @@ def test_every_backend_is_ready_or_has_its_reasons_with_numbers(t4: None, log: l
 
 
 def test_the_typical_layers_are_those_of_yolo12_yolo26_and_rtdetr_at_640() -> None:
-    gpu = report.typical_specs(T4)
-    cpu = report.typical_specs(Machine(kind="cpu", name="CPU"))
+    gpu = checks.typical_specs(T4)
+    cpu = checks.typical_specs(Machine(kind="cpu", name="CPU"))
     assert list(gpu) == list(cpu) == SPECS
     assert [str(spec) for spec in gpu.values()] == [
         "64 x 2 heads x 400 tokens x 32, float16, nhwc, train",
@@ -117,13 +118,13 @@ def test_the_typical_layers_are_those_of_yolo12_yolo26_and_rtdetr_at_640() -> No
 
 @pytest.mark.parametrize("typed", [["device=cpu"], ["--device=cpu"], ["device", "=", "cpu"], ["device = cpu"]])
 def test_a_device_may_be_named(typed: list[str], log: list[str]) -> None:
-    cli.main(["checks", *typed])
+    main.main(["checks", *typed])
     assert "(CPU)" in log[0].splitlines()[1]
 
 
 @pytest.mark.parametrize("command", ["checks", "--checks", "check", "CHECKS"])
 def test_the_spellings_that_ultralytics_allows_are_ours(command: str, log: list[str]) -> None:
-    cli.main([command, "device=cpu"])
+    main.main([command, "device=cpu"])
     assert log[0].startswith("yolo-flash ")
 
 
@@ -133,7 +134,7 @@ def test_a_device_that_is_not_there_is_told(
     device: str, as_json: list[str], no_gpu: None, log: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        cli.main(["checks", f"device={device}", *as_json])
+        main.main(["checks", f"device={device}", *as_json])
     assert end.value.code == (
         f"yolo-flash: checks: there is no device={tuple(map(int, device.split(','))) if ',' in device else device}: "
         f"torch sees 0 GPUs here. Valid: device=cpu."
@@ -153,14 +154,14 @@ def test_a_device_that_is_not_there_is_told(
 )
 def test_arguments_that_checks_does_not_take_are_told(typed: list[str], told: str) -> None:
     with pytest.raises(SystemExit) as end:
-        cli.main(["checks", *typed])
+        main.main(["checks", *typed])
     assert end.value.code == f"yolo-flash: checks takes device=..., --json and --clear-cache, found {told}."
 
 
 def test_json_holds_the_same_facts_and_nothing_is_logged(
     no_gpu: None, log: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cli.main(["checks", "--json", "device=cpu"])
+    main.main(["checks", "--json", "device=cpu"])
     facts = json.loads(capsys.readouterr().out)
     assert log == []
     assert facts["yolo_flash"] == version("yolo-flash")
@@ -193,7 +194,7 @@ def test_the_log_is_back_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> Non
     def fail() -> None:
         raise RuntimeError("no psutil")
 
-    monkeypatch.setattr(report, "collect_system_info", fail)
+    monkeypatch.setattr(checks, "collect_system_info", fail)
     with pytest.raises(RuntimeError, match="no psutil"):
         checks("cpu", as_json=True)
     assert LOGGER.disabled is False
@@ -209,7 +210,7 @@ def test_a_new_user_gets_json_alone_from_the_first_command(tmp_path: Path) -> No
 
 # Plan -----------------------------------------------------------------------------------------------------------------
 def test_plan_says_what_a_run_would_use_and_what_became_of_the_others(log: list[str]) -> None:
-    cli.main(["plan", "imgsz=640", "batch=4", "device=cpu"])
+    main.main(["plan", "imgsz=640", "batch=4", "device=cpu"])
     text = "\n".join(log)
     assert "8 attention layers on" in text
     assert re.search(r"train +4 in model\.6 +AAttn +16 +2 +400 +sdpa_flash +fused on the CPU", text)
@@ -223,7 +224,7 @@ def test_plan_says_what_a_run_would_use_and_what_became_of_the_others(log: list[
 
 
 def test_plan_as_json_is_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["plan", "model=yolo26n.yaml", "imgsz=64", "device=cpu", "train", "--json", "flash.backend=sdpa_math"])
+    main.main(["plan", "model=yolo26n.yaml", "imgsz=64", "device=cpu", "train", "--json", "flash.backend=sdpa_math"])
     facts = json.loads(capsys.readouterr().out)
     assert [row["layer"].split(".")[1] for row in facts["plan"]] == ["10", "22"]
     for row in facts["plan"]:
@@ -251,18 +252,18 @@ def test_plan_as_json_is_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_plan_tells_what_it_cannot_do(typed: str, told: str) -> None:
     with pytest.raises(SystemExit, match=told):
-        cli.main(typed.split())
+        main.main(typed.split())
 
 
 def test_the_switch_of_the_environment_leaves_nothing_to_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("YOLO_FLASH", "0")
     with pytest.raises(SystemExit, match="YOLO_FLASH=0: stock runs, and there is nothing to plan"):
-        cli.main(["plan", "device=cpu"])
+        main.main(["plan", "device=cpu"])
 
 
 def test_a_size_is_rounded_up_as_by_train_and_said(log: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["plan", "imgsz=33", "batch=2", "device=cpu", "train"])
+    main.main(["plan", "imgsz=33", "batch=2", "device=cpu", "train"])
     assert "imgsz=[33] must be multiple of max stride 32, updating to [64]" in log[0]
     assert re.search(r"train +4 in model\.8 +AAttn +2 +4 +4 ", "\n".join(log))
-    cli.main(["plan", "imgsz=33", "batch=2", "device=cpu", "train", "--json"])
+    main.main(["plan", "imgsz=33", "batch=2", "device=cpu", "train", "--json"])
     assert json.loads(capsys.readouterr().out)["imgsz"] == 64

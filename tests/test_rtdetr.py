@@ -18,8 +18,9 @@ from tests.counting import AttentionCalls
 from tests.test_patch import load_without_plugin
 from tests.test_trainer import Phases
 from tests.versions import few_queries
-from yolo_flash import FlashConfig, cli, patch_model, unpatch_model, verify
+from yolo_flash import FlashConfig, patch_model, unpatch_model, verify
 from yolo_flash.backends import separate
+from yolo_flash.cli import main
 from yolo_flash.dispatch.decision import Trial
 from yolo_flash.dispatch.dispatcher import Runtime
 from yolo_flash.machine import detect
@@ -70,7 +71,7 @@ def test_the_plan_of_every_shipped_config(config: str) -> None:
 
 
 def test_the_plan_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["plan", "model=rtdetr-resnet50.yaml", "imgsz=640", "batch=4", "device=cpu", "--json"])
+    main.main(["plan", "model=rtdetr-resnet50.yaml", "imgsz=640", "batch=4", "device=cpu", "--json"])
     facts = json.loads(capsys.readouterr().out)
     assert Counter(row["mode"] for row in facts["plan"]) == {"train": 7, "val": 7}
     assert facts["score_bytes"] == {"stock": 4 * 4 * 8 * (400**2 + 6 * 500**2), "planned": 0}

@@ -17,13 +17,13 @@ from tests.test_autotune import AREA, CPU, PSA, break_flash, forbid, raises
 from yolo_flash import FlashConfig
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.backends.spec import AttentionSpec
+from yolo_flash.cli.plan import _fate
 from yolo_flash.dispatch import dispatcher, trial_cache
 from yolo_flash.dispatch.decision import Trial, select
 from yolo_flash.dispatch.dispatcher import Runtime
 from yolo_flash.machine import detect
 from yolo_flash.planning import autotune
 from yolo_flash.planning.plan import PlanRow, describe, plan_entry
-from yolo_flash.report import _fate
 from yolo_flash.utils import memory
 
 pytestmark = pytest.mark.measures

@@ -21,9 +21,10 @@ from ultralytics.nn.modules.block import AAttn
 from ultralytics.utils import ASSETS, YAML
 
 from tests.counting import randomise
-from yolo_flash import FlashConfig, cli, patch_model, verify
+from yolo_flash import FlashConfig, patch_model, verify
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.backends.spec import AttentionSpec
+from yolo_flash.cli import main
 from yolo_flash.dispatch import trial_cache
 from yolo_flash.dispatch.decision import Trial
 from yolo_flash.machine import detect
@@ -54,7 +55,7 @@ def break_backend(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
 def off(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
     """The facts of a verification that must end with exit status 1."""
     with pytest.raises(SystemExit) as end:
-        cli.main(["verify", *FORCED, "--json", *args])
+        main.main(["verify", *FORCED, "--json", *args])
     assert end.value.code == 1
     facts = json.loads(capsys.readouterr().out)
     assert not facts["ok"]
@@ -76,7 +77,7 @@ def wrong(facts: dict[str, Any], mode: str) -> dict[str, set[str]]:
 # Healthy models -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("model", "layers"), [("yolo12n.yaml", 8), ("yolo26n.yaml", 2)])
 def test_a_healthy_model_passes(model: str, layers: int, log: list[str]) -> None:
-    cli.main(["verify", f"model={model}", *FORCED])  # exit status 0: nothing is raised
+    main.main(["verify", f"model={model}", *FORCED])  # exit status 0: nothing is raised
     text = "\n".join(log)
     assert text.endswith(f"yolo-flash verify: {layers} attention layers compute what stock computes")
     assert "images: synthetic images" in text
@@ -122,7 +123,7 @@ def test_other_tasks_compare_raw_outputs(model: str) -> None:
 
 def test_stock_against_stock_proves_nothing_and_says_what_to_type(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        cli.main(["verify", "model=yolo26n.yaml", "imgsz=64", "device=cpu", "--json"])
+        main.main(["verify", "model=yolo26n.yaml", "imgsz=64", "device=cpu", "--json"])
     assert end.value.code == 1
     facts = json.loads(capsys.readouterr().out)
     assert {entry["backend"] for entry in facts["layers"]} == {"stock"}
@@ -134,7 +135,7 @@ def test_stock_against_stock_proves_nothing_and_says_what_to_type(capsys: pytest
 
 
 def test_all_compares_every_backend_that_can_run_each_layer(log: list[str]) -> None:
-    cli.main(["verify", "model=yolo26n.yaml", "imgsz=64", "device=cpu", "all=true"])
+    main.main(["verify", "model=yolo26n.yaml", "imgsz=64", "device=cpu", "all=true"])
     rows = re.findall(r"\n  (train|predict) +(model\.\S+) +(\w+) +\d\.\de-\d\d +\d\.\de-\d\d  ok ", log[-1])
     layers = sorted({layer for _, layer, _ in rows})
     assert len(layers) == 2
@@ -244,7 +245,7 @@ def test_a_precision_is_what_ultralytics_takes() -> None:
         with pytest.raises(ValueError, match=f"amp must be True, False, fp16, bf16 or fp32, found {amp!r}"):
             verify("yolo26n.yaml", imgsz=64, device="cpu", amp=amp)  # type: ignore[arg-type]
     with pytest.raises(SystemExit, match="verify: amp must be True, False, fp16, bf16 or fp32, found 'maybe'"):
-        cli.main(["verify", "model=yolo26n.yaml", "device=cpu", "amp=maybe"])
+        main.main(["verify", "model=yolo26n.yaml", "device=cpu", "amp=maybe"])
     assert verify("yolo26n.yaml", imgsz=64, device="cpu", amp="BF16", backend="sdpa_flash")["dtype"] == "float32"
 
 
@@ -377,7 +378,7 @@ def test_a_backend_that_raises_is_off_though_auto_replaces_it(monkeypatch: pytes
     assert "sdpa_flash raised in this run: RuntimeError: no such kernel" in facts["off"]
     assert "the plan says sdpa_flash, and sdpa_math ran" in facts["off"][0]
     with pytest.raises(SystemExit, match=r"sdpa_flash raised in model\.10"):
-        cli.main(["verify", "model=yolo26n.yaml", *FORCED])
+        main.main(["verify", "model=yolo26n.yaml", *FORCED])
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------
@@ -488,7 +489,7 @@ def test_it_runs_without_gradients_enabled() -> None:
 )
 def test_what_cannot_be_verified_is_told(typed: str, told: str) -> None:
     with pytest.raises(SystemExit, match=f"^yolo-flash: .*{told}"):
-        cli.main(["verify", "device=cpu", *typed.split()])
+        main.main(["verify", "device=cpu", *typed.split()])
 
 
 def test_pictures_that_cannot_be_read_and_data_without_val(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .backends.registry import BackendNotSupportedError
     from .backends.spec import AttentionSpec
+    from .cli.checks import checks
     from .config import FlashConfig, FlashConfigError
     from .dispatch.decision import Decision
     from .engine.model import patch_model, plan, unpatch_model
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from .machine import Machine
     from .patching.fallback import FlashKernelError
     from .planning.plan import PlanRow
-    from .report import checks
     from .verify.verify import verify
 
 __all__ = [

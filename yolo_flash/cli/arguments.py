@@ -9,8 +9,8 @@ from typing import Any
 from ultralytics.cfg import merge_equals_args, parse_key_value_pair
 from ultralytics.utils.checks import check_model_file_from_stem
 
-from .assets import offline
-from .config import FlashConfigError
+from ..assets import offline
+from ..config import FlashConfigError
 
 
 class UsageError(ValueError):

@@ -8,18 +8,19 @@ from typing import Any
 
 from ultralytics.utils import LOGGER
 
+from ..backends.registry import BackendNotSupportedError
+from ..bench.op import OpJob, bench_op
+from ..bench.plot import PlotJob, bench_plot
+from ..bench.predict import PredictJob, bench_predict
+from ..bench.rounds import bench
+from ..bench.step import StepJob
+from ..bench.train import TrainJob, bench_train
+from ..config import FlashConfigError
+from ..dispatch import trial_cache
+from ..verify.verify import verify_from_sources
 from .arguments import UsageError, merge, read, refuse_missing, split_settings
-from .backends.registry import BackendNotSupportedError
-from .bench.op import OpJob, bench_op
-from .bench.plot import PlotJob, bench_plot
-from .bench.predict import PredictJob, bench_predict
-from .bench.rounds import bench
-from .bench.step import StepJob
-from .bench.train import TrainJob, bench_train
-from .config import FlashConfigError
-from .dispatch import trial_cache
-from .report import checks, show_plan
-from .verify.verify import verify_from_sources
+from .checks import checks
+from .plan import show_plan
 
 
 def _check_counts(command: str, values: dict[str, Any]) -> None:
