@@ -19,9 +19,9 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
 from tests.counting import AttentionCalls, randomise, settle
-from tests.test_options import LAYERS
-from tests.test_patch import patched_layers
-from tests.test_tasks import EnoughError
+from tests.engine.test_options import LAYERS
+from tests.engine.test_tasks import EnoughError
+from tests.patching.test_patch import patched_layers
 from yolo_flash import patch_model
 from yolo_flash.patching.patch import targets
 

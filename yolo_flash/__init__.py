@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .machine import Machine
     from .patching.fallback import FlashKernelError
     from .planning.plan import PlanRow
-    from .verify.verify import verify
+    from .verification.verify import verify
 
 __all__ = [
     "AttentionSpec",
@@ -40,20 +40,20 @@ __all__ = [
 
 # Imported when first used: Ultralytics changes the environment and may greet on standard output when it is imported.
 _MODULES = {
-    "AttentionSpec": "backends",
-    "BackendNotSupportedError": "backends",
-    "Decision": "selector",
+    "AttentionSpec": "backends.spec",
+    "BackendNotSupportedError": "backends.registry",
+    "Decision": "dispatch.decision",
     "FlashConfig": "config",
     "FlashConfigError": "config",
-    "FlashGraphError": "graphs",
-    "FlashKernelError": "guard",
+    "FlashGraphError": "graphs.graphed_step",
+    "FlashKernelError": "patching.fallback",
     "Machine": "machine",
-    "PlanRow": "planning",
-    "checks": "report",
-    "patch_model": "wrapper",
-    "plan": "wrapper",
-    "unpatch_model": "wrapper",
-    "verify": "verification",
+    "PlanRow": "planning.plan",
+    "checks": "cli.checks",
+    "patch_model": "engine.model",
+    "plan": "engine.model",
+    "unpatch_model": "engine.model",
+    "verify": "verification.verify",
 }
 
 

@@ -9,8 +9,8 @@ def main() -> None:
     # At its very first import Ultralytics greets on standard output, where `checks --json` promises JSON alone. Its
     # logger keeps the stream that it finds now.
     with contextlib.redirect_stdout(sys.stderr) if "--json" in sys.argv else contextlib.nullcontext():
-        from .cli import main
-    main.main()
+        from .cli.main import main as run
+    run()
 
 
 if __name__ == "__main__":

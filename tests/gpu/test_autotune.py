@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.counting import randomise
-from tests.test_blocks import MAKE, channels, patched
+from tests.patching.test_blocks import MAKE, channels, patched
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.dispatch import trial_cache
 from yolo_flash.dispatch.decision import select

@@ -16,8 +16,8 @@ from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import RANK
 
-from tests.test_patch import load_without_plugin, patched_layers
-from tests.test_telemetry import events, of, read_events
+from tests.engine.test_telemetry import events, of, read_events
+from tests.patching.test_patch import load_without_plugin, patched_layers
 from yolo_flash import patch_model
 
 pytestmark = [

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ultralytics.nn.modules.block import AAttn
 
 from tests.counting import AttentionCalls
-from tests.test_blocks import channels, error, make, patched
-from tests.test_derivatives import Masked, derivatives
-from tests.test_edits import double_scale
-from tests.test_multihead import randomise
+from tests.patching.test_blocks import channels, error, make, patched
+from tests.patching.test_derivatives import Masked, derivatives
+from tests.patching.test_edits import double_scale
+from tests.patching.test_multihead import randomise
 from yolo_flash import BackendNotSupportedError, patch_model
 from yolo_flash.patching.blocks import FlashBlock
 

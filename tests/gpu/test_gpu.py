@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ultralytics import YOLO
 
 from tests.counting import AttentionCalls, in_threads, randomise
-from tests.test_blocks import LAYOUTS, MAKE, channels, patched
-from tests.test_patch import patched_layers
-from tests.test_telemetry import events
-from tests.test_trainer import check_every_phase
+from tests.engine.test_telemetry import events
+from tests.engine.test_trainer import check_every_phase
+from tests.patching.test_blocks import LAYOUTS, MAKE, channels, patched
+from tests.patching.test_patch import patched_layers
 from yolo_flash import BackendNotSupportedError, FlashConfig, checks, patch_model, plan
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.machine import detect

@@ -15,8 +15,8 @@ from ultralytics import ASSETS, YOLO
 from ultralytics.cfg import get_cfg
 
 from tests.counting import randomise, run_out_of_memory_once
-from tests.test_patch import load_without_plugin, patched_layers
-from tests.test_telemetry import events
+from tests.engine.test_telemetry import events
+from tests.patching.test_patch import load_without_plugin, patched_layers
 from yolo_flash import FlashConfig, patch_model
 from yolo_flash.engine.predictor import FlashPredictorMixin
 from yolo_flash.graphs.capture import answer_step, capture_step

@@ -9,9 +9,9 @@ import torch
 from ultralytics import YOLO
 
 from tests.counting import AttentionCalls, train_compiled
-from tests.test_options import LAYERS, train
-from tests.test_patch import patched_layers
-from tests.test_telemetry import events, of
+from tests.engine.test_options import LAYERS, train
+from tests.engine.test_telemetry import events, of
+from tests.patching.test_patch import patched_layers
 from yolo_flash import patch_model
 
 pytestmark = [

@@ -15,8 +15,8 @@ from ultralytics.nn.modules.transformer import AIFI, TransformerLayer
 from ultralytics.utils import ASSETS
 
 from tests.counting import AttentionCalls
-from tests.test_multihead import errors, patched, plain, randomise
-from tests.test_multihead import run as run_module
+from tests.patching.test_multihead import errors, patched, plain, randomise
+from tests.patching.test_multihead import run as run_module
 from yolo_flash import AttentionSpec, BackendNotSupportedError, patch_model, plan
 from yolo_flash.machine import detect
 from yolo_flash.patching.multihead import FlashMultiheadAttention, denoising_mask

@@ -11,8 +11,8 @@ from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import BaseModel
 
-from tests.test_telemetry import events, of
-from tests.test_user_changes import CHANGES
+from tests.engine.test_telemetry import events, of
+from tests.graphs.test_user_changes import CHANGES
 from yolo_flash import patch_model
 from yolo_flash.graphs import policy as graphed_step_module
 from yolo_flash.graphs.capture import _labelled, loss_error

@@ -20,10 +20,10 @@ from torch.profiler import DeviceType
 from ..backends.registry import BACKENDS
 from ..backends.spec import AttentionSpec
 from ..utils.errors import first_line
-from ..utils.memory import extra_bytes, wait
+from ..utils.memory import extra_bytes
 from ..utils.numerics import Results, reference, relative_error
 from ..utils.profiler import hushed, kernels_profiled
-from ..utils.timing import graph_ms
+from ..utils.timing import graph_ms, wait
 from .op_table import BOTH, FORWARD, MODES, PEER, SHAPES, Row
 
 Call = Callable[[], Results]

@@ -144,7 +144,7 @@ def _conditions(machine: dict[str, Any], job: BaseJob) -> Row:
 
 def _commit() -> str:
     """The commit of the checkout that this package lies in, with `-dirty` if files differ from it; else empty."""
-    folder = Path(__file__).resolve().parents[1]
+    folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():  # git would find the repository around an environment
         return ""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -17,7 +17,7 @@ from ..bench.step import StepJob
 from ..bench.train import TrainJob, bench_train
 from ..config import FlashConfigError
 from ..dispatch import trial_cache
-from ..verify.verify import verify_from_sources
+from ..verification.verify import verify_from_sources
 from .arguments import UsageError, merge, read, refuse_missing, split_settings
 from .checks import checks
 from .plan import show_plan

@@ -25,9 +25,9 @@ from ..dispatch import trial_cache
 from ..dispatch.decision import Trial
 from ..machine import Machine, detect
 from ..utils.errors import first_line, is_out_of_memory
-from ..utils.memory import extra_bytes, free_bytes, readable, wait
+from ..utils.memory import extra_bytes, free_bytes, readable
 from ..utils.numerics import Results, allowed_error
-from ..utils.timing import sampler_of
+from ..utils.timing import sampler_of, wait
 from .arms import arm_of, channels, inputs
 from .probes import Probe, hard_probe, random_probe
 

@@ -9,8 +9,6 @@ from pathlib import Path
 import psutil
 import torch
 
-from .numerics import Results
-
 GIB = 2**30
 
 
@@ -66,21 +64,15 @@ def _group_bytes(group: Path, old: bool) -> Iterator[int]:
         yield max(0, most - max(0, now - given_back))
 
 
-def extra_bytes(call: Callable[[], Results], device: torch.device) -> int | None:
+def extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     """Peak memory of a call above what is there before; None where the device does not tell."""
     if device.type != "cuda":
         return None
-    wait(device)
+    torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
     return torch.cuda.max_memory_allocated(device) - before
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_memory_gib(device: torch.device) -> tuple[float, float]:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import torch
 
-from .memory import wait
 from .numerics import Results, relative_error
 
 
@@ -91,3 +90,9 @@ def _clock_ms(call: Callable[[], Results]) -> float:
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
