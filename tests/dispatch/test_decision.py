@@ -226,12 +226,12 @@ def test_equal_inputs_give_equal_decisions() -> None:
 
 
 # Measured -------------------------------------------------------------------------------------------------------------
-def measured(spec: str, machine: str = "H100", strict: str = "prefer", frugal: bool = False, **ms: Any) -> Any:
+def measured(spec: str, machine: str = "H100", strict: str = "prefer", memory_limited: bool = False, **ms: Any) -> Any:
     trials = {
         name: Trial(ms=value) if isinstance(value, float) else Trial(ms=value[0], extra_bytes=value[1])
         for name, value in ms.items()
     }
-    return select(SPECS[spec], MACHINES[machine], deterministic=strict, trials=trials, frugal=frugal)
+    return select(SPECS[spec], MACHINES[machine], deterministic=strict, trials=trials, memory_limited=memory_limited)
 
 
 def test_the_fastest_measured_wins_over_the_rules() -> None:
@@ -262,7 +262,7 @@ def test_strict_and_failures_hold_for_what_was_measured() -> None:
 def test_under_autobatch_nothing_takes_more_memory_than_the_rules_would() -> None:
     both: dict[str, Any] = {"triton_area": (2.0, 100), "sdpa_cudnn": (1.0, 101)}
     assert measured("area fp16 train", **both).backend == C
-    assert measured("area fp16 train", frugal=True, **both).backend == T
+    assert measured("area fp16 train", memory_limited=True, **both).backend == T
 
 
 def test_without_a_time_the_rules_decide_and_an_explicit_choice_needs_no_trial() -> None:

@@ -16,7 +16,7 @@ from yolo_flash import FlashConfig, patch_model, plan
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.dispatch import dispatcher, trial_cache
 from yolo_flash.dispatch.decision import Trial, select
-from yolo_flash.dispatch.dispatcher import Runtime
+from yolo_flash.dispatch.dispatcher import Dispatcher
 from yolo_flash.machine import Machine, detect
 from yolo_flash.patching.blocks import FlashBlock
 
@@ -37,23 +37,23 @@ SLOW = {"stock": Trial(ms=1.0, ms_low=0.9), "sdpa_flash": Trial(ms=3.0, ms_low=2
 
 def test_a_file_without_what_failed_does_not_make_stock_the_fastest() -> None:
     """Kept is what went well; where that is stock alone, nothing was compared."""
-    assert Runtime(FlashConfig()).decide(WHOLE, "auto", CPU).backend == "sdpa_flash"
+    assert Dispatcher(FlashConfig()).decide(WHOLE, "auto", CPU).backend == "sdpa_flash"
     failed = Trial(why_not="failed in its trial: transient")
     trial_cache.store({WHOLE: {"stock": Trial(ms=5.0, ms_low=4.9), "sdpa_flash": failed}}, detect(CPU))
     assert list(trial_cache.folder().iterdir())
     for batch in (64, 48):
-        decision = Runtime(FlashConfig()).decide(dataclasses.replace(WHOLE, batch=batch), "auto", CPU)
+        decision = Dispatcher(FlashConfig()).decide(dataclasses.replace(WHOLE, batch=batch), "auto", CPU)
         assert (decision.backend, decision.by_rules) == ("sdpa_flash", True)
 
 
 def test_files_of_other_runs_change_nothing_near_what_this_run_has_measured() -> None:
     mine, near = dataclasses.replace(WHOLE, batch=64), dataclasses.replace(WHOLE, batch=20)
     trial_cache.store({dataclasses.replace(WHOLE, batch=16): SLOW}, detect(CPU))
-    run = Runtime(FlashConfig())
+    run = Dispatcher(FlashConfig())
     run.learn({mine: FAST}, detect(CPU))
     run.recall(CPU)
     assert run.decide(near, "auto", CPU).why == f"as measured for 64 x {WHOLE.seq_len_q} tokens"
-    assert Runtime(FlashConfig()).decide(near, "auto", CPU).why == f"as measured for 16 x {WHOLE.seq_len_q} tokens"
+    assert Dispatcher(FlashConfig()).decide(near, "auto", CPU).why == f"as measured for 16 x {WHOLE.seq_len_q} tokens"
 
 
 def test_a_plan_knows_what_the_steps_will_know(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ def test_a_plan_knows_what_the_steps_will_know(monkeypatch: pytest.MonkeyPatch) 
     trial_cache.store({row.decision.spec: SLOW for row in rows}, detect(CPU))
     model = patch_model(YOLO("yolo12n.yaml"))
     rows = plan(model, imgsz=64, batch=2, device="cpu")
-    mine = model.model.model[6].m[0][0].attn._flash_runtime
+    mine = model.model.model[6].m[0][0].attn._flash_dispatcher
     assert {row.decision.why for row in rows} == {"the fastest measured"}
     for row in rows:
         assert mine.decide(row.decision.spec, "auto", CPU).backend == row.decision.backend == "stock"
@@ -75,25 +75,25 @@ TINY = dataclasses.replace(PSA, seq_len_q=9, seq_len_k=9)  # for which the rules
 
 def test_a_prediction_goes_by_what_an_earlier_run_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     forbid(monkeypatch)
-    assert Runtime(FlashConfig()).decide(TINY, "auto", CPU).backend == "stock"
+    assert Dispatcher(FlashConfig()).decide(TINY, "auto", CPU).backend == "stock"
     trial_cache.store({TINY: FAST}, detect(CPU))
-    decision = Runtime(FlashConfig()).decide(TINY, "auto", CPU)
+    decision = Dispatcher(FlashConfig()).decide(TINY, "auto", CPU)
     assert (decision.backend, decision.ms) == ("sdpa_flash", {"stock": 2.0, "sdpa_flash": 1.0})
     near = dataclasses.replace(TINY, seq_len_q=12, seq_len_k=12)
-    assert Runtime(FlashConfig()).decide(near, "auto", CPU).why == "as measured for 2 x 9 tokens"
-    assert Runtime(FlashConfig(autotune=False)).decide(TINY, "auto", CPU).backend == "stock"
+    assert Dispatcher(FlashConfig()).decide(near, "auto", CPU).why == "as measured for 2 x 9 tokens"
+    assert Dispatcher(FlashConfig(autotune=False)).decide(TINY, "auto", CPU).backend == "stock"
 
 
 def test_a_predicting_model_reads_the_cache_and_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     forbid(monkeypatch)
     model = patch_model(YOLO("yolo12n.yaml"))
     model.predict(torch.zeros(1, 3, 64, 64), device="cpu", verbose=False)
-    met = {spec for spec, *_ in model.model.model[6].m[0][0].attn._flash_runtime._decisions}
+    met = {spec for spec, *_ in model.model.model[6].m[0][0].attn._flash_dispatcher._decisions}
     assert met
     trial_cache.store(dict.fromkeys(met, FAST), detect(CPU))
     model = patch_model(YOLO("yolo12n.yaml"))
     model.predict(torch.zeros(1, 3, 64, 64), device="cpu", verbose=False)
-    decisions = model.model.model[6].m[0][0].attn._flash_runtime._decisions.values()
+    decisions = model.model.model[6].m[0][0].attn._flash_dispatcher._decisions.values()
     assert {decision.backend for decision in decisions} == {"sdpa_flash"}
 
 
@@ -105,7 +105,7 @@ def test_the_cache_is_read_once_and_not_at_the_wrong_time(monkeypatch: pytest.Mo
         return {TINY: FAST}
 
     monkeypatch.setattr(trial_cache, "known", known)
-    mine = Runtime(FlashConfig())
+    mine = Dispatcher(FlashConfig())
     mine.decide(TINY, "sdpa_flash", CPU)  # asked for
     with monkeypatch.context() as compiling:
         compiling.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -130,10 +130,10 @@ class Ranks:
 
 def test_what_a_run_has_learnt_comes_before_what_is_known() -> None:
     trial_cache.store({TINY: FAST}, detect(CPU))
-    mine = Runtime(FlashConfig())
+    mine = Dispatcher(FlashConfig())
     mine.learn({TINY: {"stock": Trial(ms=1.0), "sdpa_flash": Trial(ms=9.0, ms_low=9.0)}}, detect(CPU))
     assert mine.decide(TINY, "auto", CPU).backend == "stock"
-    other = Runtime(FlashConfig())
+    other = Dispatcher(FlashConfig())
     other.take_over(mine)
     assert other.decide(TINY, "auto", CPU).ms["sdpa_flash"] == 9.0  # fresher than the file
 
@@ -147,8 +147,8 @@ def test_a_trained_model_predicts_by_the_trials_of_its_run(
     model = patch_model(YOLO(tiny_model))
     model.train(**tiny_args)
     forbid(monkeypatch)
-    mine = next(block._flash_runtime for block in model.model.modules() if isinstance(block, FlashBlock))
-    assert mine is not model.trainer._flash_runtime
+    mine = next(block._flash_dispatcher for block in model.model.modules() if isinstance(block, FlashBlock))
+    assert mine is not model.trainer._flash_dispatcher
     for row in model.trainer.flash_plan:
         again = mine.decide(row.decision.spec, "auto", CPU)
         assert (again.backend, again.trials) == (row.decision.backend, row.decision.trials)
@@ -167,8 +167,10 @@ def test_the_rules_of_one_card_do_not_speak_of_another(card: str) -> None:
     assert select(SMALL, MACHINES["H100"]).why == "below 4,000,000 scores fused attention gains nothing here"
 
 
-def predicting(card: str, monkeypatch: pytest.MonkeyPatch, result: Any = None) -> tuple[Runtime, list[AttentionSpec]]:
-    """A Runtime on a card that is not there, and the specs that it has had measured."""
+def predicting(
+    card: str, monkeypatch: pytest.MonkeyPatch, result: Any = None
+) -> tuple[Dispatcher, list[AttentionSpec]]:
+    """A Dispatcher on a card that is not there, and the specs that it has had measured."""
     measured: list[AttentionSpec] = []
 
     def measure(specs: list[AttentionSpec], device: torch.device) -> Any:
@@ -178,7 +180,7 @@ def predicting(card: str, monkeypatch: pytest.MonkeyPatch, result: Any = None) -
         return {spec: {"stock": Trial(ms=2.0), "sdpa_efficient": Trial(ms=1.0)} for spec in specs}
 
     monkeypatch.setattr(dispatcher, "detect", lambda device: MACHINES[card])
-    mine = Runtime(FlashConfig())
+    mine = Dispatcher(FlashConfig())
     mine.measure = measure
     return mine, measured
 
@@ -200,7 +202,7 @@ def test_layers_of_one_forward_are_not_taken_for_a_shape_that_comes_again(monkey
     assert not measured
     mine.plan(FIELDS, "auto", CARD)
     assert measured == [SMALL]
-    assert patch_model(YOLO("yolo12n.yaml")).model.model[6].m[0][0].attn._flash_runtime.layers == 8
+    assert patch_model(YOLO("yolo12n.yaml")).model.model[6].m[0][0].attn._flash_dispatcher.layers == 8
 
 
 def changed(**values: Any) -> tuple[Any, ...]:
@@ -221,7 +223,7 @@ def test_nothing_is_measured_within_a_training_or_on_the_card_of_the_rules(monke
             mine.plan(fields, choice, device)
         assert not measured
         assert not mine._met
-    assert Runtime(FlashConfig()).measure is None  # that of a trainer
+    assert Dispatcher(FlashConfig()).measure is None  # that of a trainer
     mine, measured = predicting("T4", monkeypatch)
     mine.config = FlashConfig(autotune=False)
     for _ in range(9):
@@ -252,7 +254,7 @@ def test_a_measurement_that_fails_is_not_repeated_and_ends_no_prediction(
 
 def test_a_folder_of_many_shapes_has_few_of_them_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     mine, measured = predicting("T4", monkeypatch)
-    monkeypatch.setattr(Runtime, "_nearest", staticmethod(lambda spec, known: None))
+    monkeypatch.setattr(Dispatcher, "_nearest", staticmethod(lambda spec, known: None))
     for batch in range(1, 41):
         for _ in range(4):
             mine.plan(changed(batch=batch), "auto", CARD)

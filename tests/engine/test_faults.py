@@ -77,7 +77,7 @@ def test_a_batch_with_nan_is_seen_and_recovered_from_as_in_stock(
     assert len(told[0]) == 1
     assert told[0] == told[1]
     assert calls.backward == {"sdpa_flash": LAYERS * 2 * 3}
-    assert not model.trainer._flash_runtime.failed
+    assert not model.trainer._flash_dispatcher.failed
 
 
 # Killed ---------------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_telemetry_that_fails_within_a_profiled_step_leaves_no_profiler(
     )
     after: list[bool] = []
     model.add_callback("on_train_batch_start", lambda trainer: after.append(torch.autograd._profiler_enabled()))
-    monkeypatch.setattr("yolo_flash.graphs.policy.StepGraphs.prepare", lambda self, trainer: "")
+    monkeypatch.setattr("yolo_flash.graphs.policy.GraphPolicy.prepare", lambda self, trainer: "")
     model.train(**tiny_args)
     assert after == [False, False]
     assert not profiler.PROFILER.locked()
@@ -413,7 +413,7 @@ def test_attributes_of_ours_in_a_checkpoint_are_written_over(tiny_model: str, tm
     for block in blocks:
         block._flash_choice = "stock"
         block._flash_layer = "elsewhere"
-        block._flash_runtime = SimpleNamespace(plan=None)
+        block._flash_dispatcher = SimpleNamespace(plan=None)
     torch.save({"model": model.model, "train_args": {}}, tmp_path / "foreign.pt")
     foreign = patch_model(YOLO(str(tmp_path / "foreign.pt")), backend="sdpa_flash")
     with AttentionCalls() as calls, torch.no_grad():

@@ -24,7 +24,7 @@ from tests.engine.test_telemetry import FORWARD, events, interrupted, of
 from tests.patching.test_patch import patched_layers
 from yolo_flash import AttentionSpec, FlashConfig, patch_model
 from yolo_flash.cli import main
-from yolo_flash.dispatch.dispatcher import Runtime
+from yolo_flash.dispatch.dispatcher import Dispatcher
 from yolo_flash.engine.telemetry import Telemetry
 from yolo_flash.machine import detect
 from yolo_flash.planning.plan import PlanRow
@@ -86,7 +86,7 @@ def test_the_run_is_fused_and_has_the_losses_of_stock(
 def test_sizes_that_were_not_planned_run_fused(tiny_model: str, tiny_args: dict[str, Any]) -> None:
     args = {**tiny_args, "multi_scale": 0.5, "imgsz": 64, "epochs": 2}
     model, calls = losses_of_both(tiny_model, args)
-    met = {spec.seq_len_q * spec.area for spec, _, _ in model.trainer._flash_runtime._decisions if spec.training}
+    met = {spec.seq_len_q * spec.area for spec, _, _ in model.trainer._flash_dispatcher._decisions if spec.training}
     assert len(met) > 1
     assert calls.backward == {"sdpa_flash": LAYERS * 4}
 
@@ -104,7 +104,7 @@ def test_on_a_cpu_every_precision_is_float32_in_plan_and_kernels(
 ) -> None:
     model, calls = train(tiny_model, {**tiny_args, "amp": amp})
     trainer = model.trainer
-    met = {spec for spec, _, _ in trainer._flash_runtime._decisions if spec.training}
+    met = {spec for spec, _, _ in trainer._flash_dispatcher._decisions if spec.training}
     assert {spec.dtype for spec in met} == {torch.float32}
     assert met == {row.decision.spec for row in trainer.flash_plan if row.mode == "train"}
     assert calls.backward == {"sdpa_flash": LAYERS * 2}
@@ -127,7 +127,7 @@ def test_deterministic_reaches_the_plan_and_is_gone_after_the_run(
     model, _ = train(tiny_model, {**tiny_args, "deterministic": deterministic})
     trained = [row.decision.spec for row in model.trainer.flash_plan if row.mode == "train"]
     assert {spec.deterministic for spec in trained} == {deterministic}
-    assert {spec.deterministic for spec, _, _ in model.trainer._flash_runtime._decisions if spec.training} == {
+    assert {spec.deterministic for spec, _, _ in model.trainer._flash_dispatcher._decisions if spec.training} == {
         deterministic
     }
     assert not torch.are_deterministic_algorithms_enabled()
@@ -165,15 +165,15 @@ def test_compile_breaks_the_graph_where_stock_does(
 
 
 # AutoBatch ------------------------------------------------------------------------------------------------------------
-def autobatch_lines(backend: str, device: str, frugal: bool, folder: Path, log: list[str]) -> list[str]:
+def autobatch_lines(backend: str, device: str, memory_limited: bool, folder: Path, log: list[str]) -> list[str]:
     """What a plan for 64 images says of AutoBatch."""
-    runtime = Runtime(FlashConfig())
-    runtime.frugal = frugal
+    dispatcher = Dispatcher(FlashConfig())
+    dispatcher.memory_limited = memory_limited
     machine = detect(torch.device("cpu"))
     spec = AttentionSpec(64, 2, 400, 400, 32, 32, torch.float32, "nhwc", training=True)
-    rows = [PlanRow(f"model.{i}", "AAttn", "train", runtime.select(spec, backend, machine)) for i in range(4)]
+    rows = [PlanRow(f"model.{i}", "AAttn", "train", dispatcher.select(spec, backend, machine)) for i in range(4)]
     trainer = SimpleNamespace(save_dir=folder, resume=False, device=torch.device(device), batch_size=64)
-    telemetry = Telemetry(FlashConfig(), runtime)
+    telemetry = Telemetry(FlashConfig(), dispatcher)
     for _ in range(2):  # again after a halving
         telemetry.plan(trainer, rows, machine)
     return [line for line in log if "AutoBatch took" in line]
@@ -187,13 +187,13 @@ def test_one_line_says_why_autobatch_took_so_many(tmp_path: Path, log: list[str]
 
 
 @pytest.mark.parametrize(
-    ("backend", "device", "frugal"),
+    ("backend", "device", "memory_limited"),
     [("stock", "cuda", True), ("sdpa_flash", "cpu", True), ("sdpa_flash", "cuda", False)],
 )
 def test_no_such_line_where_attention_is_not_the_reason(
-    backend: str, device: str, frugal: bool, tmp_path: Path, log: list[str]
+    backend: str, device: str, memory_limited: bool, tmp_path: Path, log: list[str]
 ) -> None:
-    assert not autobatch_lines(backend, device, frugal, tmp_path, log)
+    assert not autobatch_lines(backend, device, memory_limited, tmp_path, log)
 
 
 def test_autobatch_measures_the_patched_model_and_takes_nothing_that_needs_more_memory(
@@ -208,7 +208,7 @@ def test_autobatch_measures_the_patched_model_and_takes_nothing_that_needs_more_
     monkeypatch.setattr("ultralytics.engine.trainer.check_train_batch_size", estimate)
     model, calls = train(tiny_model, {**tiny_args, "batch": 0.7})
     assert seen == [LAYERS]
-    assert model.trainer._flash_runtime.frugal
+    assert model.trainer._flash_dispatcher.memory_limited
     assert model.trainer.flash_plan[0].decision.spec.batch == 2 * 4
     assert calls.backward == {"sdpa_flash": LAYERS * 2}
 
@@ -251,7 +251,7 @@ def test_folds_trained_one_after_another_share_nothing_and_leave_nothing(
         model, calls = train(tiny_model, {**tiny_args, "name": f"fold{fold}"})
         assert calls.backward == {"sdpa_flash": LAYERS * 2}
         assert len(of(events(model), "run")) == 1
-        left += [weakref.ref(model.trainer), weakref.ref(model.trainer._flash_runtime)]
+        left += [weakref.ref(model.trainer), weakref.ref(model.trainer._flash_dispatcher)]
         weights.append(model.model.state_dict())
         del model
     gc.collect()

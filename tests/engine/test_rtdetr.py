@@ -22,12 +22,12 @@ from yolo_flash import FlashConfig, patch_model, unpatch_model, verify
 from yolo_flash.backends import separate
 from yolo_flash.cli import main
 from yolo_flash.dispatch.decision import Trial
-from yolo_flash.dispatch.dispatcher import Runtime
+from yolo_flash.dispatch.dispatcher import Dispatcher
 from yolo_flash.machine import detect
 from yolo_flash.patching.blocks import FlashBlock
 from yolo_flash.patching.multihead import FlashMultiheadAttention
 from yolo_flash.patching.patch import patch_modules, targets
-from yolo_flash.planning.plan import Shot, describe, layer_inputs, make_plan
+from yolo_flash.planning.plan import RunInput, describe, layer_inputs, make_plan
 
 # config -> (layer of AIFI, of the decoder, head_dim of AIFI)
 CONFIGS = {
@@ -43,9 +43,9 @@ def test_the_plan_of_every_shipped_config(config: str) -> None:
     encoder, decoder, head_dim = CONFIGS[config]
     with torch.device("meta"):
         model = RTDETRDetectionModel(config, verbose=False)
-    runtime, machine = Runtime(FlashConfig()), detect(torch.device("cpu"))
-    shots = [Shot(mode, 4, 640, 640, torch.float32, False) for mode in ("train", "val")]
-    rows = make_plan(model, runtime, machine, shots)
+    dispatcher, machine = Dispatcher(FlashConfig()), detect(torch.device("cpu"))
+    run_inputs = [RunInput(mode, 4, 640, 640, torch.float32, False) for mode in ("train", "val")]
+    rows = make_plan(model, dispatcher, machine, run_inputs)
     found = {
         mode: Counter(
             (
@@ -135,11 +135,11 @@ def test_queries_that_change_from_step_to_step_are_looked_up(monkeypatch: pytest
     """The number of denoising queries follows the labels of a batch: no step measures, all go by the planned size."""
     with torch.device("meta"):
         model = RTDETRDetectionModel("rtdetr-resnet50.yaml", verbose=False)
-    runtime = patch_modules(model, FlashConfig())
+    dispatcher = patch_modules(model, FlashConfig())
     machine = detect(torch.device("cpu"))
-    shot = Shot("train", 4, 640, 640, torch.float32, False)
+    run_input = RunInput("train", 4, 640, 640, torch.float32, False)
     trials = {"stock": Trial(ms=9.0, ms_low=8.9), "sdpa_math": Trial(ms=2.0, ms_low=1.9)}
-    rows = make_plan(model, runtime, machine, [shot], lambda specs: dict.fromkeys(specs, trials))
+    rows = make_plan(model, dispatcher, machine, [run_input], lambda specs: dict.fromkeys(specs, trials))
     block: Any = targets(model)["model.23.decoder.layers.0.self_attn"]
     assert isinstance(block, FlashBlock)
     for queries in (402, 488, 500):
@@ -147,10 +147,10 @@ def test_queries_that_change_from_step_to_step_are_looked_up(monkeypatch: pytest
         planned: Any = cast(Any, block)._plan(x, torch.empty(queries, queries, dtype=torch.bool))
         spec, backend = planned
         assert spec.mask
-        decision = runtime.decide(spec, "auto", torch.device("cpu"))
+        decision = dispatcher.decide(spec, "auto", torch.device("cpu"))
         assert backend == decision.backend == rows[-1].decision.backend == "sdpa_math"
     assert decision.why == "the fastest measured"
-    assert len(runtime.unplanned) == 2
+    assert len(dispatcher.unplanned) == 2
 
 
 @few_queries

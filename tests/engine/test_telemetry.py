@@ -21,7 +21,7 @@ from tests.counting import run_out_of_memory_once
 from yolo_flash import AttentionSpec, FlashConfig, patch_model
 from yolo_flash.backends import registry as backends_module
 from yolo_flash.backends.profiled import attention_kernels
-from yolo_flash.dispatch.dispatcher import Runtime
+from yolo_flash.dispatch.dispatcher import Dispatcher
 from yolo_flash.engine import telemetry
 from yolo_flash.engine.telemetry import known_columns, readable
 from yolo_flash.planning.memory import score_bytes
@@ -157,7 +157,7 @@ def test_the_profiler_is_told_to_let_go_of_the_driver_unless_the_user_has_said(
     told: list[str | None] = []
     calls: list[str | None] = []  # of CUDA, in one of which the profiler detaches
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append(os.environ.get(name)))
-    follower = telemetry.Telemetry(FlashConfig(), Runtime(FlashConfig()))
+    follower = telemetry.Telemetry(FlashConfig(), Dispatcher(FlashConfig()))
     activities = {telemetry.ProfilerActivity.CUDA}
     follower._profile = SimpleNamespace(  # type: ignore[assignment]
         activities=activities, stop=lambda: told.append(os.environ.get(name)), events=list
@@ -176,7 +176,7 @@ def test_a_profiler_that_cannot_stop_leaves_neither_variable_nor_lock(monkeypatc
     def stop() -> None:
         raise RuntimeError("no trace")
 
-    follower = telemetry.Telemetry(FlashConfig(), Runtime(FlashConfig()))
+    follower = telemetry.Telemetry(FlashConfig(), Dispatcher(FlashConfig()))
     follower._profile = SimpleNamespace(activities={telemetry.ProfilerActivity.CUDA}, stop=stop)  # type: ignore[assignment]
     assert profiler.PROFILER.acquire(blocking=False)
     with pytest.raises(RuntimeError, match="no trace"):
@@ -196,7 +196,7 @@ def test_kernels_are_profiled_only_where_the_profiler_lets_go(lets_go: bool, mon
 
     monkeypatch.setattr(telemetry, "profile", profile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    follower = telemetry.Telemetry(FlashConfig(), Runtime(FlashConfig()))
+    follower = telemetry.Telemetry(FlashConfig(), Dispatcher(FlashConfig()))
     trainer = SimpleNamespace(device=torch.device("cuda"), args=SimpleNamespace(compile=False))
     follower.on_train_batch_start(trainer)
     follower._stop_profile()
@@ -281,7 +281,7 @@ def test_a_profiler_that_cannot_be_made_is_not_waited_for(monkeypatch: pytest.Mo
         raise RuntimeError("no activities")
 
     monkeypatch.setattr(telemetry, "profile", profile)
-    follower = telemetry.Telemetry(FlashConfig(), Runtime(FlashConfig()))
+    follower = telemetry.Telemetry(FlashConfig(), Dispatcher(FlashConfig()))
     trainer = SimpleNamespace(device=torch.device("cpu"), args=SimpleNamespace(compile=False))
     with pytest.raises(RuntimeError, match="no activities"):
         follower.on_train_batch_start(trainer)
@@ -338,7 +338,7 @@ def test_a_profile_without_the_events_that_matter_accuses_nobody(
     pool_gib: float | None, events: list[str], log: list[str]
 ) -> None:
     """As where CUPTI is not there, or held by another profiler."""
-    follower = telemetry.Telemetry(FlashConfig(), Runtime(FlashConfig()))
+    follower = telemetry.Telemetry(FlashConfig(), Dispatcher(FlashConfig()))
     follower._profile, follower._pool_gib = object(), pool_gib  # type: ignore[assignment]
     found = [SimpleNamespace(name=name, device_type=telemetry.DeviceType.CPU, cpu_parent=None) for name in events]
     follower._stop_profile = lambda: found  # type: ignore[method-assign]

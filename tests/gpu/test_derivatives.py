@@ -99,7 +99,7 @@ def test_transforms_leave_every_backend_in_force(kind: str) -> None:
     given = (x, torch.randn_like(x))
     for a, b in zip(*(torch.func.jvp(m, (given[0],), (given[1],)) for m in (ours, module)), strict=True):
         assert error(a, b, b) < 1e-5
-    assert all(not block._flash_runtime.failed for block in ours.modules() if isinstance(block, FlashBlock))
+    assert all(not block._flash_dispatcher.failed for block in ours.modules() if isinstance(block, FlashBlock))
 
 
 @pytest.mark.parametrize("backend", ["auto", *HALF])

@@ -30,7 +30,7 @@ from yolo_flash.graphs import policy as graphed_step_module
 from yolo_flash.graphs.ddp import RankAverage
 from yolo_flash.graphs.fixed_loss import Capacity, FixedShapeLoss
 from yolo_flash.graphs.graphed_step import FlashGraphError, GraphedStep
-from yolo_flash.graphs.policy import StepGraphs, not_supported_reasons
+from yolo_flash.graphs.policy import GraphPolicy, not_supported_reasons
 
 pytestmark = pytest.mark.usefixtures("tiny_model")  # writes tiny.yaml
 
@@ -67,7 +67,7 @@ class Replay:
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[Replay]:
     """Every run is one that could have graphs; those it had."""
-    monkeypatch.setattr(StepGraphs.__init__, "__defaults__", (Replay,))
+    monkeypatch.setattr(GraphPolicy.__init__, "__defaults__", (Replay,))
     monkeypatch.setattr(graphed_step_module, "not_supported_reasons", lambda trainer, mode: [])
     monkeypatch.setattr(graphed_step_module, "free_bytes", lambda device: 2**31)
     monkeypatch.setattr(Replay, "made", [])
@@ -183,9 +183,9 @@ def test_more_boxes_than_there_is_room_for_are_captured_anew_and_then_run_eager(
         model, losses[mode] = losses_of("on_train_batch_end", graphs=mode)
         original = DetectionTrainer.preprocess_batch
         with monkeypatch.context() as patch:
-            before = StepGraphs.before_transfer
+            before = GraphPolicy.before_transfer
             patch.setattr(
-                StepGraphs, "before_transfer", lambda s, t, b, crowd=crowd, before=before: before(s, t, crowd(t, b))
+                GraphPolicy, "before_transfer", lambda s, t, b, crowd=crowd, before=before: before(s, t, crowd(t, b))
             )
             model.train(**{**tiny_args, "epochs": 5, "mosaic": 0.0, "plots": False})
         assert DetectionTrainer.preprocess_batch is original
@@ -214,11 +214,11 @@ def test_a_batch_of_another_call_is_its_own(replays: list[Replay]) -> None:
     assert replays[0].calls == [2]
 
 
-def with_criterion(mode: str = "on", device: str = "cpu") -> tuple[Any, StepGraphs, Any, dict[str, Any]]:
+def with_criterion(mode: str = "on", device: str = "cpu") -> tuple[Any, GraphPolicy, Any, dict[str, Any]]:
     model: Any = DetectionModel("yolo12n.yaml", verbose=False).train()
     model.args = DEFAULT_CFG
     model.criterion = model.init_criterion()
-    graphs, trainer = StepGraphs(mode), a_trainer(model, device)
+    graphs, trainer = GraphPolicy(mode), a_trainer(model, device)
     graphs.prepare(trainer)
     batch = {
         "img": torch.rand(2, 3, 32, 32),
@@ -316,7 +316,7 @@ def test_nothing_of_it_reaches_the_model_a_copy_or_a_checkpoint(
 
 def test_a_forward_that_never_came_leaves_nothing(replays: list[Replay]) -> None:
     model = DetectionModel("yolo12n.yaml", verbose=False)
-    graphs, trainer = StepGraphs("on"), a_trainer(model)
+    graphs, trainer = GraphPolicy("on"), a_trainer(model)
     graphs.prepare(trainer)
     images = torch.rand(2, 3, 32, 32)
     batch = {"img": images}
@@ -329,7 +329,7 @@ def test_a_forward_that_never_came_leaves_nothing(replays: list[Replay]) -> None
 
 def test_another_call_of_the_network_is_its_own(replays: list[Replay]) -> None:
     model = DetectionModel("yolo12n.yaml", verbose=False).train()
-    graphs, trainer = StepGraphs("on"), a_trainer(model)
+    graphs, trainer = GraphPolicy("on"), a_trainer(model)
     graphs.prepare(trainer)
     images = torch.rand(2, 3, 32, 32)
     batch = {"img": images}
@@ -396,7 +396,7 @@ def test_a_capture_that_fails(
     def fail(*args: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(StepGraphs.__init__, "__defaults__", (fail,))
+    monkeypatch.setattr(GraphPolicy.__init__, "__defaults__", (fail,))
     monkeypatch.setattr(graphed_step_module, "_TIMED", 0)
     model = train({**tiny_args, "epochs": 2}, graphs="auto")
     assert model.trainer.batch_size == 2
@@ -616,7 +616,7 @@ def test_ranks_want_room_for_their_validation_too(
 ) -> None:
     monkeypatch.setattr(graphed_step_module, "free_bytes", lambda device: int(room * 2**30))
     monkeypatch.setattr(graphed_step_module, "everywhere", lambda trainer, mine: mine)
-    graphs, trainer = StepGraphs("auto"), a_trainer(copy.deepcopy(detector))
+    graphs, trainer = GraphPolicy("auto"), a_trainer(copy.deepcopy(detector))
     if ranks > 1:
         among_ranks(trainer)
     graphs.prepare(trainer)
@@ -640,7 +640,7 @@ def test_ranks_that_graphs_do_not_pay_for_give_their_gradients_back_behind_a_ste
     averaged: list[int] = []
     monkeypatch.setattr(RankAverage, "average", lambda self: averaged.append(1))
     clock_of(monkeypatch, 1.0, 1.0)
-    graphs, trainer = StepGraphs("auto"), among_ranks(a_trainer(copy.deepcopy(detector)))
+    graphs, trainer = GraphPolicy("auto"), among_ranks(a_trainer(copy.deepcopy(detector)))
     graphs.prepare(trainer)
     for _ in range(8):
         assert trainer.model.require_backward_grad_sync is (graphs.step is None)

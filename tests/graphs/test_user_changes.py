@@ -30,7 +30,7 @@ from yolo_flash.graphs import policy as graphed_step_module
 from yolo_flash.graphs.fixed_loss import Capacity, FixedShapeLoss
 from yolo_flash.graphs.graphed_step import Answer, FlashGraphError, _Replay
 from yolo_flash.graphs.limits import not_supported_reasons
-from yolo_flash.graphs.policy import StepGraphs
+from yolo_flash.graphs.policy import GraphPolicy
 from yolo_flash.graphs.predict import PredictGraphs
 from yolo_flash.graphs.signature import Signature
 
@@ -51,7 +51,7 @@ class Signed(Replay):
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Replay]:
     """Every run is on a card, for all that forbids graphs but the card; the graphs that there were."""
-    monkeypatch.setattr(StepGraphs.__init__, "__defaults__", (Signed,))
+    monkeypatch.setattr(GraphPolicy.__init__, "__defaults__", (Signed,))
     on_card = lambda trainer, mode: [r for r in not_supported_reasons(trainer, mode) if "NVIDIA" not in r]  # noqa: E731
     monkeypatch.setattr(graphed_step_module, "not_supported_reasons", on_card)
     monkeypatch.setattr(graphed_step_module, "free_bytes", lambda device: 2**31)
@@ -59,7 +59,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Replay]:
     return Replay.made
 
 
-def step(graphs: StepGraphs, trainer: Any, batch: dict[str, Any]) -> None:
+def step(graphs: GraphPolicy, trainer: Any, batch: dict[str, Any]) -> None:
     graphs.before_transfer(trainer, batch)
     graphs.before_forward(trainer, batch)
 

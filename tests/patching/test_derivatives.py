@@ -187,7 +187,7 @@ def test_a_transform_gives_what_it_gives_of_stock_and_nothing_is_taken_for_faile
             TRANSFORMS[name](ours, x), TRANSFORMS[name](module, x), rtol=1e-3, atol=1e-4, msg=backend
         )
         block: Any = next(iter(targets(ours if kind == "masked" else nn.Sequential(ours)).values()))
-        assert not block._flash_runtime.failed
+        assert not block._flash_dispatcher.failed
         with AttentionCalls() as calls, torch.no_grad():
             ours(x)
         assert calls.forward == ({"sdpa_flash": 1} if backend == "sdpa_flash" else {})

@@ -108,7 +108,7 @@ def test_an_edit_counts(name: str, after: str, log: list[str]) -> None:
     kind, edit, still = EDITS[name]
     stock, x = model(kind)
     ours = patch_model(copy.deepcopy(stock), backend="auto", layers={"*": "auto"})
-    block_of(ours)._flash_runtime.select = select_flash(block_of(ours)._flash_runtime)
+    block_of(ours)._flash_dispatcher.select = select_flash(block_of(ours)._flash_dispatcher)
     if after == "one forward":
         assert fused(ours, x)
     for each in (stock, ours):
@@ -124,9 +124,9 @@ def test_an_edit_counts(name: str, after: str, log: list[str]) -> None:
     assert (type(block_of(again)) in (AAttn, Attention, nn.MultiheadAttention)) is not still
 
 
-def select_flash(runtime: Any) -> Callable[..., Any]:
+def select_flash(dispatcher: Any) -> Callable[..., Any]:
     """The decisions of `sdpa_flash` for `auto`, whose rules leave small inputs stock."""
-    select = runtime.select
+    select = dispatcher.select
     return lambda spec, choice, machine: select(spec, "sdpa_flash" if choice == "auto" else choice, machine)
 
 
@@ -211,7 +211,7 @@ def test_a_compiled_block_sees_edits_before_and_after() -> None:
     ours, x = model("psa")
     patch_model(ours, layers={"*": "auto"})
     block = block_of(ours)
-    block._flash_runtime.select = select_flash(block._flash_runtime)
+    block._flash_dispatcher.select = select_flash(block._flash_dispatcher)
     stock = copy.deepcopy(ours)
     unpatch_model(stock)
     graphs: list[str] = []
@@ -285,8 +285,8 @@ def test_a_forward_put_on_the_class_after_runs_with_one_line(
     kind, put_on, calls = recorded
     stock, x = model(kind)
     ours = patch_model(nn.Sequential(stock, copy.deepcopy(stock)), layers={"*": "auto"})
-    runtime = block_of(ours)._flash_runtime
-    runtime.select = select_flash(runtime)
+    dispatcher = block_of(ours)._flash_dispatcher
+    dispatcher.select = select_flash(dispatcher)
     assert fused(ours, x)
     put_on()
     log.clear()

@@ -21,7 +21,7 @@ from yolo_flash import FlashConfig, FlashKernelError
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.dispatch.decision import Trial
-from yolo_flash.dispatch.dispatcher import Runtime
+from yolo_flash.dispatch.dispatcher import Dispatcher
 from yolo_flash.machine import detect
 from yolo_flash.patching import blocks, fallback
 from yolo_flash.patching.patch import patch_modules
@@ -133,7 +133,7 @@ def test_an_error_of_a_hook_is_no_error_of_the_backend() -> None:
     x = torch.randn(4, 64, 16, 16, requires_grad=True)
     with pytest.raises(RuntimeError, match="enough"), torch.autograd.graph.saved_tensors_hooks(stop, lambda t: t):
         block(x)
-    assert not block._flash_runtime.failed
+    assert not block._flash_dispatcher.failed
 
 
 def test_kept_tensors_are_freed_with_the_graph() -> None:
@@ -171,7 +171,7 @@ def test_a_backward_that_raises_is_answered_by_unfused_attention(
     break_backward(monkeypatch, RuntimeError("unable to find an engine"))
     for _ in range(2):
         close(gradients(block, x), wanted)
-    assert list(block._flash_runtime.failed) == ["sdpa_flash"]
+    assert list(block._flash_dispatcher.failed) == ["sdpa_flash"]
     assert len([message for message in log if "sdpa_flash failed" in message]) == 1
 
 
@@ -187,7 +187,7 @@ def test_a_lack_of_memory_in_a_backward_is_left_to_the_trainer(choice: str, monk
     block: Any = patched(make("area1"), choice)
     with pytest.raises(torch.OutOfMemoryError):
         gradients(block, torch.randn(4, 64, 16, 16))
-    assert not block._flash_runtime.failed
+    assert not block._flash_dispatcher.failed
 
 
 def test_a_backend_without_a_backward_of_its_own_gets_one_by_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ def test_a_forward_that_raises_is_answered_with_gradients(monkeypatch: pytest.Mo
 def test_a_plan_is_found_again_and_never_stale() -> None:
     """Whatever a decision depends on changes it at once: modes of torch, the input, what failed, what was learnt."""
     block: Any = patched(make("area1"), "auto")
-    runtime, x = block._flash_runtime, torch.randn(4, 64, 16, 16)
+    dispatcher, x = block._flash_dispatcher, torch.randn(4, 64, 16, 16)
     spec, backend = block._plan(x)
     assert backend == "sdpa_flash"
     assert spec == AttentionSpec(*block._spec_fields(x))
@@ -242,11 +242,11 @@ def test_a_plan_is_found_again_and_never_stale() -> None:
     block._flash_choice = "sdpa_math"
     assert block._plan(x)[1] == "sdpa_math"
     block._flash_choice = "auto"
-    runtime.learn({spec: {"stock": Trial(ms=1.0), "sdpa_flash": Trial(ms=9.0, ms_low=9.0)}}, detect(CPU))
+    dispatcher.learn({spec: {"stock": Trial(ms=1.0), "sdpa_flash": Trial(ms=9.0, ms_low=9.0)}}, detect(CPU))
     assert block._plan(x) is None  # the stock forward
-    runtime.learn({}, detect(CPU))
+    dispatcher.learn({}, detect(CPU))
     assert block._plan(x)[1] == "sdpa_flash"
-    runtime.fail("", spec, "sdpa_flash", RuntimeError("boom"))
+    dispatcher.fail("", spec, "sdpa_flash", RuntimeError("boom"))
     assert (block._plan(x) or ("", "stock"))[1] != "sdpa_flash"
 
 
@@ -262,15 +262,15 @@ def test_plans_are_as_few_as_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
     block: Any = patched(make("area1"))
     for height in range(1, 9):
         block._plan(torch.empty(1, 64, height, 8))
-        assert len(block._flash_runtime._plans) <= len(block._flash_runtime._decisions) <= 3
+        assert len(block._flash_dispatcher._plans) <= len(block._flash_dispatcher._decisions) <= 3
 
 
 def test_blocks_keep_nothing_of_a_call() -> None:
-    """Plans are the Runtime's, which a checkpoint leaves out and which copies share."""
+    """Plans are the Dispatcher's, which a checkpoint leaves out and which copies share."""
     block: Any = make("area1")
-    patch_modules(block, FlashConfig(backend="sdpa_flash"), runtime := Runtime(FlashConfig(backend="sdpa_flash")))
+    patch_modules(block, FlashConfig(backend="sdpa_flash"), dispatcher := Dispatcher(FlashConfig(backend="sdpa_flash")))
     before = set(vars(block))
     gradients(block, torch.randn(2, 64, 8, 8))
     assert set(vars(block)) == before
     assert b"yolo_flash" not in pickle.dumps(block)
-    assert copy.deepcopy(block)._flash_runtime is runtime
+    assert copy.deepcopy(block)._flash_dispatcher is dispatcher

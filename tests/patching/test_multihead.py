@@ -412,7 +412,7 @@ def test_a_failure_is_answered_in_the_same_step(where: str, monkeypatch: pytest.
     ours = patched(module, "auto")
     found = run(ours, call, x, weight)
     assert max(errors(found, truth).values()) < 1e-5
-    assert list(ours.self_attn._flash_runtime.failed) == ["sdpa_flash"]
+    assert list(ours.self_attn._flash_dispatcher.failed) == ["sdpa_flash"]
     assert sum("sdpa_flash failed" in line for line in log) == 1
     with pytest.raises(FlashKernelError, match="no engine"):
         run(patched(module, "sdpa_flash"), call, x, weight)

@@ -283,11 +283,11 @@ def test_predict_on_mixed_shapes_is_a_bounded_look_up(monkeypatch: pytest.Monkey
     monkeypatch.setattr("yolo_flash.dispatch.dispatcher._MAX_DECISIONS", 4)
     model = patch_model(yolo(), backend="sdpa_flash")
     block: Any = next(iter(targets(model.model).values()))
-    runtime = block._flash_runtime
+    dispatcher = block._flash_dispatcher
     for height in (64, 96, 128, 160, 192):
         with torch.no_grad():
             model.model.eval()(torch.rand(1, 3, height, 64))
-        assert len(runtime._decisions) <= 4
+        assert len(dispatcher._decisions) <= 4
 
 
 @pytest.mark.parametrize("config", ["yolo12n.yaml", "yolo26n.yaml", "rtdetr-resnet50.yaml"])

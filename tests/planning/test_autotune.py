@@ -27,7 +27,7 @@ from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.cli import main
 from yolo_flash.dispatch import trial_cache
 from yolo_flash.dispatch.decision import Trial
-from yolo_flash.dispatch.dispatcher import Runtime
+from yolo_flash.dispatch.dispatcher import Dispatcher
 from yolo_flash.machine import detect
 from yolo_flash.planning import autotune
 from yolo_flash.utils import numerics, timing
@@ -436,52 +436,52 @@ def test_nothing_is_measured_unasked(settings: dict[str, Any], monkeypatch: pyte
 
 def test_a_size_that_was_not_measured_goes_by_the_nearest_one(monkeypatch: pytest.MonkeyPatch) -> None:
     forbid(monkeypatch)
-    runtime = Runtime(FlashConfig())
+    dispatcher = Dispatcher(FlashConfig())
     large = dataclasses.replace(AREA, seq_len_q=80, seq_len_k=80)
     fast, slow = (
         {"stock": Trial(ms=2.0), "sdpa_flash": Trial(ms=1.0)},
         {"stock": Trial(ms=1.0), "sdpa_flash": Trial(ms=2.0)},
     )
-    runtime.learn({AREA: slow, large: fast}, detect(CPU))
+    dispatcher.learn({AREA: slow, large: fast}, detect(CPU))
     near = dataclasses.replace(AREA, seq_len_q=70, seq_len_k=70)
-    decision = runtime.decide(near, "auto", CPU)
+    decision = dispatcher.decide(near, "auto", CPU)
     assert (decision.backend, decision.why, dict(decision.ms)) == ("sdpa_flash", "as measured for 8 x 80 tokens", {})
-    assert runtime.decide(dataclasses.replace(AREA, seq_len_q=22, seq_len_k=22), "auto", CPU).backend == "stock"
-    assert len(runtime.unplanned) == 2
-    assert runtime.decide(near, "auto", CPU) is decision
-    assert len(runtime.unplanned) == 2  # a look-up
+    assert dispatcher.decide(dataclasses.replace(AREA, seq_len_q=22, seq_len_k=22), "auto", CPU).backend == "stock"
+    assert len(dispatcher.unplanned) == 2
+    assert dispatcher.decide(near, "auto", CPU) is decision
+    assert len(dispatcher.unplanned) == 2  # a look-up
     far = dataclasses.replace(AREA, seq_len_q=6400, seq_len_k=6400)
-    assert runtime.decide(far, "auto", CPU).why == "fused on the CPU"  # the rules
+    assert dispatcher.decide(far, "auto", CPU).why == "fused on the CPU"  # the rules
     other = dataclasses.replace(AREA, training=False)
-    assert "as measured" not in runtime.decide(other, "auto", CPU).why
-    assert runtime.decide(AREA, "auto", CPU).backend == "stock"
-    assert len(runtime.unplanned) == 4
-    assert runtime.decide(near, "sdpa_flash", CPU).ms == {}  # asked for: not by the numbers of another size
-    assert len(runtime.unplanned) == 4
+    assert "as measured" not in dispatcher.decide(other, "auto", CPU).why
+    assert dispatcher.decide(AREA, "auto", CPU).backend == "stock"
+    assert len(dispatcher.unplanned) == 4
+    assert dispatcher.decide(near, "sdpa_flash", CPU).ms == {}  # asked for: not by the numbers of another size
+    assert len(dispatcher.unplanned) == 4
 
 
 def test_what_was_decided_before_measuring_is_forgotten_then() -> None:
     """AutoBatch and predictions run before the plan, and may have met the very specs of it."""
-    runtime = Runtime(FlashConfig())
-    assert runtime.decide(AREA, "auto", CPU).backend == "stock"  # the rule for tiny images
-    runtime.learn({AREA: {"stock": Trial(ms=2.0), "sdpa_flash": Trial(ms=1.0)}}, detect(CPU))
-    assert runtime.decide(AREA, "auto", CPU).backend == "sdpa_flash"
-    assert not runtime.unplanned
+    dispatcher = Dispatcher(FlashConfig())
+    assert dispatcher.decide(AREA, "auto", CPU).backend == "stock"  # the rule for tiny images
+    dispatcher.learn({AREA: {"stock": Trial(ms=2.0), "sdpa_flash": Trial(ms=1.0)}}, detect(CPU))
+    assert dispatcher.decide(AREA, "auto", CPU).backend == "sdpa_flash"
+    assert not dispatcher.unplanned
 
 
 def test_what_one_device_measured_decides_for_no_other() -> None:
-    runtime = Runtime(FlashConfig())
+    dispatcher = Dispatcher(FlashConfig())
     half = dataclasses.replace(AREA, dtype=torch.float16, layout="nhwc")
-    runtime.learn({half: {"stock": Trial(ms=1.0), "sdpa_flash": Trial(ms=2.0)}}, detect(CPU))
-    decision = runtime.select(half, "auto", MACHINES["A100"])
+    dispatcher.learn({half: {"stock": Trial(ms=1.0), "sdpa_flash": Trial(ms=2.0)}}, detect(CPU))
+    decision = dispatcher.select(half, "auto", MACHINES["A100"])
     assert (decision.backend, dict(decision.ms)) == ("sdpa_flash", {})
 
 
 def test_a_layer_with_a_backend_of_its_own_is_not_unplanned() -> None:
-    runtime = Runtime(FlashConfig())
-    runtime.learn({AREA: {"stock": Trial(ms=1.0)}}, detect(CPU))
-    runtime.decide(PSA, "sdpa_flash", CPU)
-    assert not runtime.unplanned
+    dispatcher = Dispatcher(FlashConfig())
+    dispatcher.learn({AREA: {"stock": Trial(ms=1.0)}}, detect(CPU))
+    dispatcher.decide(PSA, "sdpa_flash", CPU)
+    assert not dispatcher.unplanned
 
 
 @pytest.mark.measures

@@ -15,10 +15,10 @@ from yolo_flash import FlashConfig
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.bench import largest_batch
 from yolo_flash.cli import checks, main
-from yolo_flash.dispatch.dispatcher import Runtime
+from yolo_flash.dispatch.dispatcher import Dispatcher
 from yolo_flash.planning import memory
 from yolo_flash.planning.memory import attention_memory, kept_bytes
-from yolo_flash.planning.plan import Shot, make_plan
+from yolo_flash.planning.plan import RunInput, make_plan
 
 MEASURED = sorted((Path(__file__).parents[2] / "docs" / "results").glob("step-*.json"))
 
@@ -39,9 +39,9 @@ def test_the_difference_is_within_a_tenth_of_the_measured_one(file: Path, arm: s
     job, arms = results["job"], results["arms"]
     peak = {name: arms[name]["median"]["peak_gib"]["median"] for name in ("unpatched", arm)}
     imgsz = job["imgsz"] if isinstance(job["imgsz"], int) else job["imgsz"][0]
-    shot = Shot("train", job["batch"], imgsz, imgsz, torch.float16, nhwc=True)
+    run_input = RunInput("train", job["batch"], imgsz, imgsz, torch.float16, nhwc=True)
     backend = "sdpa_flash" if arm == "auto" else arm
-    rows = make_plan(YOLO(job["model"]).model, Runtime(FlashConfig(backend=backend)), MACHINES["H100"], [shot])
+    rows = make_plan(YOLO(job["model"]).model, Dispatcher(FlashConfig(backend=backend)), MACHINES["H100"], [run_input])
     forecast = attention_memory(rows)
     assert (forecast.stock - forecast.planned) / 2**30 == pytest.approx(peak["unpatched"] - peak[arm], rel=0.1)
 

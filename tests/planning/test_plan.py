@@ -19,10 +19,10 @@ from ultralytics.utils import ROOT
 from tests.machines import MACHINES
 from yolo_flash import BackendNotSupportedError, FlashConfig, patch_model, plan
 from yolo_flash.assets.models import open_model
-from yolo_flash.dispatch.dispatcher import Runtime
+from yolo_flash.dispatch.dispatcher import Dispatcher
 from yolo_flash.engine.trainer import _commonest_shape
 from yolo_flash.patching.patch import BLOCKS, patch_modules, targets
-from yolo_flash.planning.plan import Shot, describe, layer_inputs, make_plan, rounded_size, run_shots
+from yolo_flash.planning.plan import RunInput, assumed_inputs, describe, layer_inputs, make_plan, rounded_size
 
 # scale -> (layers, heads) of the table in the README; YOLO12: (layers of each stage, heads of stage 6, of stage 8)
 YOLO12 = {"n": (4, 2, 4), "s": (4, 4, 8), "m": (4, 8, 8), "l": (8, 8, 8), "x": (8, 12, 12)}
@@ -140,22 +140,22 @@ def test_the_plan_has_a_row_for_each_layer_and_mode() -> None:
 
 def test_a_plan_for_another_machine() -> None:
     model = YOLO("yolo26n.yaml").model
-    shot = Shot("train", 16, 640, 640, torch.float16, nhwc=True)
+    run_input = RunInput("train", 16, 640, 640, torch.float16, nhwc=True)
     for card, backend in (
         ("H100", "triton_area"),
         ("H100 without Triton", "sdpa_cudnn"),
         ("A100", "sdpa_flash"),
         ("MPS", "stock"),
     ):
-        rows = make_plan(model, Runtime(FlashConfig()), MACHINES[card], [shot])
+        rows = make_plan(model, Dispatcher(FlashConfig()), MACHINES[card], [run_input])
         assert {row.decision.backend for row in rows} == {backend}
 
 
 def test_a_plan_with_an_impossible_explicit_choice_raises() -> None:
     model = YOLO("yolo12n.yaml").model
-    shot = Shot("train", 16, 640, 640, torch.float32, nhwc=True)
+    run_input = RunInput("train", 16, 640, 640, torch.float32, nhwc=True)
     with pytest.raises(BackendNotSupportedError, match="float16 or bfloat16, the tensors are float32"):
-        make_plan(model, Runtime(FlashConfig(backend="sdpa_flash")), MACHINES["H100"], [shot])
+        make_plan(model, Dispatcher(FlashConfig(backend="sdpa_flash")), MACHINES["H100"], [run_input])
 
 
 def test_a_plan_of_a_stock_model_is_a_mistake() -> None:
@@ -166,9 +166,9 @@ def test_a_plan_of_a_stock_model_is_a_mistake() -> None:
 def test_the_description_folds_equal_rows_and_marks_what_is_not_reproducible() -> None:
     model = YOLO("yolo12x.yaml").model
     patch_modules(model, FlashConfig())
-    shot = Shot("train", 16, 640, 640, torch.float16, nhwc=True, deterministic=True)
+    run_input = RunInput("train", 16, 640, 640, torch.float16, nhwc=True, deterministic=True)
     card = MACHINES["H100 without Triton"]
-    text = describe(make_plan(model, Runtime(FlashConfig()), card, [shot]), card)
+    text = describe(make_plan(model, Dispatcher(FlashConfig()), card, [run_input]), card)
     lines = text.splitlines()
     assert lines[0] == "yolo-flash: 16 attention layers on NVIDIA H100 80GB HBM3 (Hopper, compute capability 9.0)"
     assert [line.split(maxsplit=9) for line in lines[2:4]] == [
@@ -199,7 +199,7 @@ def test_tasks_of_the_shipped_configs_are_all_covered() -> None:
 )
 def test_a_plan_without_data_validates_square_pictures_as_the_task_does(name: str, images: int, side: int) -> None:
     model: Any = open_model(name).model
-    train, val = run_shots(model, rounded_size(model, 96), 4, True, on_gpu=False)
+    train, val = assumed_inputs(model, rounded_size(model, 96), 4, True, on_gpu=False)
     assert (train.batch, train.height, train.width, train.deterministic) == (
         4,
         train.width,
@@ -248,7 +248,7 @@ def test_where_no_shape_comes_again_the_plan_says_so(
     dataset = SimpleNamespace(rect=True, batch=np.array(of_images), batch_shapes=np.array(shapes))
     images, height, width, note = _commonest_shape(dataset, 8, 96)
     assert (images, height, width, bool(note)) == found
-    shot = Shot("val", images, 640, 640, torch.float32, nhwc=False, note=note)
-    rows = make_plan(YOLO("yolo26n.yaml").model, Runtime(FlashConfig()), MACHINES["MPS"], [shot])
+    run_input = RunInput("val", images, 640, 640, torch.float32, nhwc=False, note=note)
+    rows = make_plan(YOLO("yolo26n.yaml").model, Dispatcher(FlashConfig()), MACHINES["MPS"], [run_input])
     text = describe(rows, MACHINES["MPS"])
     assert ("2 batches, no two of one shape: planned is that of 96 x 128" in text) is bool(note)

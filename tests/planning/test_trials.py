@@ -20,7 +20,7 @@ from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.cli.plan import _fate
 from yolo_flash.dispatch import dispatcher, trial_cache
 from yolo_flash.dispatch.decision import Trial, select
-from yolo_flash.dispatch.dispatcher import Runtime
+from yolo_flash.dispatch.dispatcher import Dispatcher
 from yolo_flash.machine import detect
 from yolo_flash.planning import autotune
 from yolo_flash.planning.plan import PlanRow, describe, plan_entry
@@ -212,7 +212,7 @@ def test_autobatch_has_a_limit_where_the_backend_of_the_rules_has_no_time() -> N
     spec = AttentionSpec(64, 2, 400, 400, 32, 32, torch.float16, "nhwc")
 
     def taken(**trials: Trial) -> str:
-        return select(spec, MACHINES["H100"], trials=trials, frugal=True).backend
+        return select(spec, MACHINES["H100"], trials=trials, memory_limited=True).backend
 
     failed = Trial(why_not="failed in its trial: boom")
     cudnn, flash = Trial(ms=1.0, extra_bytes=300), Trial(ms=2.0, extra_bytes=200)
@@ -223,7 +223,7 @@ def test_autobatch_has_a_limit_where_the_backend_of_the_rules_has_no_time() -> N
 
 def test_what_was_not_planned_is_counted_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher, "_MAX_DECISIONS", 5)
-    mine = Runtime(FlashConfig())
+    mine = Dispatcher(FlashConfig())
     mine.learn({AREA: FAST}, detect(CPU))
     for batch in range(10, 20):
         mine.decide(dataclasses.replace(AREA, batch=batch), "auto", CPU)

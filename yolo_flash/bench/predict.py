@@ -20,11 +20,11 @@ from ultralytics.utils.torch_utils import init_seeds
 from ..assets.models import open_model
 from ..backends.registry import BACKENDS
 from ..config import FlashConfig
-from ..dispatch.dispatcher import Runtime
+from ..dispatch.dispatcher import Dispatcher
 from ..graphs.predict import PredictGraphs
 from ..machine import Machine, detect
 from ..patching.patch import patch_modules
-from ..planning.plan import Shot, make_plan
+from ..planning.plan import RunInput, make_plan
 from .process import GRAPHS, UNPATCHED, Job, serve
 from .rounds import bench
 
@@ -71,8 +71,8 @@ def _arms_that_run(job: PredictJob, machine: Machine) -> tuple[str, ...]:
     model: Any = open_model(job.model).model
     refused: dict[str, list[str]] = {name: [] for name in BACKENDS}  # at each size, the reasons of the first layer
     for imgsz in job.imgsz:
-        shot = Shot("val", job.batch, imgsz, imgsz, dtype, nhwc=not on_gpu)
-        rows = make_plan(model, Runtime(FlashConfig()), machine, [shot])
+        run_input = RunInput("val", job.batch, imgsz, imgsz, dtype, nhwc=not on_gpu)
+        rows = make_plan(model, Dispatcher(FlashConfig()), machine, [run_input])
         if not rows:
             raise ValueError(f"{job.model} has no attention layer that the plugin knows: every arm would run stock.")
         for name, sizes in refused.items():

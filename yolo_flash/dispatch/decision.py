@@ -101,7 +101,7 @@ def select(
     deterministic: str = "prefer",
     failed: Mapping[str, str] | None = None,
     trials: Mapping[str, Trial] | None = None,
-    frugal: bool = False,
+    memory_limited: bool = False,
 ) -> Decision:
     """Choose the backend for a spec: the fastest of those that were measured, or by the rules where none was.
 
@@ -112,7 +112,7 @@ def select(
         deterministic: `prefer` or `strict`, see FlashConfig.
         failed: Backend -> error of backends that raised in this run, which `auto` does not try again.
         trials: Backend -> what it did with the spec on this machine.
-        frugal: Take nothing that needs more memory than what the rules would take.
+        memory_limited: Take nothing that needs more memory than what the rules would take.
 
     Raises:
         BackendNotSupportedError: The choice is a name and that backend cannot run. `auto` never raises.
@@ -139,7 +139,7 @@ def select(
             if trial.why_not and not (by_rules and trial.no_memory):
                 refused[name] = (*refused.get(name, ()), trial.why_not)
         if timed:
-            winner, why = _fastest(timed, [name for name, _ in rules], frugal, machine)
+            winner, why = _fastest(timed, [name for name, _ in rules], memory_limited, machine)
         else:
             winner, why = next((rule for rule in rules if rule[0] not in refused), ("stock", "nothing else is left"))
             refused.pop(winner, None)  # stock, which could not be tried
@@ -153,7 +153,7 @@ def select(
     return Decision(spec, winner, why, refused, BACKENDS[winner].reproducible(machine), trials, by_rules)
 
 
-def _fastest(timed: Mapping[str, Trial], rules: list[str], frugal: bool, machine: Machine) -> tuple[str, str]:
+def _fastest(timed: Mapping[str, Trial], rules: list[str], memory_limited: bool, machine: Machine) -> tuple[str, str]:
     """The fastest backend and why; of those within 3 %, the reproducible one, then the one with less memory.
 
     On a CPU, whose clock other processes disturb, the choice of the rules stands unless another is faster beyond doubt.
@@ -161,12 +161,12 @@ def _fastest(timed: Mapping[str, Trial], rules: list[str], frugal: bool, machine
     Args:
         timed: Backend -> Trial, each with a time.
         rules: Backends in the order of the rules, which take the first.
-        frugal: Whether its memory must not be exceeded: that of the first of the rules that was timed, or, where none
+        memory_limited: Whether no backend may exceed the memory of the first timed one of the rules, or, where none
             was, the least that one needs.
         machine: Where they ran.
     """
     by_rules = rules[0]
-    if frugal:
+    if memory_limited:
         needs = {name: trial.extra_bytes or 0 for name, trial in timed.items()}
         limit = next((needs[name] for name in rules if name in needs), min(needs.values()))
         timed = {name: trial for name, trial in timed.items() if needs[name] <= limit}

@@ -29,8 +29,8 @@ _MAX_MEASURED = 16  # specs that predictions of one model may have measured: hal
 _UNPLANNED_SIZE = (16, 400)  # groups and tokens of a graph compiled outside of training: a YOLO at 640
 
 
-class Runtime:
-    """Decides, once for each spec and layer choice, which backend runs; all copies of a model share one Runtime.
+class Dispatcher:
+    """Decides, once for each spec and layer choice, which backend runs; all copies of a model share one Dispatcher.
 
     Attributes:
         config: The settings of the model.
@@ -38,11 +38,11 @@ class Runtime:
         planned_sizes: (layer, whether training) -> groups and tokens of the run, once they are known.
         trials: Spec -> backend -> what was measured for this run, see `learn`. Behind it stands what earlier runs have
             measured, see `trial_cache`; the rules decide where there is nothing.
-        frugal: Whether a measured backend may need no more memory than what the rules would take.
+        memory_limited: Whether a measured backend may need no more memory than what the rules would take.
         unplanned: Specs that a run met and had not measured: they went by the nearest one, or by the rules.
         measure: Gives trials of a spec that comes again in prediction, where nothing but a rule of another card speaks
             for its backend; None, as in training, measures nothing.
-        layers: Attention layers that share the Runtime: that many may meet one spec in one forward.
+        layers: Attention layers that share the Dispatcher: that many may meet one spec in one forward.
     """
 
     def __init__(self, config: FlashConfig) -> None:
@@ -56,14 +56,14 @@ class Runtime:
         self._measured_on: Machine | None = None
         self._known: list[tuple[Machine, dict[AttentionSpec, Mapping[str, Trial]]]] = []
         self._recalled: set[torch.device] = set()
-        self.frugal = False
+        self.memory_limited = False
         self.unplanned: set[AttentionSpec] = set()
         self.measure: Measure | None = None
         self.layers = 1
         self._met: dict[_Key, int] = {}
         self._tried: set[AttentionSpec] = set()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Dispatcher:
         """The EMA, the validator and the predictor run copies of the model, by the same decisions."""
         return self
 
@@ -84,8 +84,8 @@ class Runtime:
             self._known.append((machine, dict(trials)))
         self._forget()
 
-    def take_over(self, earlier: Runtime) -> None:
-        """Know what another Runtime knows, such as that of a training that is over."""
+    def take_over(self, earlier: Dispatcher) -> None:
+        """Know what another Dispatcher knows, such as that of a training that is over."""
         for machine, trials in earlier._known:
             self.remember(trials, machine)
         if earlier._measured_on is not None:
@@ -222,7 +222,7 @@ class Runtime:
         decision = select(
             *(spec, machine, choice, self.config.deterministic, self.failed),
             trials=None if near is None else known[near],
-            frugal=self.frugal,
+            memory_limited=self.memory_limited,
         )
         if near is None or near == spec:
             return decision

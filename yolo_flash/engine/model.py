@@ -12,13 +12,13 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
 from ..config import FlashConfig, known_keys
-from ..dispatch.dispatcher import Runtime
+from ..dispatch.dispatcher import Dispatcher
 from ..machine import detect, resolve_device
 from ..patching.blocks import FlashBlock
 from ..patching.class_swap import StockPickle, become, restore
 from ..patching.patch import known_blocks, layer_choices, patch_modules, unpatch_modules
 from ..planning import autotune
-from ..planning.plan import PlanRow, make_plan, rounded_size, run_shots
+from ..planning.plan import PlanRow, assumed_inputs, make_plan, rounded_size
 from .predictor import predictor_class
 from .trainer import trainer_class
 
@@ -51,7 +51,7 @@ class FlashModelMixin(StockPickle, _ModelBase):
         try:
             return super().train(trainer=base, **kwargs)
         finally:  # the next prediction knows what this training has measured
-            _patch_inner(self, getattr(getattr(self, "trainer", None), "_flash_runtime", None))
+            _patch_inner(self, getattr(getattr(self, "trainer", None), "_flash_dispatcher", None))
 
     def predict(self, source: Any = None, stream: bool = False, *args: Any, **kwargs: Any) -> Any:
         """As `YOLO.predict`, with the network from CUDA graphs if `flash.graphs_predict` says so."""
@@ -66,13 +66,13 @@ class FlashModelMixin(StockPickle, _ModelBase):
         """As `YOLO.export`, of the stock model."""
         if not isinstance(self.model, nn.Module):
             return super().export(**kwargs)
-        runtime = next((b._flash_runtime for b in self.model.modules() if isinstance(b, FlashBlock)), None)
+        dispatcher = next((b._flash_dispatcher for b in self.model.modules() if isinstance(b, FlashBlock)), None)
         unpatch_modules(self.model)
         try:
             return super().export(**kwargs)
         finally:
-            if runtime is not None:
-                patch_modules(self.model, self._flash_config, runtime)
+            if dispatcher is not None:
+                patch_modules(self.model, self._flash_config, dispatcher)
 
     def tune(self, *args: Any, **kwargs: Any) -> Any:
         """As `YOLO.tune`, which trains in processes of its own."""
@@ -172,11 +172,11 @@ def plan(
         raise ValueError("this model has no patched attention layer: call patch_model first")
     where = resolve_device(device)
     network = unwrap_model(inner)
-    shots = run_shots(network, rounded_size(network, imgsz), batch, amp, where.type == "cuda")
-    runtime = block._flash_runtime
-    measure = functools.partial(autotune.measure, device=where) if runtime.config.autotune else None
-    runtime.recall(where)
-    return make_plan(inner, runtime, detect(where), shots, measure)
+    run_inputs = assumed_inputs(network, rounded_size(network, imgsz), batch, amp, where.type == "cuda")
+    dispatcher = block._flash_dispatcher
+    measure = functools.partial(autotune.measure, device=where) if dispatcher.config.autotune else None
+    dispatcher.recall(where)
+    return make_plan(inner, dispatcher, detect(where), run_inputs, measure)
 
 
 def warn_no_targets(model: nn.Module) -> None:
@@ -196,7 +196,7 @@ def _model_class(base: Any) -> type[FlashModelMixin]:
     return type(f"Flash{base.__name__}", (FlashModelMixin, base), {"_stock": base, "__module__": __name__})
 
 
-def _patch_inner(model: Any, earlier: Runtime | None = None) -> None:
+def _patch_inner(model: Any, earlier: Dispatcher | None = None) -> None:
     """Patch the model inside, which may be a new one; the predictor holds a copy of the old one.
 
     Args:
@@ -208,11 +208,11 @@ def _patch_inner(model: Any, earlier: Runtime | None = None) -> None:
     model.predictor = None
 
 
-def _patch(module: nn.Module, config: FlashConfig, earlier: Runtime | None = None) -> None:
+def _patch(module: nn.Module, config: FlashConfig, earlier: Dispatcher | None = None) -> None:
     """`patch_modules` for a model that predicts: shapes that come again may be measured."""
-    runtime = Runtime(config)
-    if isinstance(earlier, Runtime):
-        runtime.take_over(earlier)
-    patch_modules(module, config, runtime)
-    runtime.measure = lambda specs, device: autotune.measure(specs, device)
-    runtime.layers = max(1, sum(isinstance(block, FlashBlock) for block in module.modules()))
+    dispatcher = Dispatcher(config)
+    if isinstance(earlier, Dispatcher):
+        dispatcher.take_over(earlier)
+    patch_modules(module, config, dispatcher)
+    dispatcher.measure = lambda specs, device: autotune.measure(specs, device)
+    dispatcher.layers = max(1, sum(isinstance(block, FlashBlock) for block in module.modules()))

@@ -23,7 +23,7 @@ from .._version import __version__
 from ..backends.profiled import _short_name, attention_kernels
 from ..backends.registry import BACKENDS
 from ..config import FlashConfig
-from ..dispatch.dispatcher import Runtime
+from ..dispatch.dispatcher import Dispatcher
 from ..machine import Machine
 from ..planning.memory import score_bytes
 from ..planning.plan import PlanRow, describe, plan_entry
@@ -40,10 +40,10 @@ COLUMNS = (PEAK, SPEED)
 class Telemetry:
     """Follows one training run on rank 0 by the events of Ultralytics' trainer."""
 
-    def __init__(self, config: FlashConfig, runtime: Runtime) -> None:
+    def __init__(self, config: FlashConfig, dispatcher: Dispatcher) -> None:
         """Follow a run that has these settings and decisions."""
         self._config = config
-        self._runtime = runtime
+        self._dispatcher = dispatcher
         self._machine: Machine | None = None
         self._rows: list[PlanRow] = []
         self._file: Path | None = None
@@ -53,7 +53,7 @@ class Telemetry:
         self._since = 0.0
         self._profiled_speed = 0.0
         self._eager_kernels: Counter[str] = Counter()
-        self._replays: dict[str, Any] = {}  # of this epoch, see `StepGraphs.end_epoch`
+        self._replays: dict[str, Any] = {}  # of this epoch, see `GraphPolicy.end_epoch`
         self._pool_gib: float | None = None  # memory of the graphs that steps run from; None while they run eager
 
     def plan(self, trainer: Any, rows: list[PlanRow], machine: Machine) -> None:
@@ -63,7 +63,7 @@ class Telemetry:
         self._stop_profile()
         LOGGER.info(describe(rows, machine))
         if self._file is None:
-            if self._runtime.frugal and trainer.device.type == "cuda" and (avoided := self._avoided()):
+            if self._dispatcher.memory_limited and trainer.device.type == "cuda" and (avoided := self._avoided()):
                 images = trainer.batch_size
                 LOGGER.info(
                     f"yolo-flash: AutoBatch took {images} images a step. They need {readable(avoided)} less than with "
@@ -187,7 +187,7 @@ class Telemetry:
         allocated, reserved = peak_memory_gib(trainer.device)
         allocated = min(allocated + (self._pool_gib or 0.0), reserved)  # torch leaves the memory of graphs out
         backends = self._in_force()
-        failed = self._runtime.failed
+        failed = self._dispatcher.failed
         trainer.lr.update({PEAK: round(allocated, 4), SPEED: round(speed, 2)})
         self._write(
             "epoch",
@@ -197,7 +197,7 @@ class Telemetry:
             peak_reserved_gib=round(reserved, 4),
             backends=dict(backends),
             fallbacks=dict(failed),
-            unplanned=len(self._runtime.unplanned),
+            unplanned=len(self._dispatcher.unplanned),
             graphs=self._replays,
         )
         used = f"peak {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved"
@@ -231,8 +231,8 @@ class Telemetry:
         backends: Counter[str] = Counter()
         for row in self._training_rows():
             decision = row.decision
-            if decision.backend in self._runtime.failed and self._machine is not None:
-                decision = self._runtime.select(decision.spec, "auto", self._machine)
+            if decision.backend in self._dispatcher.failed and self._machine is not None:
+                decision = self._dispatcher.select(decision.spec, "auto", self._machine)
             backends[decision.backend] += 1
         return backends
 

@@ -22,13 +22,13 @@ from ..backends.registry import BackendNotSupportedError
 from ..backends.spec import AttentionSpec
 from ..config import FlashConfig
 from ..dispatch.decision import Trial
-from ..dispatch.dispatcher import Runtime
+from ..dispatch.dispatcher import Dispatcher
 from ..graphs.graphed_step import EarlyCopy
-from ..graphs.policy import StepGraphs
+from ..graphs.policy import GraphPolicy
 from ..machine import detect
 from ..patching.patch import patch_modules, targets
 from ..planning import autotune
-from ..planning.plan import PlanRow, Shot, make_plan
+from ..planning.plan import PlanRow, RunInput, make_plan
 from ..utils.errors import is_out_of_memory
 from .telemetry import Telemetry, known_columns
 
@@ -63,11 +63,11 @@ class FlashTrainerMixin(_TrainerBase):
         if section is not None:
             type(self).flash = FlashConfig.resolve(**{**self.flash_sources, "section": section})
         self.flash_plan = []
-        self._flash_runtime = Runtime(self.flash)
-        self._flash_graphs = StepGraphs(self.flash.graphs if self.flash.enabled else "off")
+        self._flash_dispatcher = Dispatcher(self.flash)
+        self._flash_graphs = GraphPolicy(self.flash.graphs if self.flash.enabled else "off")
         self._flash_telemetry: Telemetry | None = None
         if self.flash.enabled and self.flash.log and RANK in {-1, 0}:
-            self._flash_telemetry = Telemetry(self.flash, self._flash_runtime)
+            self._flash_telemetry = Telemetry(self.flash, self._flash_dispatcher)
         keywords = {} if cfg is None else {"cfg": cfg}
         super().__init__(**keywords, overrides=overrides, _callbacks=_callbacks)
 
@@ -79,7 +79,9 @@ class FlashTrainerMixin(_TrainerBase):
 
     def setup_model(self) -> Any:
         """Patch at the one point that precedes device, compile, DDP, AutoBatch and EMA."""
-        self._flash_runtime.frugal = self.args.batch < 1  # AutoBatch will fill the memory with what the rules take
+        self._flash_dispatcher.memory_limited = (
+            self.args.batch < 1
+        )  # AutoBatch will fill the memory with what the rules take
         if self.flash.enabled and getattr(self.args, "quantize", None) == 8:
             type(self).flash = dataclasses.replace(self.flash, enabled=False)
             self._flash_telemetry = None
@@ -218,7 +220,7 @@ class FlashTrainerMixin(_TrainerBase):
 
     def _patch(self, model: nn.Module) -> None:
         if self.flash.enabled:
-            patch_modules(unwrap_model(model), self.flash, self._flash_runtime)
+            patch_modules(unwrap_model(model), self.flash, self._flash_dispatcher)
 
     def _plan(self) -> None:
         """Decide for the training batch and for the commonest validation batch; explicit choices raise here."""
@@ -228,14 +230,14 @@ class FlashTrainerMixin(_TrainerBase):
         machine = detect(self.device)
         try:
             measure = self._measure if self.flash.autotune else None
-            self._flash_runtime.recall(self.device)  # the steps will, and have to decide as the plan does
-            self.flash_plan = make_plan(model, self._flash_runtime, machine, self._shots(), measure)
+            self._flash_dispatcher.recall(self.device)  # the steps will, and have to decide as the plan does
+            self.flash_plan = make_plan(model, self._flash_dispatcher, machine, self._run_inputs(), measure)
         except BackendNotSupportedError:
             raise
         except Exception as error:  # a model that cannot run on the meta device still trains: each layer then decides
             LOGGER.warning(f"yolo-flash: no plan ahead of the first step ({type(error).__name__}: {error})")
             return
-        self._flash_runtime.planned_sizes = {
+        self._flash_dispatcher.planned_sizes = {
             (row.layer, row.mode == "train"): (row.decision.spec.batch, row.decision.spec.seq_len_q)
             for row in self.flash_plan
         }
@@ -248,7 +250,7 @@ class FlashTrainerMixin(_TrainerBase):
             dist.broadcast_object_list(trials, src=0)
         return trials[0]
 
-    def _shots(self) -> list[Shot]:
+    def _run_inputs(self) -> list[RunInput]:
         args: Any = self.args
         device: torch.device = self.device
         dtype = val_dtype = torch.float32
@@ -260,8 +262,8 @@ class FlashTrainerMixin(_TrainerBase):
         loader, val_loader = self.train_loader, self.test_loader
         images, height, width, note = _commonest_shape(val_loader.dataset, val_loader.batch_size, args.imgsz)
         return [
-            Shot("train", loader.batch_size, args.imgsz, args.imgsz, dtype, nhwc, deterministic),
-            Shot("val", images, height, width, val_dtype, nhwc, note=note),
+            RunInput("train", loader.batch_size, args.imgsz, args.imgsz, dtype, nhwc, deterministic),
+            RunInput("val", images, height, width, val_dtype, nhwc, note=note),
         ]
 
 

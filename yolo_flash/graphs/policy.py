@@ -31,7 +31,7 @@ _CHANGED = "the model changed"
 _REPLAYED = "replayed"
 
 
-class StepGraphs:
+class GraphPolicy:
     """Decides for one training run, step by step, and holds the graphs; the trainer's, never the model's.
 
     The first step runs eager: it builds the loss and is profiled. With `auto` the next three are timed, and again three

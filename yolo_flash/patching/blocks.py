@@ -17,7 +17,7 @@ from ultralytics.utils import LOGGER
 
 from ..backends.registry import BACKENDS, BackendNotSupportedError
 from ..backends.spec import AttentionSpec
-from ..dispatch.dispatcher import Runtime
+from ..dispatch.dispatcher import Dispatcher
 from .class_swap import PREFIX, StockPickle, stock_twin
 from .derivatives import transformed
 from .equivalence import difference
@@ -26,7 +26,7 @@ from .fallback import Job, attend_packed, memory_format
 _UNREAD = frozenset(vars(nn.Module())) | {"__class__", "_compiled_call_impl", "total_ops", "total_params"}
 """Attributes of a block that change nothing of what its stock forward computes; `training` is one of them."""
 
-_told: WeakKeyDictionary[Runtime, set[str]] = WeakKeyDictionary()
+_told: WeakKeyDictionary[Dispatcher, set[str]] = WeakKeyDictionary()
 
 
 class FlashBlock(StockPickle):
@@ -39,7 +39,7 @@ class FlashBlock(StockPickle):
     Attributes:
         _flash_layer: The block's name in the model, for messages.
         _flash_choice: `auto` or the name of the backend for this block.
-        _flash_runtime: Shared by the blocks of a model.
+        _flash_dispatcher: Shared by the blocks of a model.
         _flash_edits: How often an attribute was set since the block was patched; text, to which a compiled graph is
             bound, where it would take a number for a size.
         _flash_verdict: What the block was compared as, see `code`, and why it is to run as stock: empty if it is not.
@@ -55,7 +55,7 @@ class FlashBlock(StockPickle):
 
     _flash_layer: str
     _flash_choice: str
-    _flash_runtime: Runtime
+    _flash_dispatcher: Dispatcher
     _flash_edits: str = ""
     _flash_verdict: tuple[tuple[Any, ...], str] | None = None
     qkv: Any
@@ -84,7 +84,7 @@ class FlashBlock(StockPickle):
         plan = self._plan(x)
         if plan is None:
             return self._stock.forward(self, x)  # type: ignore[attr-defined]
-        out, v = attend_packed(self.qkv(x), Job(*plan, self._flash_layer, self._flash_choice, self._flash_runtime))
+        out, v = attend_packed(self.qkv(x), Job(*plan, self._flash_layer, self._flash_choice, self._flash_dispatcher))
         return self.proj(out + self.pe(v))
 
     def _plan(self, x: Tensor) -> tuple[AttentionSpec, str] | None:
@@ -94,12 +94,12 @@ class FlashBlock(StockPickle):
 
     def _choose(self, fields: tuple[Any, ...], device: torch.device) -> tuple[AttentionSpec, str] | None:
         """The spec of these fields, and the backend for it; None where that is the stock forward."""
-        runtime, choice = self._flash_runtime, self._flash_choice
+        dispatcher, choice = self._flash_dispatcher, self._flash_choice
         if torch.compiler.is_compiling():
             spec = AttentionSpec(*fields)
-            backend = runtime.decide_for_compile(self._flash_layer, choice, spec.without_sizes(), str(device))
+            backend = dispatcher.decide_for_compile(self._flash_layer, choice, spec.without_sizes(), str(device))
         else:
-            spec, backend = runtime.plan(fields, choice, device)
+            spec, backend = dispatcher.plan(fields, choice, device)
         return None if BACKENDS[backend].forward is None else (spec, backend)
 
     def _spec_fields(self, x: Tensor) -> tuple[Any, ...] | None:
@@ -153,7 +153,7 @@ class FlashBlock(StockPickle):
         layer, choice, reason = self._flash_layer, self._flash_choice, self.why_stock()
         if choice not in ("auto", "stock"):
             raise BackendNotSupportedError(unknown_block(self, layer, choice, reason))
-        told = _told.setdefault(self._flash_runtime, set())
+        told = _told.setdefault(self._flash_dispatcher, set())
         if choice == "auto" and reason not in told:
             told.add(reason)
             LOGGER.warning(

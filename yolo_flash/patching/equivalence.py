@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import FlashConfig
-from ..dispatch.dispatcher import Runtime
+from ..dispatch.dispatcher import Dispatcher
 from ..utils.numerics import relative_error
 from ..utils.stock_code import foreign
 from .class_swap import PREFIX, StockPickle, become
@@ -74,12 +74,12 @@ def _summary(value: Any) -> Any:
 def _compare(block: nn.Module, cls: type[FlashBlock]) -> str:
     """Run a twin by the stock forward and by ours, as in training and as in prediction."""
     generator = torch.Generator().manual_seed(0)
-    runtime = Runtime(FlashConfig(backend="sdpa_math"))
+    dispatcher = Dispatcher(FlashConfig(backend="sdpa_math"))
     worst = 0.0
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
             twin = _twin(block, generator)
-            become(twin, cls, layer="", choice="sdpa_math", runtime=runtime)
+            become(twin, cls, layer="", choice="sdpa_math", dispatcher=dispatcher)
             for given in _inputs(twin, generator):
                 for training in (True, False):
                     for module in twin.modules():

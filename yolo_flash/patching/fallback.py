@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backends.registry import BACKENDS
 from ..backends.separate import RUNS, Inputs
 from ..backends.spec import AttentionSpec
-from ..dispatch.dispatcher import Runtime
+from ..dispatch.dispatcher import Dispatcher
 from ..utils.errors import is_out_of_memory
 from .derivatives import _is_batched, needs_rules, written_out
 
@@ -33,14 +33,14 @@ class Job(NamedTuple):
         backend: Name of the backend.
         layer: Name of the layer, for messages.
         choice: `auto`, or the name that was asked for.
-        runtime: Told of a failure.
+        dispatcher: Told of a failure.
     """
 
     spec: AttentionSpec
     backend: str
     layer: str
     choice: str
-    runtime: Runtime
+    dispatcher: Dispatcher
 
 
 def attend_packed(qkv: Tensor, job: Job) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ def give_up(job: Job, error: Exception, where: str = "") -> None:
         Exception: The error itself where memory was short: the trainer halves the batch.
         FlashKernelError: The backend was asked for by name.
     """
-    spec, backend, layer, choice, runtime = job
+    spec, backend, layer, choice, dispatcher = job
     if is_out_of_memory(error):
         raise error
     if choice != "auto":
@@ -89,7 +89,7 @@ def give_up(job: Job, error: Exception, where: str = "") -> None:
             f"{backend} raised in {where}{layer or 'the block'} ({spec}): {error}. "
             f"flash.backend=auto, or flash.layers={layer}:stock, avoids it."
         ) from error
-    runtime.fail(layer, spec, backend, error)
+    dispatcher.fail(layer, spec, backend, error)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -158,7 +158,7 @@ def _answered(job: Job, device: torch.device, run: Callable[[str], Any]) -> tupl
             if job.choice == "auto" and backend in ("stock", "sdpa_math"):  # there is nothing behind them
                 raise
             give_up(job, error)
-            following = job.runtime.decide(job.spec, "auto", device).backend
+            following = job.dispatcher.decide(job.spec, "auto", device).backend
             job = job._replace(backend="sdpa_math" if following == backend else following)
 
 
@@ -244,7 +244,7 @@ def attend_separate(inputs: Inputs, job: Job) -> Tensor:
         if job.choice == "auto" and backend == "sdpa_math":  # there is nothing behind it
             raise
         give_up(job, error)
-    following = job.runtime.decide(spec, "auto", inputs[0].device).backend
+    following = job.dispatcher.decide(spec, "auto", inputs[0].device).backend
     able = following if following in RUNS and following != backend else "sdpa_math"  # stock begins before these tensors
     return attend_separate(inputs, job._replace(backend=able))
 

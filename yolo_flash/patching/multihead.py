@@ -92,7 +92,7 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
             )
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in self._project(query, key, value))
         out = attend_separate(
-            (q, k, v, attn_mask), Job(*plan, self._flash_layer, self._flash_choice, self._flash_runtime)
+            (q, k, v, attn_mask), Job(*plan, self._flash_layer, self._flash_choice, self._flash_dispatcher)
         )
         out = linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
         return self._batch_first(out), None

@@ -12,7 +12,7 @@ from ultralytics.utils import LOGGER
 
 from ..backends.registry import BackendNotSupportedError, check_name
 from ..config import FlashConfig, FlashConfigError
-from ..dispatch.dispatcher import Runtime
+from ..dispatch.dispatcher import Dispatcher
 from .blocks import FlashAAttn, FlashAttention, FlashBlock, unknown_block
 from .class_swap import become, restore
 from .equivalence import difference
@@ -50,13 +50,13 @@ def _strangeness(block: nn.Module) -> str:
     return block.why_stock() if isinstance(block, FlashBlock) else difference(block, BLOCKS[type(block)])
 
 
-def patch_modules(module: nn.Module, config: FlashConfig, runtime: Runtime | None = None) -> Runtime:
+def patch_modules(module: nn.Module, config: FlashConfig, dispatcher: Dispatcher | None = None) -> Dispatcher:
     """Swap every attention block of `module` for ours, or bring patched ones to new settings.
 
     Args:
         module: Any module; blocks are found at every depth.
         config: The settings.
-        runtime: Share the decisions of another patched module with the same settings.
+        dispatcher: Share the decisions of another patched module with the same settings.
 
     Returns:
         What the patched blocks share.
@@ -68,12 +68,12 @@ def patch_modules(module: nn.Module, config: FlashConfig, runtime: Runtime | Non
     choices = layer_choices(module, config)
     blocks = targets(module)
     _tell_strangers(module)
-    runtime = runtime or Runtime(config)
+    dispatcher = dispatcher or Dispatcher(config)
     unpatch_modules(module)  # those too that were changed since, and have to stay stock now
     for name, block in blocks.items():
         cls = BLOCKS[type(block)]
-        become(block, cls, layer=name, choice=choices[name], runtime=runtime, verdict=(cls.code(), ""))
-    return runtime
+        become(block, cls, layer=name, choice=choices[name], dispatcher=dispatcher, verdict=(cls.code(), ""))
+    return dispatcher
 
 
 def unpatch_modules(module: nn.Module) -> None:

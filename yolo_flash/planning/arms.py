@@ -17,7 +17,7 @@ from ultralytics.nn.modules.block import AAttn, Attention
 from ..backends.registry import BACKENDS
 from ..backends.spec import AttentionSpec
 from ..config import FlashConfig
-from ..dispatch.dispatcher import Runtime
+from ..dispatch.dispatcher import Dispatcher
 from ..patching.class_swap import become
 from ..patching.patch import BLOCKS
 from ..utils.numerics import Results
@@ -64,8 +64,8 @@ class BlockArm:
             )
         block.qkv, block.pe, block.proj = _Given(), _Faint(spec.seq_len_k), nn.Identity()
         if BACKENDS[backend].forward is not None:
-            runtime = Runtime(FlashConfig(backend=backend))
-            become(block, BLOCKS[type(block)], layer="", choice=backend, runtime=runtime)
+            dispatcher = Dispatcher(FlashConfig(backend=backend))
+            become(block, BLOCKS[type(block)], layer="", choice=backend, dispatcher=dispatcher)
         self.block = block.train(spec.training)
 
     def call(self, image: Tensor, upstream: Tensor) -> Results:

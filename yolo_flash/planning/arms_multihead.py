@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..backends.separate import RUNS, Inputs
 from ..backends.spec import AttentionSpec
 from ..config import FlashConfig
-from ..dispatch.dispatcher import Runtime
+from ..dispatch.dispatcher import Dispatcher
 from ..patching.class_swap import become
 from ..patching.multihead import FlashMultiheadAttention, denoising_mask
 from ..utils.numerics import Results, reference
@@ -33,8 +33,8 @@ class MultiheadArm:
         block.out_proj.weight, block.out_proj.bias = nn.Parameter(same), nn.Parameter(nothing[:channels].clone())
         block.requires_grad_(spec.training)  # it decides how torch multiplies, though their gradients are not asked for
         if backend in RUNS:
-            runtime = Runtime(FlashConfig(backend=backend))
-            become(block, FlashMultiheadAttention, layer="", choice=backend, runtime=runtime)
+            dispatcher = Dispatcher(FlashConfig(backend=backend))
+            become(block, FlashMultiheadAttention, layer="", choice=backend, dispatcher=dispatcher)
         self.block = block.train(spec.training)
 
     def call(self, given: Inputs, upstream: Tensor) -> Results:

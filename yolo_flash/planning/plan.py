@@ -19,7 +19,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from ..backends.spec import AttentionSpec, short
 from ..dispatch.decision import Decision, Trial
-from ..dispatch.dispatcher import Runtime
+from ..dispatch.dispatcher import Dispatcher
 from ..machine import Machine
 from ..patching.blocks import FlashBlock, block_spec
 from ..patching.multihead import denoising_queries, images_and_tokens
@@ -46,7 +46,7 @@ class PlanRow:
 
 
 @dataclass(frozen=True)
-class Shot:
+class RunInput:
     """The input of a mode: enough to know every layer's spec.
 
     Attributes:
@@ -96,7 +96,7 @@ def rounded_size(model: Any, imgsz: int) -> int:
     return int(check_imgsz(imgsz, stride=stride, floor=stride, max_dim=1))
 
 
-def run_shots(model: Any, imgsz: int, batch: int, amp: bool | str, on_gpu: bool) -> list[Shot]:
+def assumed_inputs(model: Any, imgsz: int, batch: int, amp: bool | str, on_gpu: bool) -> list[RunInput]:
     """The inputs of a run whose data are not known: square pictures, and as many as a batch of validation holds.
 
     Ultralytics validates without resizing to a square, most tasks with half a stride of padding around the pictures,
@@ -118,8 +118,8 @@ def run_shots(model: Any, imgsz: int, batch: int, amp: bool | str, on_gpu: bool)
     note = f"val: {images} square pictures, padded to {side} x {side}; a run plans with the shapes of its own data"
     deterministic = bool(DEFAULT_CFG_DICT["deterministic"])
     return [
-        Shot("train", batch, imgsz, imgsz, train_dtype, on_gpu, deterministic),
-        Shot("val", images, side, side, val_dtype, on_gpu, note=note if padded else ""),
+        RunInput("train", batch, imgsz, imgsz, train_dtype, on_gpu, deterministic),
+        RunInput("val", images, side, side, val_dtype, on_gpu, note=note if padded else ""),
     ]
 
 
@@ -178,18 +178,18 @@ def layer_inputs(model: nn.Module, batch: int, height: int, width: int) -> dict[
 
 def make_plan(
     model: nn.Module,
-    runtime: Runtime,
+    dispatcher: Dispatcher,
     machine: Machine,
-    shots: Iterable[Shot],
+    run_inputs: Iterable[RunInput],
     measure: Callable[[list[AttentionSpec]], Mapping[AttentionSpec, Mapping[str, Trial]]] | None = None,
 ) -> list[PlanRow]:
     """Decide for every layer and mode.
 
     Args:
         model: Patched or stock.
-        runtime: Settings, and the backends that failed so far; gets the trials.
+        dispatcher: Settings, and the backends that failed so far; gets the trials.
         machine: The device to plan for; without `measure` it need not be the one at hand.
-        shots: One for each mode.
+        run_inputs: One for each mode.
         measure: Gives trials of the specs for which no backend was asked for; if None, the rules decide.
 
     Returns:
@@ -199,11 +199,11 @@ def make_plan(
         BackendNotSupportedError: A backend asked for by name cannot run a layer.
     """
     blocks = targets(unwrap_model(model))
-    choices = layer_choices(unwrap_model(model), runtime.config)
-    problems: list[tuple[str, str, Shot, AttentionSpec]] = []
-    for shot in shots:
-        extra = denoising_queries(unwrap_model(model)) if shot.mode == "train" else {}
-        for layer, (images, tokens) in layer_inputs(model, shot.batch, shot.height, shot.width).items():
+    choices = layer_choices(unwrap_model(model), dispatcher.config)
+    problems: list[tuple[str, str, RunInput, AttentionSpec]] = []
+    for run_input in run_inputs:
+        extra = denoising_queries(unwrap_model(model)) if run_input.mode == "train" else {}
+        for layer, (images, tokens) in layer_inputs(model, run_input.batch, run_input.height, run_input.width).items():
             block = blocks[layer]
             cls = type(block) if isinstance(block, FlashBlock) else BLOCKS[type(block)]
             spec = block_spec(
@@ -211,20 +211,20 @@ def make_plan(
                 cls,
                 images,
                 tokens + extra.get(layer, 0),
-                dtype=shot.dtype,
-                nhwc=shot.nhwc,
-                training=shot.mode == "train",
-                deterministic=shot.deterministic,
+                dtype=run_input.dtype,
+                nhwc=run_input.nhwc,
+                training=run_input.mode == "train",
+                deterministic=run_input.deterministic,
                 mask=layer in extra,
             )
             if spec is not None:
-                problems.append((layer, cls._stock.__name__, shot, spec))
+                problems.append((layer, cls._stock.__name__, run_input, spec))
     undecided = [spec for layer, *_, spec in problems if choices[layer] == "auto"]
     if measure is not None and undecided:
-        runtime.learn(measure(undecided), machine)
+        dispatcher.learn(measure(undecided), machine)
     return [
-        PlanRow(layer, block_name, shot.mode, runtime.select(spec, choices[layer], machine), shot.note)
-        for layer, block_name, shot, spec in problems
+        PlanRow(layer, block_name, run_input.mode, dispatcher.select(spec, choices[layer], machine), run_input.note)
+        for layer, block_name, run_input, spec in problems
     ]
 
 

@@ -23,7 +23,7 @@ from ..assets.models import open_model
 from ..backends.registry import BACKENDS
 from ..backends.spec import AttentionSpec, short
 from ..config import FlashConfig, known_keys
-from ..dispatch.dispatcher import Runtime
+from ..dispatch.dispatcher import Dispatcher
 from ..machine import detect, resolve_device
 from ..patching.blocks import FlashBlock, block_spec
 from ..patching.fallback import FlashKernelError
@@ -175,7 +175,7 @@ class _Verification:
         self.config, self.device, self.batch, self.every = _config_of(inner, sources), device, batch, every
         if not self.config.enabled:
             raise ValueError("flash.enabled=false, or YOLO_FLASH=0: stock runs, and there is nothing to verify.")
-        self.runtime, self.machine = Runtime(self.config), detect(device)
+        self.dispatcher, self.machine = Dispatcher(self.config), detect(device)
         self.stock: Any = copy.deepcopy(unwrap_model(inner))
         unpatch_modules(self.stock)
         self.stock.to(device, torch.float32)
@@ -216,7 +216,7 @@ class _Verification:
                 self._check_sight(stock, plain, rows, layers, mode)
         if detections is not None and not detections.ok:
             self.off.append("detections: they differ by more than rounding")
-        self.off += [f"{backend} {error}" for backend, error in self.runtime.failed.items()]
+        self.off += [f"{backend} {error}" for backend, error in self.dispatcher.failed.items()]
         fused_names = [name for name, backend in BACKENDS.items() if backend.fused]
         compared = [entry for entry in layers if entry["backend"] in fused_names and entry["compared"]]
         fused = any(entry["observed"] for entry in compared)
@@ -255,7 +255,7 @@ class _Verification:
         if not mode.training and hasattr(stock, "fuse"):
             stock = stock.fuse(verbose=False)
         ours = copy.deepcopy(stock)
-        patch_modules(ours, self.config, self.runtime)
+        patch_modules(ours, self.config, self.dispatcher)
         return _Stage(mode, stock, ours, layer_inputs(stock, self.images, mode))
 
     def _measure(self, stages: list[_Stage]) -> None:
@@ -269,11 +269,11 @@ class _Verification:
                 spec = _spec(block, given, stage.mode)
                 if spec is None or block._flash_choice != "auto":
                     continue
-                decision = self.runtime.decide(spec, "auto", self.device)
+                decision = self.dispatcher.decide(spec, "auto", self.device)
                 if decision.by_rules:  # nothing that was measured is near
                     specs.append(spec)
         if specs:
-            self.runtime.learn(autotune.measure(specs, self.device), self.machine)
+            self.dispatcher.learn(autotune.measure(specs, self.device), self.machine)
 
     def _layer(self, stage: _Stage, layer: str) -> list[dict[str, Any]]:
         """What a layer computes on the backend of the plan, and with `every` on all others: an entry each."""
@@ -287,7 +287,7 @@ class _Verification:
         spec = _spec(patched, given, mode)
         planned = "stock"
         if spec is not None:
-            planned = self.runtime.decide(spec, patched._flash_choice, self.device).backend
+            planned = self.dispatcher.decide(spec, patched._flash_choice, self.device).backend
         where = f"{layer} ({mode.name})"
         entries = []
         for backend in [planned, *(self._others(spec, planned) if self.every else [])]:
@@ -402,5 +402,5 @@ def _config_of(model: nn.Module, sources: Mapping[str, Any]) -> FlashConfig:
     """The settings: those given, else those of a patched model, else the defaults."""
     block = next((b for b in model.modules() if isinstance(b, FlashBlock)), None)
     if block is not None and all(value is None or value == {} for value in sources.values()):
-        return block._flash_runtime.config
+        return block._flash_dispatcher.config
     return FlashConfig.resolve(**sources)
