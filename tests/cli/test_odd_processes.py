@@ -245,7 +245,8 @@ CLOSED = """
 import json, sys
 assert sys.stdout is None and sys.stderr is None
 from ultralytics import ASSETS, YOLO
-from yolo_flash import cli, patch_model
+from yolo_flash import patch_model
+from yolo_flash.cli import main as cli
 model, args, found = sys.argv[1], eval(sys.argv[2]), {}
 for patched in (False, True):
     losses = []
