@@ -17,7 +17,6 @@ from torch import Tensor
 
 from tests.versions import needs_triton
 from yolo_flash.kernels import area
-from yolo_flash.kernels.area import area_attention
 
 needs_triton()
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, about the infinities that are meant
@@ -29,6 +28,12 @@ CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 
 def packed(groups: int, tokens: int, heads: int, dim: int, dim_v: int, dtype: torch.dtype = HALF) -> Tensor:
     return torch.randn(groups, tokens, heads, 2 * dim + dim_v).to(DEVICE, dtype)
+
+
+def area_attention(qkv: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Attention and the copy of v."""
+    out, image, _ = area.call("area_attention", qkv, dim)
+    return out, image
 
 
 def exact(qkv: Tensor, dim: int) -> tuple[Tensor, Tensor]:

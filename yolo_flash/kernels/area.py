@@ -76,26 +76,6 @@ _library.define(
 )
 
 
-def area_attention(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Exact attention within each group and head: softmax(q k^T / sqrt(head_dim)) v.
-
-    Args:
-        qkv: Queries, keys and values `[groups, seq_len, num_heads, 2*head_dim + head_dim_v]`, float16 or bfloat16, on a
-            CUDA device of compute capability 8.0 or above.
-        head_dim: Channels of a query and of a key.
-
-    Returns:
-        Attention, and a copy of v for the positional convolution: both contiguous
-        `[groups, seq_len, num_heads, head_dim_v]`, of the dtype of `qkv`.
-
-    Raises:
-        ValueError: `qkv` has another shape, or a head_dim is above 128.
-        NotImplementedError: In a second backward, through the gradients of the first.
-    """
-    out, image, _ = call("area_attention", qkv, head_dim)
-    return out, image
-
-
 def _outputs(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     if qkv.ndim != 4 or not 0 < 2 * head_dim < qkv.shape[-1]:
         raise ValueError(
@@ -111,6 +91,20 @@ def _outputs(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _forward(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Exact attention within each group and head: softmax(q k^T / sqrt(head_dim)) v.
+
+    Args:
+        qkv: Queries, keys and values `[groups, seq_len, num_heads, 2*head_dim + head_dim_v]`, float16 or bfloat16, on a
+            CUDA device of compute capability 8.0 or above.
+        head_dim: Channels of a query and of a key.
+
+    Returns:
+        Attention, and a copy of v for the positional convolution: both contiguous
+        `[groups, seq_len, num_heads, head_dim_v]`, of the dtype of `qkv`; and the statistics for the backward.
+
+    Raises:
+        ValueError: `qkv` has another shape, or a head_dim is above 128.
+    """
     qkv = qkv.contiguous()
     out, image, lse = _outputs(qkv, head_dim)
     launch("area_forward", qkv, head_dim, (qkv, out, image, lse))
