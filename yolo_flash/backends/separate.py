@@ -1,4 +1,4 @@
-"""Attention on separate queries, keys and values, with or without a mask: what each backend calls, under guard."""
+"""What each backend calls for separate queries, keys and values, with or without a mask."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 def _attend(
     inputs: Inputs, spec: AttentionSpec, multiple: int, op: Callable[..., Any], *args: object, **keywords: object
 ) -> Tensor:
-    """Call an aten operator on views `[batch, num_heads, seq_len, head_dim]`; the result is `RUNS`'.
+    """Call an aten operator on views `[batch, num_heads, seq_len, head_dim]`: what `Backend.separate` promises.
 
     Where `multiple` does not divide head_dim, on copies with zero channels: they change no score, and are cut off.
     """
@@ -45,29 +45,24 @@ def _bias(mask: Tensor | None, spec: AttentionSpec) -> Tensor | None:
     return bias.masked_fill_(mask, float("-inf")).expand(spec.batch, spec.num_heads, queries, keys)
 
 
-def _math(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+def math(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+    """Torch's unfused attention."""
     return _attend(inputs, spec, 1, aten._scaled_dot_product_attention_math, _bias(inputs[3], spec))
 
 
-def _flash(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+def flash(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+    """FlashAttention."""
     if inputs[0].device.type == "cpu":
         return _attend(inputs, spec, 1, flash_for_cpu, attn_mask=_bias(inputs[3], spec))
     return _attend(inputs, spec, 8, aten._scaled_dot_product_flash_attention)
 
 
-def _efficient(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+def efficient(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+    """Memory-efficient attention."""
     operator = aten._scaled_dot_product_efficient_attention
     return _attend(inputs, spec, 8, operator, _bias(inputs[3], spec), spec.training)
 
 
-def _cudnn(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+def cudnn(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+    """Attention of cuDNN."""
     return _attend(inputs, spec, 8, aten._scaled_dot_product_cudnn_attention, None, spec.training)
-
-
-RUNS: dict[str, Callable[[Inputs, AttentionSpec], Tensor]] = {
-    "sdpa_math": _math,
-    "sdpa_flash": _flash,
-    "sdpa_efficient": _efficient,
-    "sdpa_cudnn": _cudnn,
-}
-"""Backend -> its attention, contiguous `[batch, seq_len_q, num_heads, head_dim]`; `Backend.limits` hold here too."""

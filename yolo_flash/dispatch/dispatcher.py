@@ -22,7 +22,7 @@ from .rules import RULES_MEASURED_ON
 
 Trials = Mapping[AttentionSpec, Mapping[str, Trial]]
 Measure = Callable[[list[AttentionSpec], torch.device], Trials]
-_Key = tuple[tuple[Any, ...], str, torch.device]
+_Key = tuple[AttentionSpec, str, torch.device]
 
 _MAX_DECISIONS = 1024  # predict on a folder of mixed aspect ratios meets a new spec an image
 _MAX_MEASURED = 16  # specs that predictions of one model may have measured: half a minute at most
@@ -49,8 +49,7 @@ class Dispatcher:
         """Start without decisions."""
         self.config = config
         self.planned_sizes: dict[tuple[str, bool], tuple[int, int]] = {}
-        self._decisions: dict[tuple[AttentionSpec, str, torch.device], Decision] = {}
-        self._plans: dict[_Key, tuple[AttentionSpec, str]] = {}
+        self._decisions: dict[_Key, Decision] = {}
         self.failed: dict[str, str] = {}
         self.trials: Trials = {}
         self._measured_on: Machine | None = None
@@ -72,7 +71,7 @@ class Dispatcher:
         """Decide by these trials from now on, on the machine where they ran; earlier decisions are forgotten."""
         self.trials, self._measured_on = trials, machine
         self.unplanned.clear()
-        self._forget()
+        self._decisions.clear()
 
     def remember(self, trials: Trials, machine: Machine) -> None:
         """Decide by these trials too, where `learn` was told nothing of their specs."""
@@ -82,7 +81,7 @@ class Dispatcher:
                 break
         else:
             self._known.append((machine, dict(trials)))
-        self._forget()
+        self._decisions.clear()
 
     def take_over(self, earlier: Dispatcher) -> None:
         """Know what another Dispatcher knows, such as that of a training that is over."""
@@ -118,64 +117,52 @@ class Dispatcher:
         return ChainMap(*(dict(trials) for trials in (*mine, *known)))
 
     # Decisions --------------------------------------------------------------------------------------------------------
-    def decide(self, spec: AttentionSpec, choice: str, device: torch.device, recall: bool = True) -> Decision:
+    def decide(self, spec: AttentionSpec, choice: str, device: torch.device) -> Decision:
         """Return the decision for a spec: by what was measured on this machine, now or earlier, or by the rules.
+
+        Every block asks in every step: what was decided before costs one look into a dictionary.
 
         Args:
             spec: The problem.
             choice: `auto` or a backend's name.
             device: Where it runs.
-            recall: Whether files of earlier runs may be read.
 
         Raises:
             BackendNotSupportedError: `choice` names a backend that cannot run the spec.
         """
-        key = (spec, choice, device)
+        key = spec, choice, device
         decision = self._decisions.get(key)
         if decision is None:
             if len(self._decisions) >= _MAX_DECISIONS:
-                self._forget()
-            if recall and choice == "auto":
+                self._decisions.clear()
+            if choice == "auto":
                 self.recall(device)
-            decision = self.select(spec, choice, detect(device))
-            self._decisions[key] = decision
-            unplanned = choice == "auto" and self.trials and not decision.trials
-            if unplanned and len(self.unplanned) < _MAX_DECISIONS:
-                self.unplanned.add(spec)
+            decision = self._decisions[key] = self._decide(*key)
+        elif not self._met or key not in self._met:
+            return decision
+        self._meet(key, decision)
+        return decision if key in self._decisions else self.decide(*key)
+
+    def _decide(self, spec: AttentionSpec, choice: str, device: torch.device) -> Decision:
+        decision = self.select(spec, choice, detect(device))
+        unplanned = choice == "auto" and self.trials and not decision.trials
+        if unplanned and len(self.unplanned) < _MAX_DECISIONS:
+            self.unplanned.add(spec)
         return decision
 
-    def plan(self, fields: tuple[Any, ...], choice: str, device: torch.device) -> tuple[AttentionSpec, str]:
-        """A spec and the backend that `decide` takes for it, at less cost: every block asks in every step.
-
-        Args:
-            fields: Of the spec, in their order. They are hashed in C, a spec is not.
-            choice: `auto` or a backend's name.
-            device: Where it runs.
-
-        Raises:
-            BackendNotSupportedError: `choice` names a backend that cannot run the spec.
-        """
-        key = (fields, choice, device)
-        plan = self._plans.get(key)
-        if plan is None or (self._met and key in self._met):
-            if self.measure is not None:
-                self._meet(key)
-            spec = AttentionSpec(*fields)
-            plan = spec, self.decide(spec, choice, device).backend
-            self._plans[key] = plan  # of which there are no more than decisions: they are forgotten together
-        return plan
-
-    def _meet(self, key: _Key) -> None:
+    def _meet(self, key: _Key, decision: Decision) -> None:
         """Count how often a prediction goes by a rule of another card, and have its spec measured the third time.
 
         Every layer may meet the spec in one forward, so that it has come a third time when it was met more than twice
-        as often as there are layers. A spec is measured once, whatever came of it, and of a model 16 at most.
+        as often as there are layers. A spec is measured once, whatever came of it, and of a model 16 at most. A
+        measurement empties the decisions.
         """
-        fields, choice, device = key
-        spec = AttentionSpec(*fields)
-        if device.type != "cuda" or spec.training or choice != "auto" or not self.config.autotune or _in_a_rank():
+        spec, choice, device = key
+        if self.measure is None or device.type != "cuda" or spec.training or choice != "auto":
             return
-        founded = detect(device).capability == RULES_MEASURED_ON or not self.decide(spec, choice, device).by_rules
+        if not self.config.autotune or _in_a_rank():
+            return
+        founded = detect(device).capability == RULES_MEASURED_ON or not decision.by_rules
         if founded or spec in self._tried or len(self._tried) >= _MAX_MEASURED:
             self._met.pop(key, None)
             return
@@ -187,8 +174,7 @@ class Dispatcher:
         self._met.pop(key, None)
         self._tried.add(spec)
         try:
-            if self.measure is not None:
-                self.remember(self.measure([spec], device), detect(device))
+            self.remember(self.measure([spec], device), detect(device))
         except Exception as error:  # a prediction goes on, by the rules
             LOGGER.warning(f"yolo-flash: {spec} could not be measured: {type(error).__name__}: {error}")
 
@@ -204,9 +190,7 @@ class Dispatcher:
         """
         training = AttentionSpec.with_sizes(spec_parts, 1, 1).training
         batch, seq_len = self.planned_sizes.get((layer, training), _UNPLANNED_SIZE)
-        return self.decide(
-            AttentionSpec.with_sizes(spec_parts, batch, seq_len), choice, torch.device(device), recall=False
-        ).backend
+        return self._decide(AttentionSpec.with_sizes(spec_parts, batch, seq_len), choice, torch.device(device)).backend
 
     def select(self, spec: AttentionSpec, choice: str, machine: Machine) -> Decision:
         """The decision for a spec on any machine, with this model's settings and without the backends that failed.
@@ -251,11 +235,7 @@ class Dispatcher:
                 f"{type(error).__name__}: {error}"
             )
         self.failed[backend] = f"raised in this run: {type(error).__name__}: {error}"
-        self._forget()
-
-    def _forget(self) -> None:
         self._decisions.clear()
-        self._plans.clear()
 
 
 def _tells(trials: Mapping[str, Trial]) -> bool:

@@ -23,13 +23,11 @@ import ultralytics
 from ultralytics.utils import LOGGER, NUM_THREADS, USER_CONFIG_DIR
 
 from ..backends.registry import BACKENDS
-from ..backends.spec import AttentionSpec, Layout, short
+from ..backends.spec import AttentionSpec, Layout
 from ..machine import Machine
 from ..utils.files import write_file
 from ..utils.numerics import arithmetic
 from .decision import Trial
-
-Trials = dict[str, Trial]
 
 _MOST_KNOWN = 512  # files that `known` looks at, the newest first
 _METHODS = ("graph", "events", "clock", "")
@@ -42,12 +40,12 @@ def folder() -> Path:
 
 
 # Read -----------------------------------------------------------------------------------------------------------------
-def load(specs: Iterable[AttentionSpec], machine: Machine) -> dict[AttentionSpec, Trials]:
+def load(specs: Iterable[AttentionSpec], machine: Machine) -> dict[AttentionSpec, dict[str, Trial]]:
     """What earlier runs have measured; files that cannot be used are left out, with one warning for all.
 
     Backends are missing that failed, or were measured badly, in those runs.
     """
-    found: dict[AttentionSpec, Trials] = {}
+    found: dict[AttentionSpec, dict[str, Trial]] = {}
     spoilt: list[str] = []
     for spec in specs:
         key = _key(spec, machine)
@@ -61,13 +59,13 @@ def load(specs: Iterable[AttentionSpec], machine: Machine) -> dict[AttentionSpec
     return found
 
 
-def known(machine: Machine) -> dict[AttentionSpec, Trials]:
+def known(machine: Machine) -> dict[AttentionSpec, dict[str, Trial]]:
     """All that earlier runs have measured on a machine, with these versions and settings: the newest files.
 
     As quick as reading them is. Files of other machines and versions are left alone.
     """
     facts = _facts(machine)
-    found: dict[AttentionSpec, Trials] = {}
+    found: dict[AttentionSpec, dict[str, Trial]] = {}
     spoilt: list[str] = []
     for file in _newest():
         try:
@@ -101,7 +99,7 @@ def _tell(spoilt: list[str], what: str) -> None:
 
 
 # What a file may say --------------------------------------------------------------------------------------------------
-def _trials(content: Any, key: dict[str, Any]) -> Trials:
+def _trials(content: Any, key: dict[str, Any]) -> dict[str, Trial]:
     """The trials in the content of a file.
 
     Raises:
@@ -142,7 +140,7 @@ def _trial(values: Any) -> Trial:
 def _spec(values: Any) -> AttentionSpec:
     """A spec of which every field is of its type and within its range."""
     flags = ("mask", "training", "deterministic")
-    fields = [field.name for field in dataclasses.fields(AttentionSpec)]
+    fields = AttentionSpec._fields
     if set(values) != set(fields):
         raise ValueError(f"a spec has the fields {', '.join(map(str, values))}, not {', '.join(fields)}")
     dtype = getattr(torch, values["dtype"])
@@ -214,7 +212,7 @@ def _file(key: dict[str, Any]) -> Path:
 
 def _key(spec: AttentionSpec, machine: Machine) -> dict[str, Any]:
     """All that a measurement depends on, as JSON gives it back."""
-    key = {"spec": dataclasses.asdict(spec) | {"dtype": short(spec.dtype)}, **_facts(machine)}
+    key = {"spec": spec.as_json(), **_facts(machine)}
     return dict(json.loads(json.dumps(key)))
 
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from ultralytics.nn.modules.block import AAttn, Attention
 from ultralytics.utils import LOGGER
 
-from ..backends.registry import BACKENDS, BackendNotSupportedError
-from ..backends.spec import AttentionSpec
+from ..backends.registry import BackendNotSupportedError
+from ..backends.spec import AttentionSpec, Layout
 from ..dispatch.dispatcher import Dispatcher
 from .class_swap import PREFIX, StockPickle, stock_twin
 from .derivatives import transformed
-from .equivalence import difference
-from .fallback import Job, attend_packed, memory_format
+from .equivalence import why_not_equal
+from .fallback import AttentionCall, attend_packed, memory_format
 
 _UNREAD = frozenset(vars(nn.Module())) | {"__class__", "_compiled_call_impl", "total_ops", "total_params"}
 """Attributes of a block that change nothing of what its stock forward computes; `training` is one of them."""
@@ -81,32 +81,43 @@ class FlashBlock(StockPickle):
             BackendNotSupportedError: The backend asked for by name cannot run this input, or the block was changed.
             FlashKernelError: The backend asked for by name raised.
         """
-        plan = self._plan(x)
-        if plan is None:
+        call = self._attention_call(x)
+        if call is None:
             return self._stock.forward(self, x)  # type: ignore[attr-defined]
-        out, v = attend_packed(self.qkv(x), Job(*plan, self._flash_layer, self._flash_choice, self._flash_dispatcher))
+        out, v = attend_packed(self.qkv(x), call)
         return self.proj(out + self.pe(v))
 
-    def _plan(self, x: Tensor) -> tuple[AttentionSpec, str] | None:
+    def _attention_call(self, x: Tensor) -> AttentionCall | None:
         """The problem that an input poses, and the backend for it; None where the stock forward runs."""
-        fields = None if _leave_stock(self, x) or self._was_changed() else self._spec_fields(x)
-        return None if fields is None else self._choose(fields, x.device)
-
-    def _choose(self, fields: tuple[Any, ...], device: torch.device) -> tuple[AttentionSpec, str] | None:
-        """The spec of these fields, and the backend for it; None where that is the stock forward."""
-        dispatcher, choice = self._flash_dispatcher, self._flash_choice
-        if torch.compiler.is_compiling():
-            spec = AttentionSpec(*fields)
-            backend = dispatcher.decide_for_compile(self._flash_layer, choice, spec.without_sizes(), str(device))
-        else:
-            spec, backend = dispatcher.plan(fields, choice, device)
-        return None if BACKENDS[backend].forward is None else (spec, backend)
-
-    def _spec_fields(self, x: Tensor) -> tuple[Any, ...] | None:
+        if leaves_stock(self, x) or self._was_changed():
+            return None
         batch, _, height, width = x.shape
-        nhwc = memory_format(x) is torch.channels_last
-        modes = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
-        return spec_fields(self, type(self), batch, height * width, _compute_dtype(x), nhwc, *modes)
+        return self._decided(x, batch, height * width, nhwc=memory_format(x) is torch.channels_last)
+
+    def _decided(
+        self, x: Tensor, batch: int, tokens: int, nhwc: bool = False, mask: bool = False
+    ) -> AttentionCall | None:
+        """The call for the sizes of an input; None where the stock forward runs."""
+        dispatcher, layer, choice = self._flash_dispatcher, self._flash_layer, self._flash_choice
+        spec = block_spec(
+            self,
+            type(self),
+            batch,
+            tokens,
+            dtype=compute_dtype(x),
+            nhwc=nhwc,
+            training=torch.is_grad_enabled(),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            mask=mask,
+        )
+        if spec is None:
+            return None
+        if torch.compiler.is_compiling():
+            backend = dispatcher.decide_for_compile(layer, choice, spec.without_sizes(), str(x.device))
+        else:
+            decision = dispatcher.decide(spec, choice, x.device)
+            spec, backend = decision.spec, decision.backend
+        return None if backend == "stock" else AttentionCall(spec, backend, layer, choice, dispatcher)
 
     # What a user changes ----------------------------------------------------------------------------------------------
     def __setattr__(self, name: str, value: Any) -> None:
@@ -124,13 +135,13 @@ class FlashBlock(StockPickle):
             self.__dict__["_flash_edits"] = str(int(self._flash_edits or 0) + 1)
 
     def why_stock(self) -> str:
-        """Why the block no longer computes what ours computes, as `likeness.difference` says it; empty if it does."""
+        """Why the block no longer computes what ours computes, as `why_not_equal` says it; empty if it does."""
         verdict = self._flash_verdict
         if verdict is None:
             return ""
         code = self.code(self._flash_edits)
         if verdict[0] != code:
-            verdict = code, difference(self, type(self))  # type: ignore[arg-type]
+            verdict = code, why_not_equal(self, type(self))  # type: ignore[arg-type]
             self.__dict__["_flash_verdict"] = verdict
         return verdict[1]
 
@@ -204,7 +215,7 @@ def unknown_block(block: Any, layer: str, choice: str, reason: str) -> str:
         block: Stock or patched.
         layer: Its name.
         choice: The backend's name.
-        reason: As `likeness.difference` gives it.
+        reason: As `why_not_equal` gives it.
     """
     return (
         f"{choice} cannot run in {layer or 'the block'}: this {block.__class__.__name__} is not the one that this "
@@ -240,34 +251,16 @@ def block_spec(
     Returns:
         None where the stock block cannot run either, so that its own error reaches the user.
     """
-    fields = spec_fields(block, cls, batch, tokens, dtype, nhwc, training, deterministic, mask)
-    return None if fields is None else AttentionSpec(*fields)
-
-
-def spec_fields(
-    block: Any,
-    cls: type[FlashBlock],
-    batch: int,
-    tokens: int,
-    dtype: torch.dtype,
-    nhwc: bool,
-    training: bool,
-    deterministic: bool,
-    mask: bool = False,
-) -> tuple[Any, ...] | None:
-    """The fields of `block_spec` in their order: a key that is quicker than the spec."""
     problem = cls.problem(block, batch, tokens)
     if problem is None:
         return None
-    groups, seq_len, *dims, area = problem
-    layout = "separate" if cls.separate else "nhwc" if nhwc else "nchw"
-    return (
-        *(groups, block.num_heads, seq_len, seq_len, *dims, dtype, layout),
-        *(mask, training, training and deterministic, area),
-    )
+    groups, seq_len, dim, dim_v, area = problem
+    layout: Layout = "separate" if cls.separate else "nhwc" if nhwc else "nchw"
+    modes = mask, training, training and deterministic
+    return AttentionSpec(groups, block.num_heads, seq_len, seq_len, dim, dim_v, dtype, layout, *modes, area)
 
 
-def _leave_stock(block: FlashBlock, x: Tensor) -> bool:
+def leaves_stock(block: FlashBlock, x: Tensor) -> bool:
     """Who looks at operators gets the stock ones, which all know: exporters, tracers, transforms, the GFLOPs counter.
 
     So does an input without images, on which kernels and plans would divide by zero.
@@ -284,7 +277,7 @@ def _leave_stock(block: FlashBlock, x: Tensor) -> bool:
     )
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a convolution of `x` gives, under autocast too."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:

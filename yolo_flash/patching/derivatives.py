@@ -17,14 +17,15 @@ def needs_rules(*grads: Tensor) -> bool:
 
     `is_grads_batched=True` shows in the gradients alone, as a tensor of an older kind of `vmap`.
     """
-    return torch.is_grad_enabled() or transformed() or any(map(_is_batched, grads))
+    return torch.is_grad_enabled() or transformed() or any(map(is_batched, grads))
 
 
-def _is_batched(t: Tensor) -> bool:
+def is_batched(t: Tensor) -> bool:
+    """Whether a tensor stands for many under `vmap`."""
     return torch._C._functorch.is_legacy_batchedtensor(t) or torch._C._functorch.is_batchedtensor(t)
 
 
-def written_out(
+def differentiable_backward(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of attention in plain operators: exact, to be differentiated any number of times, not fused.

@@ -32,7 +32,7 @@ _MAX_ANSWERS = 1024  # a user may give a block another number in every step
 _answers: dict[Any, str] = {}
 
 
-def difference(block: nn.Module, cls: type[FlashBlock]) -> str:
+def why_not_equal(block: nn.Module, cls: type[FlashBlock]) -> str:
     """What keeps `cls` from standing in for a stock block, as a sentence; empty if both compute the same.
 
     Equal blocks, by everything that the answer depends on, are compared once a process.

@@ -20,10 +20,8 @@ from ultralytics.nn.modules.transformer import (
     TransformerLayer,
 )
 
-from ..backends.separate import RUNS
-from ..backends.spec import AttentionSpec
-from .blocks import FlashBlock, _compute_dtype, _leave_stock, spec_fields
-from .fallback import Job, attend_separate
+from .blocks import FlashBlock, leaves_stock
+from .fallback import AttentionCall, attend_separate
 
 OWNERS = (AIFI, DeformableTransformerDecoderLayer, TransformerEncoderLayer, TransformerLayer)
 
@@ -77,8 +75,9 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
             FlashKernelError: The backend asked for by name raised.
         """
         asked = need_weights or not average_attn_weights or is_causal or key_padding_mask is not None
-        plan = None if asked or not self._fits(query, key, value, attn_mask) else self._plan(query, attn_mask)
-        if plan is None or plan[1] not in RUNS:
+        fits = not asked and self._fits(query, key, value, attn_mask)
+        call = self._attention_call(query, attn_mask) if fits else None
+        if call is None:
             return nn.MultiheadAttention.forward(
                 self,
                 query,
@@ -91,15 +90,13 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
                 is_causal,
             )
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in self._project(query, key, value))
-        out = attend_separate(
-            (q, k, v, attn_mask), Job(*plan, self._flash_layer, self._flash_choice, self._flash_dispatcher)
-        )
+        out = attend_separate((q, k, v, attn_mask), call)
         out = linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
         return self._batch_first(out), None
 
     def _fits(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
         """Whether this call is plain self-attention, whose weights nobody sees: a user's hook would see them."""
-        if self._forward_hooks or (self.training and self.dropout) or _leave_stock(self, query) or query.is_nested:
+        if self._forward_hooks or (self.training and self.dropout) or leaves_stock(self, query) or query.is_nested:
             return False
         if self.in_proj_weight is None or self.bias_k is not None or self.add_zero_attn:
             return False
@@ -108,12 +105,8 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
         tokens = query.shape[1 if self.batch_first else 0]
         return mask is None or (mask.dtype is torch.bool and mask.shape == (tokens, tokens))
 
-    def _plan(self, x: Tensor, mask: Tensor | None = None) -> tuple[AttentionSpec, str] | None:
-        if self._was_changed():
-            return None
-        modes = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), mask is not None
-        fields = spec_fields(self, type(self), *images_and_tokens(self, x), _compute_dtype(x), False, *modes)
-        return None if fields is None else self._choose(fields, x.device)
+    def _attention_call(self, x: Tensor, mask: Tensor | None = None) -> AttentionCall | None:
+        return None if self._was_changed() else self._decided(x, *images_and_tokens(self, x), mask=mask is not None)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `[batch, tokens, channels]`; one product for a query that is the key, as in AIFI."""

@@ -15,7 +15,7 @@ from ..config import FlashConfig, FlashConfigError
 from ..dispatch.dispatcher import Dispatcher
 from .blocks import FlashAAttn, FlashAttention, FlashBlock, unknown_block
 from .class_swap import become, restore
-from .equivalence import difference
+from .equivalence import why_not_equal
 from .multihead import FlashMultiheadAttention, unread_weights
 
 BLOCKS: dict[type, type[FlashBlock]] = {
@@ -47,7 +47,7 @@ def targets(module: nn.Module) -> dict[str, nn.Module]:
 
 def _strangeness(block: nn.Module) -> str:
     """Why a block has to stay stock; empty if it has not."""
-    return block.why_stock() if isinstance(block, FlashBlock) else difference(block, BLOCKS[type(block)])
+    return block.why_stock() if isinstance(block, FlashBlock) else why_not_equal(block, BLOCKS[type(block)])
 
 
 def patch_modules(module: nn.Module, config: FlashConfig, dispatcher: Dispatcher | None = None) -> Dispatcher:
