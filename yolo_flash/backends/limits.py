@@ -12,12 +12,12 @@ from .spec import AttentionSpec, dtype_name
 
 
 def none(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
-    """Runs everything."""
+    """No limits."""
     return iter(())
 
 
 def packed_mask(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
-    """A mask comes along with separate tensors, see `separate.py`."""
+    """No mask on packed tensors."""
     if spec.mask and spec.layout != "separate":
         yield "takes a mask with separate queries, keys and values only, the tensors are packed"
 

@@ -17,7 +17,7 @@ _ATTENTION_KERNEL = re.compile(
 
 
 def attention_kernels(events: Iterable[Any]) -> tuple[Counter[str], Counter[str]]:
-    """Attention in a profile.
+    """Count the operators and kernels of attention in a profile.
 
     Args:
         events: Of a torch profile.

@@ -1,8 +1,8 @@
-"""The backends of attention by name: what each computes with, what it cannot do, how a profile knows it.
+"""The table of attention backends: what each computes with, what it cannot do, and its names in a profile.
 
 Torch's fused kernels are called as the aten operators behind `scaled_dot_product_attention`: `sdpa_kernel()` would flip
-switches of the whole process, and two threads would see each other's. The price is that torch's own checks, in
-`aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`, do not run: the limits below restate them.
+switches of the whole process, for other threads too. The price is that torch's own checks, in
+`aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`, do not run: `limits.py` restates them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Backend:
 
     Attributes:
         name: As written in YAML and in logs.
-        limits: Yields, for a spec and a machine, why the backend cannot run; nothing when it can. Never touches a GPU.
+        limits: Yields each reason why the backend cannot run a spec on a machine. Never touches a GPU.
         forward: `(packed, spec) -> (out, v, *kept)` with packed `[batch, seq_len, num_heads, 2*head_dim + head_dim_v]`,
             of any strides but unit last, and out and v both contiguous `[batch, seq_len, num_heads, head_dim_v]`.
             Autograd can differentiate it. None for `stock`, which is the block's own forward.
         reproducible: Whether the backward gives the same bits every time, on a machine.
-        operators: Names of the operators, one of which each forward calls: a profile proves the backend by them.
-        backward: `(packed, kept, dout, dv, spec) -> gradient of packed`, contiguous as are dout and dv; kept are the
-            tensors among what the forward gave behind v. None: autograd runs the forward again for its gradient.
+        operators: Names of the operators, one of which each forward calls: in a profile they prove the backend.
+        backward: `(packed, kept, dout, dv, spec) -> gradient of packed`, all contiguous; kept are the tensors that the
+            forward returned after v. None: autograd runs the forward again for its gradient.
         separate: `(inputs, spec) -> out` for three tensors and a mask, see `separate.Inputs`, with out contiguous
             `[batch, seq_len_q, num_heads, head_dim]`. Autograd can differentiate it. None: takes packed tensors only.
         fused: Whether the score matrices never reach the memory.
@@ -61,7 +61,7 @@ class Backend:
 
 
 class BackendNotSupportedError(ValueError):
-    """A backend asked for by name cannot run. The message has its reasons and what would run instead."""
+    """A backend asked for by name cannot run. The message has the reasons, and the backends that can."""
 
 
 def _always(machine: Machine) -> bool:

@@ -24,7 +24,8 @@ def _attend(
 ) -> Tensor:
     """Call an aten operator on views `[batch, num_heads, seq_len, head_dim]`: what `Backend.separate` promises.
 
-    Where `multiple` does not divide head_dim, on copies with zero channels: they change no score, and are cut off.
+    Where `multiple` does not divide head_dim, the operator gets copies padded with zero channels, which change no score
+    and are cut off again.
     """
     missing = -spec.head_dim % multiple
     q, k, v = ((pad(t, (0, missing)) if missing else t).transpose(1, 2) for t in inputs[:3] if t is not None)
@@ -35,8 +36,8 @@ def _attend(
 def _bias(mask: Tensor | None, spec: AttentionSpec) -> Tensor | None:
     """What a mask adds to the scores, `[batch, num_heads, seq_len_q, seq_len_k]`: nothing, or minus infinity.
 
-    Its rows begin at multiples of 16 elements, since memory-efficient attention reads them in vectors; the operator
-    itself does not see to it, `scaled_dot_product_attention` does.
+    Each row begins at a multiple of 16 elements, since memory-efficient attention reads rows in vectors:
+    `scaled_dot_product_attention` would align them, the aten operator does not.
     """
     if mask is None:
         return None

@@ -36,12 +36,12 @@ class Dispatcher:
         config: The settings of the model.
         failed: Backend -> the error for which it is not used again.
         planned_sizes: (layer, whether training) -> groups and tokens of the run, once they are known.
-        trials: Spec -> backend -> what was measured for this run, see `learn`. Behind it stands what earlier runs have
-            measured, see `trial_cache`; the rules decide where there is nothing.
+        trials: Spec -> backend -> what was measured for this run, see `learn`. Specs without any go by what earlier
+            runs have measured, see `trial_cache`, and else by the rules.
         memory_limited: Whether a measured backend may need no more memory than what the rules would take.
-        unplanned: Specs that a run met and had not measured: they went by the nearest one, or by the rules.
-        measure: Gives trials of a spec that comes again in prediction, where nothing but a rule of another card speaks
-            for its backend; None, as in training, measures nothing.
+        unplanned: Specs that a run met without a measurement: decided by the nearest measured one, or by the rules.
+        measure: Measures specs that predictions meet again, and that only the rules of another card decide. None, as in
+            training: nothing is measured.
         layers: Attention layers that share the Dispatcher: that many may meet one spec in one forward.
     """
 
@@ -74,7 +74,7 @@ class Dispatcher:
         self._decisions.clear()
 
     def remember(self, trials: Trials, machine: Machine) -> None:
-        """Decide by these trials too, where `learn` was told nothing of their specs."""
+        """Decide by these trials too, for specs that `learn` got no trials of."""
         for other, known in self._known:
             if other == machine:
                 known.update(trials)
@@ -84,7 +84,7 @@ class Dispatcher:
         self._decisions.clear()
 
     def take_over(self, earlier: Dispatcher) -> None:
-        """Know what another Dispatcher knows, such as that of a training that is over."""
+        """Take over the trials of another Dispatcher, such as that of a training that is over."""
         for machine, trials in earlier._known:
             self.remember(trials, machine)
         if earlier._measured_on is not None:
@@ -93,8 +93,8 @@ class Dispatcher:
     def recall(self, device: torch.device) -> None:
         """Read, once a device, what earlier runs have measured: before the first decision, and before a plan.
 
-        Not while a graph is compiled or captured. Never in one of several ranks, whose files may differ: they have to
-        decide alike, and get the numbers of rank 0 with their plan.
+        Nothing is read while a graph is compiled or captured, nor in one of several ranks: ranks have to decide alike,
+        their files may differ, and the plan brings the numbers of rank 0.
         """
         if device in self._recalled or not self.config.autotune or device.type not in ("cuda", "cpu"):
             return
@@ -102,7 +102,7 @@ class Dispatcher:
             return
         self._recalled.add(device)
         machine = detect(device)
-        earlier = {spec: trials for spec, trials in trial_cache.known(machine).items() if _tells(trials)}
+        earlier = {spec: trials for spec, trials in trial_cache.known(machine).items() if _timed_fused(trials)}
         if any(other == machine for other, _ in self._known):  # a card of the same kind, or what a training measured
             recent = dict(self._measured(machine))
             self.remember(earlier, machine)
@@ -180,7 +180,7 @@ class Dispatcher:
 
     @torch.compiler.assume_constant_result
     def decide_for_compile(self, layer: str, choice: str, spec_parts: tuple[Any, ...], device: str) -> str:
-        """The backend's name for a compiled graph, whose sizes may be symbols: taken for the planned size of the layer.
+        """The backend's name for a compiled graph, whose sizes may be symbols: decided for the layer's planned size.
 
         Args:
             layer: Name of the layer.
@@ -238,8 +238,8 @@ class Dispatcher:
         self._decisions.clear()
 
 
-def _tells(trials: Mapping[str, Trial]) -> bool:
-    """Whether trials of earlier runs say what is fastest: a file lacks what failed, and may have stock alone."""
+def _timed_fused(trials: Mapping[str, Trial]) -> bool:
+    """Whether a fused backend was timed: a file of an earlier run lacks what failed, and may hold stock alone."""
     return any(BACKENDS[name].fused and trial.ms is not None for name, trial in trials.items())
 
 

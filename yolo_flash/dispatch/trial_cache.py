@@ -1,8 +1,8 @@
 """Trials of earlier runs on disk: one small file for each spec, machine and version of the code.
 
-The files lie in Ultralytics' own configuration folder. Each is written whole and swapped in, so that several processes
-may read and write at once. Only what went well is kept. A file that cannot be read, or says what no trial can say, is
-ignored, and written anew when its spec is measured again.
+The files lie in Ultralytics' own configuration folder. Writes are atomic, so that several processes may read and write
+at once. Only what went well is kept. A file that cannot be read, or has impossible values, is ignored, and written anew
+when its spec is measured again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _NOT_USABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, Arithme
 
 
 def folder() -> Path:
-    """Where the files lie; not made by asking."""
+    """Where the files lie; may not exist."""
     return Path(USER_CONFIG_DIR) / "yolo-flash-trials"
 
 
@@ -60,10 +60,7 @@ def load(specs: Iterable[AttentionSpec], machine: Machine) -> dict[AttentionSpec
 
 
 def known(machine: Machine) -> dict[AttentionSpec, dict[str, Trial]]:
-    """All that earlier runs have measured on a machine, with these versions and settings: the newest files.
-
-    As quick as reading them is. Files of other machines and versions are left alone.
-    """
+    """All that earlier runs have measured on a machine, with these versions and settings, among the newest files."""
     facts = _facts(machine)
     found: dict[AttentionSpec, dict[str, Trial]] = {}
     spoilt: list[str] = []
@@ -182,15 +179,14 @@ def store(trials: Mapping[AttentionSpec, Mapping[str, Trial]], machine: Machine)
 
 
 def worth_keeping(name: str, trial: Trial) -> bool:
-    """Whether a later run may go by a trial: it has a time that stood still.
+    """Whether later runs may go by a trial: its samples agree.
 
-    A backend that raised, had too little memory or was wrong is tried again by the next run. Most of what makes a
-    kernel fail passes (another process on the card, a full disk below a compiler), and a verdict that is kept would
-    keep the backend out for ever. That holds for wrong numbers too: a backend that is wrong by its nature is refused
-    again, at the cost of a second, and until then it is not taken for anything.
+    A backend that raised, had too little memory or was wrong is tried again by the next run. Most causes pass (another
+    process on the card, a full disk below a compiler), and a stored verdict would keep the backend out for ever. A
+    backend that is always wrong is refused again, at the cost of a second.
 
-    Unfused attention that does not fit is the exception: it would be forecast in vain at every start. It is measured
-    as soon as there is memory for it.
+    Unfused attention that does not fit is the exception: every start would try it in vain. It is measured as soon as
+    there is memory for it.
     """
     if trial.why_not:
         return trial.no_memory and not BACKENDS[name].fused
@@ -217,7 +213,7 @@ def _key(spec: AttentionSpec, machine: Machine) -> dict[str, Any]:
 
 
 def _facts(machine: Machine) -> dict[str, Any]:
-    """What it depends on besides the spec."""
+    """What a measurement depends on besides the spec."""
     facts = {
         "machine": {name: value for name, value in dataclasses.asdict(machine).items() if name != "memory_gib"},
         "ultralytics": ultralytics.__version__,  # whose stock blocks are measured too
@@ -233,8 +229,7 @@ def _facts(machine: Machine) -> dict[str, Any]:
 def _code() -> str:
     """Fingerprint of the package: a changed kernel is another kernel.
 
-    Of all its source, since a timed call runs through half of it: the simplest rule, and no file is ever forgotten. The
-    price is that an update measures again.
+    It covers all source files, so that none is forgotten. The price is that every update measures again.
     """
     here = Path(__file__).parents[1]
     digest = hashlib.sha256()

@@ -1,7 +1,7 @@
 """The attention blocks that we take over: how each packs its queries, keys and values, and its fused forward.
 
-Each keeps an eye on what it stands in for: a block that a user edits after it was patched, or whose class is given
-another forward, is compared once more with the stock one, and runs as stock where the two have come to differ.
+A block that a user edits after it was patched, or whose stock class gets another forward, is compared once more with
+stock, and runs as stock where the two differ.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ _told: WeakKeyDictionary[Dispatcher, set[str]] = WeakKeyDictionary()
 class FlashBlock(StockPickle):
     """The forward that the blocks share: 1x1 convolution to packed qkv, attention, positional convolution, projection.
 
-    An attribute that is set on a block, or deleted, counts: `attn.scale *= 2`, fewer heads, another `pe`. A change in
-    place of an object that the block holds, or of `vars(attn)`, passes unseen; modules and tensors are safe from that,
-    since ours runs the same ones.
+    Setting or deleting an attribute of a block counts as an edit: `attn.scale *= 2`, fewer heads, another `pe`. Changes
+    in place, of an object that the block holds or of `vars(attn)`, are not noticed; those of modules and tensors need
+    not be, since our forward runs the same ones.
 
     Attributes:
         _flash_layer: The block's name in the model, for messages.
         _flash_choice: `auto` or the name of the backend for this block.
         _flash_dispatcher: Shared by the blocks of a model.
-        _flash_edits: How often an attribute was set since the block was patched; text, to which a compiled graph is
-            bound, where it would take a number for a size.
-        _flash_verdict: What the block was compared as, see `code`, and why it is to run as stock: empty if it is not.
-            None where nobody is to be heeded: in the blocks of measurements and comparisons, which are our own.
+        _flash_edits: How often an attribute was set since the block was patched. As text a compiled graph guards the
+            number; as an integer torch.compile might make it a symbol.
+        _flash_verdict: The `code` that the block was last compared with, and why the block has to run as stock, empty
+            if it has not. None, in our own blocks of measurements and comparisons: edits are ignored.
         calls: The functions by name that the stock forward calls, as `stock_code.foreign` takes them.
         separate: Whether queries, keys and values are three tensors, and not the packed output of one convolution.
-        total_ops: Set by thop, which Ultralytics counts GFLOPs with, for the time of its forwards.
+        total_ops: Set by thop, with which Ultralytics counts GFLOPs, while thop runs forwards.
     """
 
     calls: ClassVar[tuple[tuple[ModuleType, ...], tuple[str, ...]]] = (), ()
@@ -121,12 +121,12 @@ class FlashBlock(StockPickle):
 
     # What a user changes ----------------------------------------------------------------------------------------------
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute as on the stock block, and remember it."""
+        """Set an attribute as on the stock block, and count the edit."""
         self._note_edit(name)  # before it may be somebody else's: `__class__` is set like this too
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        """Delete an attribute as on the stock block, and remember it."""
+        """Delete an attribute as on the stock block, and count the edit."""
         self._note_edit(name)
         super().__delattr__(name)
 
@@ -146,7 +146,7 @@ class FlashBlock(StockPickle):
         return verdict[1]
 
     def _was_changed(self) -> bool:
-        """Whether the stock forward has to run for a change, of which one line tells.
+        """Whether the stock forward has to run because the block was changed; one log line says so.
 
         Raises:
             BackendNotSupportedError: A backend was asked for by name.
@@ -157,7 +157,7 @@ class FlashBlock(StockPickle):
 
     @torch.compiler.assume_constant_result
     def _was_changed_in_graph(self, edits: str) -> bool:
-        """The same, asked once for a graph: the edits are its to guard."""
+        """`_was_changed`, evaluated once a graph, which guards the edits."""
         return self.why_stock() != "" and self._tell()
 
     def _tell(self) -> bool:
@@ -174,7 +174,7 @@ class FlashBlock(StockPickle):
         return True
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` compiles, and puts in the place of this block in a module that it is given."""
+        """The stock block, which `torch.jit.script` compiles, and puts in this one's place in the user's module."""
         LOGGER.warning(
             f"yolo-flash: torch.jit.script gets stock attention for {self._flash_layer or 'the block'}, and leaves it "
             f"in the model that it was given: call patch_model again to go on with that."
@@ -198,7 +198,7 @@ class FlashAAttn(FlashBlock, AAttn):
 
 
 class FlashAttention(FlashBlock, Attention):
-    """The attention of PSA in YOLO10, 11 and 26: keys narrower than values."""
+    """The attention of PSA in YOLOv10, YOLO11 and YOLO26: keys narrower than values."""
 
     _stock: ClassVar[type] = Attention
 
@@ -249,7 +249,7 @@ def block_spec(
         mask: Whether the scores are masked.
 
     Returns:
-        None where the stock block cannot run either, so that its own error reaches the user.
+        None where the stock block cannot run either: its own error shall reach the user.
     """
     problem = cls.problem(block, batch, tokens)
     if problem is None:
@@ -261,14 +261,14 @@ def block_spec(
 
 
 def leaves_stock(block: FlashBlock, x: Tensor) -> bool:
-    """Who looks at operators gets the stock ones, which all know: exporters, tracers, transforms, the GFLOPs counter.
+    """Whether stock has to run: for exporters, tracers, transforms and the GFLOPs counter, which know stock operators.
 
-    So does an input without images, on which kernels and plans would divide by zero.
+    An empty input also runs as stock: kernels and plans would divide by zero.
     """
     return (
         torch.jit.is_tracing()
         or torch.onnx.is_in_onnx_export()
-        # The flag and not `is_exporting()`, which some versions of torch answer with True in every compilation.
+        # The flag and not `is_exporting()`, which in some versions of torch is True in every compilation.
         or getattr(torch.compiler, "_is_exporting_flag", False)
         or block.format == "coreml"
         or block.total_ops is not None

@@ -1,8 +1,8 @@
-"""Attention as one node of autograd, in which a backend may fail: another one answers, in either direction.
+"""Attention as one autograd node: where a backend fails, forward or backward, another one computes the result.
 
-The node calls the backend's own operator for its gradient: with a graph of autograd inside, and a node for every change
-of layout around it, the host took twice as long. No fused operator has a gradient of its gradient: where one is asked
-for, or a transform looks on, the gradient is written out in operators that have every rule.
+The node of packed tensors calls the backend's own backward operator: a graph of autograd inside, and a node for every
+change of layout around it, took the host twice as long. Fused operators have no second derivative: under
+`create_graph=True` or a transform the gradient is computed in plain operators, see `derivatives.py`.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class AttentionCall(NamedTuple):
 def attend_packed(qkv: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Run a backend on the output of a 1x1 convolution, forward and backward under guard.
 
-    Torch's kernels raise in their backward what Ultralytics' trainer takes for out of memory, and halves the batch.
-    Here the gradient is computed again by unfused attention, and the backend is left out from then on; if it was asked
-    for by name, FlashKernelError says so.
+    An error of torch's kernels in their backward looks to Ultralytics' trainer like a lack of memory, and halves the
+    batch. Here unfused attention computes the gradient again, and the backend is not used from then on; a backend asked
+    for by name raises FlashKernelError.
 
     Args:
         qkv: `[images, channels, height, width]`, channels_last or contiguous, packed head by head.
@@ -64,17 +64,17 @@ def attend_packed(qkv: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
     if qkv.requires_grad and torch.is_grad_enabled() and BACKENDS[call.backend].fused:
         layout = memory_format(qkv)
         if not qkv.is_contiguous(memory_format=torch.channels_last):
-            qkv = _relayout(qkv, torch.channels_last, back=layout)  # outside of the node, which so keeps one copy alone
+            qkv = _relayout(qkv, torch.channels_last, back=layout)  # outside of the node, which thus keeps one copy
         out, image = _PackedAttention.apply(qkv, call, layout)
         return out, image
-    return _answered(call, qkv.device, lambda call: _run(qkv, call.spec, call.backend))[1]
+    return _run_guarded(call, qkv.device, lambda call: _run(qkv, call.spec, call.backend))[1]
 
 
 def attend_separate(inputs: Inputs, call: AttentionCall) -> Tensor:
     """Run a backend on separate tensors, forward and backward under guard, as `attend_packed` does on packed ones.
 
     Args:
-        inputs: What to attend to.
+        inputs: Queries, keys, values and mask.
         call: What to compute.
 
     Returns:
@@ -92,11 +92,11 @@ def attend_separate(inputs: Inputs, call: AttentionCall) -> Tensor:
             return _SeparateAttention.apply(call, *inputs)
         return _operator(call.backend, call.spec)(inputs, call.spec)
 
-    return _answered(call, inputs[0].device, run)[1]
+    return _run_guarded(call, inputs[0].device, run)[1]
 
 
 def give_up(call: AttentionCall, error: Exception, where: str = "") -> None:
-    """Leave the backend of a call, which raised, out from now on, so that another one may answer.
+    """Do not use the backend of a call, which raised, from now on, so that another one may run.
 
     Args:
         call: What failed.
@@ -124,7 +124,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if nhwc else torch.contiguous_format
 
 
-def _answered(
+def _run_guarded(
     call: AttentionCall, device: torch.device, run: Callable[[AttentionCall], Any]
 ) -> tuple[AttentionCall, Any]:
     """The call that ran and what it gave; when `auto` chose a backend that raises, the next one runs instead."""
@@ -154,7 +154,7 @@ class _PackedAttention(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, call: AttentionCall, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
         ctx.layout = layout
         packed = _pack(qkv, call.spec)
-        ctx.call, (out, image, *kept) = _answered(
+        ctx.call, (out, image, *kept) = _run_guarded(
             call, qkv.device, lambda call: _operator(call.backend, call.spec)(packed, call.spec)
         )
         ctx.save_for_backward(qkv, *(t for t in kept if not isinstance(t, int)))
@@ -181,7 +181,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _differentiable_backward(qkv: Tensor, grads: tuple[Tensor, ...], spec: AttentionSpec) -> Tensor:
-    """The gradient of the image `qkv`: no memory format is asked for, which `vmap` does not know."""
+    """The gradient of the image `qkv`, without memory formats, which `vmap` does not support."""
     packed, dout, through_image = (_pack(t, spec).transpose(1, 2) for t in (qkv, *grads))
     q, k, v = packed.split([spec.head_dim, spec.head_dim, spec.head_dim_v], dim=-1)
     dq, dk, dv = differentiable_backward(q, k, v, dout, spec.head_dim**-0.5)
@@ -218,14 +218,14 @@ def _unpack(t: Tensor, like: Tensor) -> Tensor:
 
 
 def _relayout(x: Tensor, layout: torch.memory_format, back: torch.memory_format) -> Tensor:
-    """`x` in a memory format, its gradient in another: a copy only where `x` lies differently."""
+    """`x` in a memory format, its gradient in another; copied only if needed."""
     if x.requires_grad and torch.is_grad_enabled():
         return _Relayout.apply(x, layout, back)
     return x.contiguous(memory_format=layout)
 
 
 class _Relayout(torch.autograd.Function):
-    """Hands each neighbour the layout that it expects.
+    """Changes a tensor's memory format, and in the backward that of its gradient.
 
     The CPU's flash backward reads garbage from a gradient whose last stride is not 1 (pytorch pull 187506), and
     BatchNorm's CPU backward in torch 2.14.1 is wrong for a gradient that lies differently from its output.
@@ -241,7 +241,7 @@ class _Relayout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if not torch.compiler.is_compiling() and is_batched(grad):  # `vmap` knows no memory format
+        if not torch.compiler.is_compiling() and is_batched(grad):  # `vmap` supports no memory format
             return grad, None, None
         return grad.contiguous(memory_format=ctx.back), None, None
 
@@ -266,9 +266,9 @@ class _SeparateAttention(torch.autograd.Function):
             q, k, v, dout = (t.transpose(1, 2) for t in (*inputs[:3], grad))
             grads = differentiable_backward(q, k, v, dout, spec.head_dim**-0.5, inputs[3])
             return None, *(t.transpose(1, 2) for t in grads), None
-        inner, ctx.inner = ctx.inner, None  # what it holds is freed now, and not when the loss is
+        inner, ctx.inner = ctx.inner, None  # its memory is freed now, and not with the loss
         grad = grad.contiguous()  # the CPU's flash backward reads garbage where the last stride is not 1
-        try:  # a second backward of a retained graph builds it once more
+        try:  # a second backward of a retained graph builds the inner graph again
             leaves, out = inner or _graph(inputs, spec, backend)
             return None, *torch.autograd.grad(out, leaves, grad), None
         except Exception as error:

@@ -1,7 +1,8 @@
 """`nn.MultiheadAttention` where Ultralytics has it: RT-DETR's encoder and decoder, and C3TR.
 
-They call it with `need_weights=True`, torch's default, for which it writes the score matrix to memory, and average it
-over the heads; and then take the first of its two results. Who reads the second is left alone, see `unread_weights`.
+They call it with `need_weights=True`, torch's default, so that it writes the score matrix to memory and averages it
+over the heads, and then use only the first of its two results. Callers that use the second are left alone, see
+`unread_weights`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`, but for one default: who does not say `need_weights` gets no weights.
+        """As `nn.MultiheadAttention.forward`, but `need_weights` is False unless given.
 
         Args:
             query: `[tokens, batch, channels]`, or `[batch, tokens, channels]` with `batch_first`.
@@ -95,7 +96,7 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
         return self._batch_first(out), None
 
     def _fits(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-        """Whether this call is plain self-attention, whose weights nobody sees: a user's hook would see them."""
+        """Whether this call is plain self-attention whose weights nobody reads; a user's hook could read them."""
         if self._forward_hooks or (self.training and self.dropout) or leaves_stock(self, query) or query.is_nested:
             return False
         if self.in_proj_weight is None or self.bias_k is not None or self.add_zero_attn:
@@ -109,7 +110,7 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
         return None if self._was_changed() else self._decided(x, *images_and_tokens(self, x), mask=mask is not None)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values `[batch, tokens, channels]`; one product for a query that is the key, as in AIFI."""
+        """Queries, keys and values `[batch, tokens, channels]`; one product where query is key, as in AIFI."""
         weights = self.in_proj_weight.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         v = self._linear(value, weights[2], biases[2])
@@ -121,7 +122,7 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
         return self._linear(query, weights[0], biases[0]), self._linear(key, weights[1], biases[1]), v
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Of tensors in memory's own order: torch copies others first. The decoder gives transposed ones."""
+        """Linear projection in the input's memory order, since torch copies transposed tensors, as the decoder has."""
         if x.is_contiguous():
             return self._batch_first(linear(x, weight, bias))
         flipped = linear(x.transpose(0, 1), weight, bias)
@@ -146,9 +147,10 @@ def images_and_tokens(block: Any, x: Tensor) -> tuple[int, int]:
 
 
 def unread_weights(module: nn.Module) -> set[int]:
-    """The ids of all `nn.MultiheadAttention` in `module` that only blocks of Ultralytics hold which ignore its weights.
+    """The ids of all `nn.MultiheadAttention` in `module` whose attention weights no caller reads.
 
-    Subclasses of users, of the blocks or of the attention, may read them and are not ours.
+    Only blocks in `OWNERS` hold those. Subclasses by users, of the blocks or of the attention, may read the weights and
+    are not ours.
     """
     ours: set[int] = set()
     others: set[int] = set()
@@ -162,8 +164,8 @@ def unread_weights(module: nn.Module) -> set[int]:
 def denoising_queries(model: nn.Module) -> dict[str, int]:
     """Decoder self-attention -> the denoising queries that a training step adds to its own, at most.
 
-    RT-DETR trains its decoder with noisy labels beside the queries, as many groups as 2 x `num_denoising` queries hold;
-    a mask keeps them apart. Their number varies a little with the labels of a batch.
+    RT-DETR trains its decoder with groups of noisy labels beside the queries, 2 x `num_denoising` at most, kept apart
+    by a mask. Their number varies a little with the labels of a batch.
     """
     return {
         f"{name.removeprefix('student_model.')}.decoder.layers.{i}.self_attn": 2 * head.num_denoising
@@ -174,7 +176,7 @@ def denoising_queries(model: nn.Module) -> dict[str, int]:
 
 
 def denoising_mask(tokens: int, denoising: int, group: int, device: torch.device | None = None) -> Tensor:
-    """A mask as RT-DETR has it: each group of denoising queries sees itself and the others, which see no such group.
+    """RT-DETR's mask: a group of denoising queries sees itself and the other queries; those see no such group.
 
     Args:
         tokens: All queries, the denoising ones first.
