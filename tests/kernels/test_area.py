@@ -82,7 +82,7 @@ def check(qkv: Tensor, dim: int, bound: float) -> None:
         (2, 100, 2, 32, 32),  # a rest of 36 in a tile of 64
         (1, 129, 1, 32, 32),  # two tiles and a token
         (3, 65, 1, 32, 64),  # PSA
-        (1, 70, 2, 36, 72),  # PSA of yolov10m: no powers of two
+        (1, 70, 2, 36, 72),  # PSA of YOLOv10m: no powers of two
         (1, 33, 1, 16, 16),
         (1, 40, 1, 64, 64),
         (1, 40, 1, 128, 128),

@@ -210,8 +210,8 @@ def test_a_forward_that_raises_is_answered_with_gradients(monkeypatch: pytest.Mo
         close(gradients(block, x), wanted)
 
 
-# Plans ----------------------------------------------------------------------------------------------------------------
-def test_a_plan_is_found_again_and_never_stale() -> None:
+# Decisions ------------------------------------------------------------------------------------------------------------
+def test_a_decision_is_found_again_and_never_stale() -> None:
     """Whatever a decision depends on changes it at once: modes of torch, the input, what failed, what was learnt."""
     block: Any = patched(make("area1"), "auto")
     dispatcher, x = block._flash_dispatcher, torch.randn(4, 64, 16, 16)
@@ -250,7 +250,7 @@ def test_a_plan_is_found_again_and_never_stale() -> None:
     assert getattr(block._attention_call(x), "backend", "stock") != "sdpa_flash"
 
 
-def test_two_models_plan_by_their_own_settings() -> None:
+def test_two_models_decide_by_their_own_settings() -> None:
     first, second = patched(make("area1"), "sdpa_flash"), patched(make("area1"), "sdpa_math")
     x = torch.randn(2, 64, 8, 8)
     for _ in range(2):
@@ -266,7 +266,7 @@ def test_decisions_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_blocks_keep_nothing_of_a_call() -> None:
-    """Plans are the Dispatcher's, which a checkpoint leaves out and which copies share."""
+    """Decisions are the Dispatcher's, which a checkpoint leaves out and which copies share."""
     block: Any = make("area1")
     patch_modules(block, FlashConfig(backend="sdpa_flash"), dispatcher := Dispatcher(FlashConfig(backend="sdpa_flash")))
     before = set(vars(block))

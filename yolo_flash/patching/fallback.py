@@ -45,7 +45,7 @@ class AttentionCall(NamedTuple):
 
 
 def attend_packed(qkv: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Run a backend on the output of a 1x1 convolution, forward and backward under guard.
+    """Run a backend on the output of a 1x1 convolution; if its forward or backward raises, another one runs.
 
     An error of torch's kernels in their backward looks to Ultralytics' trainer like a lack of memory, and halves the
     batch. Here unfused attention computes the gradient again, and the backend is not used from then on; a backend asked
@@ -71,7 +71,7 @@ def attend_packed(qkv: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def attend_separate(inputs: Inputs, call: AttentionCall) -> Tensor:
-    """Run a backend on separate tensors, forward and backward under guard, as `attend_packed` does on packed ones.
+    """Run a backend on separate tensors, as `attend_packed` does on packed ones.
 
     Args:
         inputs: Queries, keys, values and mask.
