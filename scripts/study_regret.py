@@ -62,7 +62,7 @@ def specs(device: str, sizes: list[int]) -> list[AttentionSpec]:
 def compile_one(job: tuple[int, int]) -> None:
     tokens, dim_v = job
     packed = torch.randn(1, tokens, 1, 64 + dim_v, device="cuda", dtype=torch.float16, requires_grad=True)
-    area.area_attention(packed, 32)
+    area.call("area_attention", packed, 32)
 
 
 def again(device: str) -> None:

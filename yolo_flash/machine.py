@@ -150,7 +150,7 @@ def resolve_device(device: str | int | None) -> torch.device:
     from ultralytics.utils.torch_utils import select_device
 
     threads, disabled = torch.get_num_threads(), LOGGER.disabled
-    LOGGER.disabled = True  # which greets before it raises
+    LOGGER.disabled = True  # select_device logs before it raises
     try:
         return torch.device(select_device("" if device is None else device, verbose=False))
     except ValueError as error:
@@ -164,7 +164,7 @@ def resolve_device(device: str | int | None) -> torch.device:
 
 
 def _driver() -> str | None:
-    """From the file in which Linux has it; elsewhere as the newest CUDA that it serves, where torch tells that."""
+    """NVIDIA's driver version from Linux' own file, else the newest CUDA that the driver supports, if torch tells."""
     with contextlib.suppress(OSError, TypeError):
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
         return re.search(r"Module .*?(\d+\.[\d.]+)", text)[1]  # type: ignore[index]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # What files lack ---------------------------------------------------------------------------------------------------
-WHOLE = dataclasses.replace(PSA, batch=64, seq_len_q=400, seq_len_k=400)  # for which the rules take flash
+WHOLE = PSA._replace(batch=64, seq_len_q=400, seq_len_k=400)  # for which the rules take flash
 SLOW = {"stock": Trial(ms=1.0, ms_low=0.9), "sdpa_flash": Trial(ms=3.0, ms_low=2.9)}
 
 
@@ -42,13 +41,13 @@ def test_a_file_without_what_failed_does_not_make_stock_the_fastest() -> None:
     trial_cache.store({WHOLE: {"stock": Trial(ms=5.0, ms_low=4.9), "sdpa_flash": failed}}, detect(CPU))
     assert list(trial_cache.folder().iterdir())
     for batch in (64, 48):
-        decision = Dispatcher(FlashConfig()).decide(dataclasses.replace(WHOLE, batch=batch), "auto", CPU)
+        decision = Dispatcher(FlashConfig()).decide(WHOLE._replace(batch=batch), "auto", CPU)
         assert (decision.backend, decision.by_rules) == ("sdpa_flash", True)
 
 
 def test_files_of_other_runs_change_nothing_near_what_this_run_has_measured() -> None:
-    mine, near = dataclasses.replace(WHOLE, batch=64), dataclasses.replace(WHOLE, batch=20)
-    trial_cache.store({dataclasses.replace(WHOLE, batch=16): SLOW}, detect(CPU))
+    mine, near = WHOLE._replace(batch=64), WHOLE._replace(batch=20)
+    trial_cache.store({WHOLE._replace(batch=16): SLOW}, detect(CPU))
     run = Dispatcher(FlashConfig())
     run.learn({mine: FAST}, detect(CPU))
     run.recall(CPU)
@@ -70,7 +69,7 @@ def test_a_plan_knows_what_the_steps_will_know(monkeypatch: pytest.MonkeyPatch) 
 
 
 # Earlier runs ---------------------------------------------------------------------------------------------------------
-TINY = dataclasses.replace(PSA, seq_len_q=9, seq_len_k=9)  # for which the rules take stock
+TINY = PSA._replace(seq_len_q=9, seq_len_k=9)  # for which the rules take stock
 
 
 def test_a_prediction_goes_by_what_an_earlier_run_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +78,7 @@ def test_a_prediction_goes_by_what_an_earlier_run_measured(monkeypatch: pytest.M
     trial_cache.store({TINY: FAST}, detect(CPU))
     decision = Dispatcher(FlashConfig()).decide(TINY, "auto", CPU)
     assert (decision.backend, decision.ms) == ("sdpa_flash", {"stock": 2.0, "sdpa_flash": 1.0})
-    near = dataclasses.replace(TINY, seq_len_q=12, seq_len_k=12)
+    near = TINY._replace(seq_len_q=12, seq_len_k=12)
     assert Dispatcher(FlashConfig()).decide(near, "auto", CPU).why == "as measured for 2 x 9 tokens"
     assert Dispatcher(FlashConfig(autotune=False)).decide(TINY, "auto", CPU).backend == "stock"
 
@@ -114,11 +113,11 @@ def test_the_cache_is_read_once_and_not_at_the_wrong_time(monkeypatch: pytest.Mo
     for name, value in (("RANK", 0), ("dist", Ranks)):
         with monkeypatch.context() as rank:  # whose files may be others
             rank.setattr(dispatcher, name, value)
-            mine.decide(dataclasses.replace(TINY, batch=3), "auto", CPU)
+            mine.decide(TINY._replace(batch=3), "auto", CPU)
     assert not reads
-    assert mine.decide(dataclasses.replace(TINY, batch=1), "auto", CPU).backend == "sdpa_flash"
+    assert mine.decide(TINY._replace(batch=1), "auto", CPU).backend == "sdpa_flash"
     assert mine.decide(TINY, "auto", CPU).backend == "sdpa_flash"  # and not as before
-    mine.decide(dataclasses.replace(TINY, batch=4), "auto", CPU)
+    mine.decide(TINY._replace(batch=4), "auto", CPU)
     assert len(reads) == 1
 
 
@@ -156,7 +155,6 @@ def test_a_trained_model_predicts_by_the_trials_of_its_run(
 
 # Other cards ----------------------------------------------------------------------------------------------------------
 SMALL = AttentionSpec(4, 2, 100, 100, 32, 32, torch.float32, "nchw", training=False)
-FIELDS = tuple(getattr(SMALL, field.name) for field in dataclasses.fields(SMALL))
 
 
 @pytest.mark.parametrize("card", ["P100", "T4", "A100", "RTX 3090", "RTX 4090", "B200", "RTX 5090", "MI300"])
@@ -189,7 +187,7 @@ def test_a_shape_that_comes_again_in_prediction_is_measured_on_a_card_without_nu
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mine, measured = predicting("T4", monkeypatch)
-    backends = [mine.plan(FIELDS, "auto", CARD)[1] for _ in range(5)]
+    backends = [mine.decide(SMALL, "auto", CARD).backend for _ in range(5)]
     assert backends == ["stock", "stock", "sdpa_efficient", "sdpa_efficient", "sdpa_efficient"]
     assert measured == [SMALL]
 
@@ -198,36 +196,31 @@ def test_layers_of_one_forward_are_not_taken_for_a_shape_that_comes_again(monkey
     mine, measured = predicting("T4", monkeypatch)
     mine.layers = 4
     for _ in range(8):  # two forwards
-        mine.plan(FIELDS, "auto", CARD)
+        mine.decide(SMALL, "auto", CARD)
     assert not measured
-    mine.plan(FIELDS, "auto", CARD)
+    mine.decide(SMALL, "auto", CARD)
     assert measured == [SMALL]
     assert patch_model(YOLO("yolo12n.yaml")).model.model[6].m[0][0].attn._flash_dispatcher.layers == 8
 
 
-def changed(**values: Any) -> tuple[Any, ...]:
-    spec = dataclasses.replace(SMALL, **values)
-    return tuple(getattr(spec, field.name) for field in dataclasses.fields(spec))
-
-
 def test_nothing_is_measured_within_a_training_or_on_the_card_of_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases: list[tuple[str, tuple[Any, ...], str, torch.device]] = [
-        ("H100", FIELDS, "auto", CARD),
-        ("T4", changed(training=True), "auto", CARD),
-        ("T4", FIELDS, "sdpa_efficient", CARD),
-        ("CPU", FIELDS, "auto", CPU),
+    cases: list[tuple[str, AttentionSpec, str, torch.device]] = [
+        ("H100", SMALL, "auto", CARD),
+        ("T4", SMALL._replace(training=True), "auto", CARD),
+        ("T4", SMALL, "sdpa_efficient", CARD),
+        ("CPU", SMALL, "auto", CPU),
     ]
-    for card, fields, choice, device in cases:
+    for card, spec, choice, device in cases:
         mine, measured = predicting(card, monkeypatch)
         for _ in range(9):
-            mine.plan(fields, choice, device)
+            mine.decide(spec, choice, device)
         assert not measured
         assert not mine._met
     assert Dispatcher(FlashConfig()).measure is None  # that of a trainer
     mine, measured = predicting("T4", monkeypatch)
     mine.config = FlashConfig(autotune=False)
     for _ in range(9):
-        mine.plan(FIELDS, "auto", CARD)
+        mine.decide(SMALL, "auto", CARD)
     assert not measured
 
 
@@ -236,9 +229,9 @@ def test_a_capture_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as capturing:
         capturing.setattr(dispatcher, "_is_traced", lambda device: True)
         for _ in range(9):
-            mine.plan(FIELDS, "auto", CARD)
+            mine.decide(SMALL, "auto", CARD)
         assert not measured
-    mine.plan(FIELDS, "auto", CARD)
+    mine.decide(SMALL, "auto", CARD)
     assert measured == [SMALL]
 
 
@@ -247,7 +240,7 @@ def test_a_measurement_that_fails_is_not_repeated_and_ends_no_prediction(
     result: Any, monkeypatch: pytest.MonkeyPatch, log: list[str]
 ) -> None:
     mine, measured = predicting("T4", monkeypatch, result)
-    assert {mine.plan(FIELDS, "auto", CARD)[1] for _ in range(9)} == {"stock"}
+    assert {mine.decide(SMALL, "auto", CARD).backend for _ in range(9)} == {"stock"}
     assert measured == [SMALL]
     assert len([line for line in log if "could not be measured: RuntimeError: boom" in line]) == 1
 
@@ -257,6 +250,6 @@ def test_a_folder_of_many_shapes_has_few_of_them_measured(monkeypatch: pytest.Mo
     monkeypatch.setattr(Dispatcher, "_nearest", staticmethod(lambda spec, known: None))
     for batch in range(1, 41):
         for _ in range(4):
-            mine.plan(changed(batch=batch), "auto", CARD)
+            mine.decide(SMALL._replace(batch=batch), "auto", CARD)
     assert len(measured) == 16
     assert not mine._met

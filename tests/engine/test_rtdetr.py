@@ -17,9 +17,9 @@ from ultralytics.utils import ASSETS
 from tests.counting import AttentionCalls
 from tests.engine.test_trainer import Phases
 from tests.patching.test_patch import load_without_plugin
+from tests.planning.test_autotune import forget_masks
 from tests.versions import few_queries
 from yolo_flash import FlashConfig, patch_model, unpatch_model, verify
-from yolo_flash.backends import separate
 from yolo_flash.cli import main
 from yolo_flash.dispatch.decision import Trial
 from yolo_flash.dispatch.dispatcher import Dispatcher
@@ -144,8 +144,8 @@ def test_queries_that_change_from_step_to_step_are_looked_up(monkeypatch: pytest
     assert isinstance(block, FlashBlock)
     for queries in (402, 488, 500):
         x = torch.empty(queries, 4, 256)
-        planned: Any = cast(Any, block)._plan(x, torch.empty(queries, queries, dtype=torch.bool))
-        spec, backend = planned
+        planned: Any = cast(Any, block)._attention_call(x, torch.empty(queries, queries, dtype=torch.bool))
+        spec, backend, *_ = planned
         assert spec.mask
         decision = dispatcher.decide(spec, "auto", torch.device("cpu"))
         assert backend == decision.backend == rows[-1].decision.backend == "sdpa_math"
@@ -155,8 +155,7 @@ def test_queries_that_change_from_step_to_step_are_looked_up(monkeypatch: pytest
 
 @few_queries
 def test_verify_notices_a_mask_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    flash = separate.RUNS["sdpa_flash"]
-    monkeypatch.setitem(separate.RUNS, "sdpa_flash", lambda inputs, spec: flash((*inputs[:3], None), spec))
+    forget_masks(monkeypatch)
     facts = verify("rtdetr-resnet50.yaml", imgsz=64, device="cpu", backend="sdpa_flash")
     decoder = {f"model.23.decoder.layers.{i}.self_attn" for i in range(6)}
     assert {(entry["layer"], entry["mode"]) for entry in facts["layers"] if not entry["ok"]} == {

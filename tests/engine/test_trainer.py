@@ -28,11 +28,11 @@ from yolo_flash import (
     unpatch_model,
 )
 from yolo_flash.backends import registry as backends_module
-from yolo_flash.backends import spec
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.engine.model import patch_from_sources
 from yolo_flash.engine.trainer import trainer_class
 from yolo_flash.patching.blocks import FlashBlock
+from yolo_flash.patching.fallback import AttentionCall
 
 
 class Phases(AttentionCalls):
@@ -107,14 +107,14 @@ class Decided(Phases):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.decided: Counter[tuple[str, str]] = Counter()
-        choose = FlashBlock._plan
+        choose = FlashBlock._attention_call
 
-        def spy(block: FlashBlock, x: torch.Tensor) -> tuple[AttentionSpec, str] | None:
-            plan = choose(block, x)
-            self.decided[self.phase, "stock" if plan is None else plan[1]] += 1
-            return plan
+        def spy(block: FlashBlock, x: torch.Tensor) -> AttentionCall | None:
+            call = choose(block, x)
+            self.decided[self.phase, "stock" if call is None else call.backend] += 1
+            return call
 
-        monkeypatch.setattr(FlashBlock, "_plan", spy)
+        monkeypatch.setattr(FlashBlock, "_attention_call", spy)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         fused = "_scaled_dot_product" in func.name() or "area_attention" in func.name()
@@ -375,7 +375,7 @@ class _FailingBackward(torch.autograd.Function):
 def cudnn_with_a_failing_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     flash = backends_module.BACKENDS["sdpa_flash"]
 
-    def run(packed: torch.Tensor, spec: spec.AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(packed: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
         return flash.run(_FailingBackward.apply(packed) if packed.requires_grad else packed, spec)
 
     broken = backends_module.Backend("sdpa_cudnn", lambda spec, machine: iter(()), run, lambda machine: True)

@@ -11,12 +11,21 @@ import torch
 from torch import Tensor
 
 from tests.counting import AttentionCalls
-from tests.kernels.test_area import Choice, error, every_tiles, exact, gradient, hard_inputs, take_tiles, tiles_id
+from tests.kernels.test_area import (
+    Choice,
+    area_attention,
+    error,
+    every_tiles,
+    exact,
+    gradient,
+    hard_inputs,
+    take_tiles,
+    tiles_id,
+)
 from tests.patching.test_blocks import MAKE, channels, patched
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.kernels import area
-from yolo_flash.kernels.area import area_attention
 
 pytestmark = [
     pytest.mark.gpu,

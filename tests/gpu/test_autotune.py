@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ def test_hard_inputs_refuse_no_backend(tokens: int, kind: str, training: bool) -
     }
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         spec = AttentionSpec(16, 2, tokens, tokens, 32, 32, dtype, "nhwc", training=training)
-        spec = dataclasses.replace(spec, **changes[kind])
+        spec = spec._replace(**changes[kind])
         probe = hard_probe(spec, CARD)
         assert probe is not None
         names = autotune.candidates(spec, detect(CARD))
@@ -84,7 +83,7 @@ def test_an_image_that_does_not_fit_is_not_measured_in_stock_form() -> None:
 
 def test_plans_are_quick_and_quicker_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial_cache, "USER_CONFIG_DIR", tmp_path)
-    specs = [AREA, PSA, dataclasses.replace(AREA, batch=32)]
+    specs = [AREA, PSA, AREA._replace(batch=32)]
     first = autotune.measure(specs, CARD)
     start = time.perf_counter()
     assert autotune.measure(specs, CARD) == first

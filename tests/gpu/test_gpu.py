@@ -86,7 +86,7 @@ def test_strided_views_are_handed_over_without_copies(backend: str) -> None:
     block: Any = patched(MAKE["area4"](), backend).cuda().half().to(memory_format=torch.channels_last).eval()
     packed = torch.randn(64, 400, 2, 96, device="cuda", dtype=torch.float16)
     with torch.no_grad():
-        spec = block._plan(torch.empty(16, 64, 40, 40, device="cuda", dtype=torch.float16))[0]
+        spec = block._attention_call(torch.empty(16, 64, 40, 40, device="cuda", dtype=torch.float16)).spec
         run_backend = BACKENDS[backend].run
         run_backend(packed, spec)
         torch.cuda.synchronize()

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from tests.versions import needs_triton
 from yolo_flash.kernels import area
-from yolo_flash.kernels.area import area_attention
 
 needs_triton()
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, about the infinities that are meant
@@ -29,6 +28,12 @@ CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 
 def packed(groups: int, tokens: int, heads: int, dim: int, dim_v: int, dtype: torch.dtype = HALF) -> Tensor:
     return torch.randn(groups, tokens, heads, 2 * dim + dim_v).to(DEVICE, dtype)
+
+
+def area_attention(qkv: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Attention and the copy of v."""
+    out, image, _ = area.call("area_attention", qkv, dim)
+    return out, image
 
 
 def exact(qkv: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -77,7 +82,7 @@ def check(qkv: Tensor, dim: int, bound: float) -> None:
         (2, 100, 2, 32, 32),  # a rest of 36 in a tile of 64
         (1, 129, 1, 32, 32),  # two tiles and a token
         (3, 65, 1, 32, 64),  # PSA
-        (1, 70, 2, 36, 72),  # PSA of yolov10m: no powers of two
+        (1, 70, 2, 36, 72),  # PSA of YOLOv10m: no powers of two
         (1, 33, 1, 16, 16),
         (1, 40, 1, 64, 64),
         (1, 40, 1, 128, 128),

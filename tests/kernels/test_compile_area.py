@@ -17,7 +17,7 @@ needs_triton()
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "study_compile.py"
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
-WIDEST = "32/64"  # of every YOLO but yolov10m; the other head dims are in docs/results/compile-triton.md
+WIDEST = "32/64"  # of every YOLO but YOLOv10m; the other head dims are in docs/results/compile-triton.md
 
 
 @pytest.mark.parametrize("sm", SHARED_KIB)

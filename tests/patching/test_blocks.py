@@ -150,7 +150,7 @@ def test_the_layout_of_a_slice_of_channels_is_seen() -> None:
     block: Any = patched(make("psa"))
     for layout, name in ((torch.channels_last, "nhwc"), (torch.contiguous_format, "nchw")):
         x = torch.randn(2, 256, 5, 6).to(memory_format=layout)[:, 128:]
-        spec = block._plan(x)[0]
+        spec = block._attention_call(x).spec
         assert spec.layout == name
         with torch.no_grad():
             assert block.qkv(x).is_contiguous(memory_format=layout)
@@ -214,12 +214,12 @@ def test_a_lack_of_memory_by_any_name_is_left_to_the_trainer(message: str, monke
 def test_the_determinism_that_torch_is_asked_for_reaches_the_spec() -> None:
     block: Any = patched(make("area1"))
     x = torch.randn(2, 64, 8, 8)
-    assert block._plan(x)[0].deterministic is False
+    assert block._attention_call(x).spec.deterministic is False
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        assert block._plan(x)[0].deterministic is True
+        assert block._attention_call(x).spec.deterministic is True
         with torch.no_grad():
-            assert block._plan(x)[0].deterministic is False  # it matters to the backward alone
+            assert block._attention_call(x).spec.deterministic is False  # it matters to the backward alone
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -20,7 +20,7 @@ from ultralytics.nn.modules.transformer import AIFI
 from tests.patching.test_patch import patched_layers
 from yolo_flash import BackendNotSupportedError, FlashConfig, patch_model, plan
 from yolo_flash.patching import equivalence
-from yolo_flash.patching.equivalence import difference
+from yolo_flash.patching.equivalence import why_not_equal
 from yolo_flash.patching.patch import BLOCKS, _warn_once, patch_modules, targets, unpatch_modules
 
 MAKE: dict[str, Callable[[], nn.Module]] = {
@@ -41,7 +41,7 @@ def _fresh() -> None:
 
 
 def different(block: nn.Module) -> str:
-    return difference(block, BLOCKS[type(block)])
+    return why_not_equal(block, BLOCKS[type(block)])
 
 
 def change(monkeypatch: pytest.MonkeyPatch, cls: type, old: str, new: str) -> None:

@@ -210,63 +210,63 @@ def test_a_forward_that_raises_is_answered_with_gradients(monkeypatch: pytest.Mo
         close(gradients(block, x), wanted)
 
 
-# Plans ----------------------------------------------------------------------------------------------------------------
-def test_a_plan_is_found_again_and_never_stale() -> None:
+# Decisions ------------------------------------------------------------------------------------------------------------
+def test_a_decision_is_found_again_and_never_stale() -> None:
     """Whatever a decision depends on changes it at once: modes of torch, the input, what failed, what was learnt."""
     block: Any = patched(make("area1"), "auto")
     dispatcher, x = block._flash_dispatcher, torch.randn(4, 64, 16, 16)
-    spec, backend = block._plan(x)
+    spec, backend, *_ = block._attention_call(x)
     assert backend == "sdpa_flash"
-    assert spec == AttentionSpec(*block._spec_fields(x))
-    assert block._plan(x)[0] is spec
+    assert spec == AttentionSpec(4, 2, 256, 256, 32, 32, torch.float32, "nchw")
+    assert block._attention_call(x).spec is spec
 
     with torch.no_grad():
-        assert not block._plan(x)[0].training
+        assert not block._attention_call(x).spec.training
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert block._plan(x)[0].dtype is torch.bfloat16
+        assert block._attention_call(x).spec.dtype is torch.bfloat16
     with torch.autocast("cpu", dtype=torch.float16):
-        assert block._plan(x)[0].dtype is torch.float16
+        assert block._attention_call(x).spec.dtype is torch.float16
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        assert block._plan(x)[0].deterministic
+        assert block._attention_call(x).spec.deterministic
     finally:
         torch.use_deterministic_algorithms(False)
-    assert block._plan(x.double())[0].dtype is torch.float64
-    assert block._plan(x.to(memory_format=torch.channels_last))[0].layout == "nhwc"
-    assert block._plan(x.repeat(4, 1, 1, 1))[0].batch == 16
+    assert block._attention_call(x.double()).spec.dtype is torch.float64
+    assert block._attention_call(x.to(memory_format=torch.channels_last)).spec.layout == "nhwc"
+    assert block._attention_call(x.repeat(4, 1, 1, 1)).spec.batch == 16
     block.area = 2
-    assert block._plan(x.repeat(4, 1, 1, 1))[0].batch == 32
+    assert block._attention_call(x.repeat(4, 1, 1, 1)).spec.batch == 32
     block.area = 1
-    assert block._plan(x)[0] is spec
+    assert block._attention_call(x).spec is spec
 
     block._flash_choice = "sdpa_math"
-    assert block._plan(x)[1] == "sdpa_math"
+    assert block._attention_call(x).backend == "sdpa_math"
     block._flash_choice = "auto"
     dispatcher.learn({spec: {"stock": Trial(ms=1.0), "sdpa_flash": Trial(ms=9.0, ms_low=9.0)}}, detect(CPU))
-    assert block._plan(x) is None  # the stock forward
+    assert block._attention_call(x) is None  # the stock forward
     dispatcher.learn({}, detect(CPU))
-    assert block._plan(x)[1] == "sdpa_flash"
+    assert block._attention_call(x).backend == "sdpa_flash"
     dispatcher.fail("", spec, "sdpa_flash", RuntimeError("boom"))
-    assert (block._plan(x) or ("", "stock"))[1] != "sdpa_flash"
+    assert getattr(block._attention_call(x), "backend", "stock") != "sdpa_flash"
 
 
-def test_two_models_plan_by_their_own_settings() -> None:
+def test_two_models_decide_by_their_own_settings() -> None:
     first, second = patched(make("area1"), "sdpa_flash"), patched(make("area1"), "sdpa_math")
     x = torch.randn(2, 64, 8, 8)
     for _ in range(2):
-        assert [block._plan(x)[1] for block in (first, second)] == ["sdpa_flash", "sdpa_math"]  # type: ignore[operator]
+        assert [block._attention_call(x).backend for block in (first, second)] == ["sdpa_flash", "sdpa_math"]  # type: ignore[operator]
 
 
-def test_plans_are_as_few_as_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decisions_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("yolo_flash.dispatch.dispatcher._MAX_DECISIONS", 3)
     block: Any = patched(make("area1"))
     for height in range(1, 9):
-        block._plan(torch.empty(1, 64, height, 8))
-        assert len(block._flash_dispatcher._plans) <= len(block._flash_dispatcher._decisions) <= 3
+        block._attention_call(torch.empty(1, 64, height, 8))
+        assert len(block._flash_dispatcher._decisions) <= 3
 
 
 def test_blocks_keep_nothing_of_a_call() -> None:
-    """Plans are the Dispatcher's, which a checkpoint leaves out and which copies share."""
+    """Decisions are the Dispatcher's, which a checkpoint leaves out and which copies share."""
     block: Any = make("area1")
     patch_modules(block, FlashConfig(backend="sdpa_flash"), dispatcher := Dispatcher(FlashConfig(backend="sdpa_flash")))
     before = set(vars(block))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import zipfile
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from tests.counting import AttentionCalls
 from tests.versions import TORCH
 from yolo_flash import AttentionSpec, BackendNotSupportedError, FlashConfig, FlashKernelError
 from yolo_flash.backends import separate
+from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.patching.multihead import FlashMultiheadAttention, denoising_mask
 from yolo_flash.patching.patch import patch_modules, targets, unpatch_modules
 
@@ -386,7 +388,6 @@ def test_compiles_without_a_break_for_any_number_of_queries() -> None:
 # Failures and refusals ------------------------------------------------------------------------------------------------
 def failing(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """Break the flash backend, in its forward or in its backward."""
-    flash = separate.RUNS["sdpa_flash"]
 
     def broken(grad: Tensor) -> Tensor:
         raise RuntimeError("no engine")
@@ -394,12 +395,12 @@ def failing(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def spy(inputs: separate.Inputs, spec: AttentionSpec) -> Tensor:
         if where == "forward":
             raise RuntimeError("no engine")
-        out = flash(inputs, spec)
+        out = separate.flash(inputs, spec)
         if out.requires_grad:
             out.register_hook(broken)
         return out
 
-    monkeypatch.setitem(separate.RUNS, "sdpa_flash", spy)
+    monkeypatch.setitem(BACKENDS, "sdpa_flash", dataclasses.replace(BACKENDS["sdpa_flash"], separate=spy))
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])

@@ -23,6 +23,7 @@ from tests.machines import MACHINES
 from yolo_flash import FlashConfig, patch_model, plan
 from yolo_flash.backends import separate
 from yolo_flash.backends.registry import BACKENDS, Backend
+from yolo_flash.backends.separate import Inputs
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.cli import main
 from yolo_flash.dispatch import trial_cache
@@ -87,10 +88,18 @@ def test_what_is_timed_is_the_block_of_the_model(monkeypatch: pytest.MonkeyPatch
     assert {spec for shape, spec in seen if shape[0] == 8} == {AREA}
 
 
+def forget_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let flash ignore the mask of separate tensors."""
+
+    def run(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+        return separate.flash((*inputs[:3], None), spec)
+
+    monkeypatch.setitem(BACKENDS, "sdpa_flash", dataclasses.replace(BACKENDS["sdpa_flash"], separate=run))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_mask_that_is_left_out_is_wrong(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    flash = separate.RUNS["sdpa_flash"]
-    monkeypatch.setitem(separate.RUNS, "sdpa_flash", lambda inputs, spec: flash((*inputs[:3], None), spec))
+    forget_masks(monkeypatch)
     spec = AttentionSpec(2, 8, 40, 40, 32, 32, torch.float32, "separate", mask=True, training=training)
     trials = autotune.judge(spec, CPU, ["stock", "sdpa_flash"])
     assert trials["sdpa_flash"].why_not.startswith("wrong: output is off by")
@@ -199,7 +208,7 @@ def test_stock_is_not_run_where_it_would_not_fit(monkeypatch: pytest.MonkeyPatch
         raise AssertionError("ran")
 
     monkeypatch.setattr("ultralytics.nn.modules.block.AAttn.forward", run)
-    spec = dataclasses.replace(AREA, seq_len_q=400, seq_len_k=400)
+    spec = AREA._replace(seq_len_q=400, seq_len_k=400)
     monkeypatch.setattr(autotune, "free_bytes", lambda device: 8 * autotune._bytes_a_group(spec, "stock"))
     trials = autotune.judge(spec, CPU, ["stock", "sdpa_flash"])
     assert "not measured: one image takes about" in trials["stock"].why_not
@@ -356,7 +365,7 @@ def test_another_version_of_the_code_or_machine_measures_anew(monkeypatch: pytes
     trial_cache.store({AREA: {"stock": Trial(ms=1.0)}}, machine)
     assert trial_cache.load([AREA], machine)
     assert not trial_cache.load([AREA], dataclasses.replace(machine, torch="9.9"))
-    assert not trial_cache.load([dataclasses.replace(AREA, area=2)], machine)
+    assert not trial_cache.load([AREA._replace(area=2)], machine)
     monkeypatch.setattr(trial_cache, "_code", lambda: "another kernel")
     assert not trial_cache.load([AREA], machine)
 
@@ -437,22 +446,22 @@ def test_nothing_is_measured_unasked(settings: dict[str, Any], monkeypatch: pyte
 def test_a_size_that_was_not_measured_goes_by_the_nearest_one(monkeypatch: pytest.MonkeyPatch) -> None:
     forbid(monkeypatch)
     dispatcher = Dispatcher(FlashConfig())
-    large = dataclasses.replace(AREA, seq_len_q=80, seq_len_k=80)
+    large = AREA._replace(seq_len_q=80, seq_len_k=80)
     fast, slow = (
         {"stock": Trial(ms=2.0), "sdpa_flash": Trial(ms=1.0)},
         {"stock": Trial(ms=1.0), "sdpa_flash": Trial(ms=2.0)},
     )
     dispatcher.learn({AREA: slow, large: fast}, detect(CPU))
-    near = dataclasses.replace(AREA, seq_len_q=70, seq_len_k=70)
+    near = AREA._replace(seq_len_q=70, seq_len_k=70)
     decision = dispatcher.decide(near, "auto", CPU)
     assert (decision.backend, decision.why, dict(decision.ms)) == ("sdpa_flash", "as measured for 8 x 80 tokens", {})
-    assert dispatcher.decide(dataclasses.replace(AREA, seq_len_q=22, seq_len_k=22), "auto", CPU).backend == "stock"
+    assert dispatcher.decide(AREA._replace(seq_len_q=22, seq_len_k=22), "auto", CPU).backend == "stock"
     assert len(dispatcher.unplanned) == 2
     assert dispatcher.decide(near, "auto", CPU) is decision
     assert len(dispatcher.unplanned) == 2  # a look-up
-    far = dataclasses.replace(AREA, seq_len_q=6400, seq_len_k=6400)
+    far = AREA._replace(seq_len_q=6400, seq_len_k=6400)
     assert dispatcher.decide(far, "auto", CPU).why == "fused on the CPU"  # the rules
-    other = dataclasses.replace(AREA, training=False)
+    other = AREA._replace(training=False)
     assert "as measured" not in dispatcher.decide(other, "auto", CPU).why
     assert dispatcher.decide(AREA, "auto", CPU).backend == "stock"
     assert len(dispatcher.unplanned) == 4
@@ -471,7 +480,7 @@ def test_what_was_decided_before_measuring_is_forgotten_then() -> None:
 
 def test_what_one_device_measured_decides_for_no_other() -> None:
     dispatcher = Dispatcher(FlashConfig())
-    half = dataclasses.replace(AREA, dtype=torch.float16, layout="nhwc")
+    half = AREA._replace(dtype=torch.float16, layout="nhwc")
     dispatcher.learn({half: {"stock": Trial(ms=1.0), "sdpa_flash": Trial(ms=2.0)}}, detect(CPU))
     decision = dispatcher.select(half, "auto", MACHINES["A100"])
     assert (decision.backend, dict(decision.ms)) == ("sdpa_flash", {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,6 @@ from tests.planning.test_autotune import AREA, CPU, PSA, break_flash, forbid, ra
 from yolo_flash import FlashConfig
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.backends.spec import AttentionSpec
-from yolo_flash.cli.plan import _fate
 from yolo_flash.dispatch import dispatcher, trial_cache
 from yolo_flash.dispatch.decision import Trial, select
 from yolo_flash.dispatch.dispatcher import Dispatcher
@@ -87,8 +85,8 @@ def test_after_a_fault_of_the_device_nothing_is_measured_or_kept(
 
     break_flash(monkeypatch, run)
     monkeypatch.setattr(autotune, "wait", wait)
-    larger = dataclasses.replace(AREA, batch=16)
-    before, judge = dataclasses.replace(AREA, batch=3), autotune.judge
+    larger = AREA._replace(batch=16)
+    before, judge = AREA._replace(batch=3), autotune.judge
     monkeypatch.setattr(autotune, "judge", lambda spec, *args: FAST if spec is before else judge(spec, *args))
     trials = autotune.measure([before, AREA, larger, PSA], CPU)
     assert trials.pop(before) == FAST  # for this run; of its round nothing is kept
@@ -128,7 +126,7 @@ def test_too_little_memory_for_a_trial_does_not_choose_stock_which_needs_the_mos
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(autotune, "free_bytes", lambda device: 2**20)
-    spec = dataclasses.replace(AREA, seq_len_q=400, seq_len_k=400)
+    spec = AREA._replace(seq_len_q=400, seq_len_k=400)
     (trials,) = autotune.measure([spec], CPU).values()
     assert all(trial.no_memory for trial in trials.values())
     decision = select(spec, detect(CPU), trials=trials)
@@ -179,7 +177,7 @@ def test_a_time_that_was_scaled_is_marked_wherever_it_is_printed() -> None:
     decision = select(spec, MACHINES["H100"], trials=trials)
     row = PlanRow("model.6", "AAttn", "train", decision)
     assert f"3 ms, 3.0x stock ({note}), the fastest measured" in describe([row], MACHINES["H100"])
-    assert _fate("stock", row) == f"9 ms ({note})"
+    assert decision.fate("stock") == f"9 ms ({note})"
     assert plan_entry(row)["notes"] == {"stock": note}
     assert json.dumps(plan_entry(row))
     scaled = select(spec, MACHINES["H100"], trials={"stock": Trial(ms=9.0), "sdpa_flash": Trial(ms=3.0, note=note)})
@@ -226,14 +224,14 @@ def test_what_was_not_planned_is_counted_up_to_a_limit(monkeypatch: pytest.Monke
     mine = Dispatcher(FlashConfig())
     mine.learn({AREA: FAST}, detect(CPU))
     for batch in range(10, 20):
-        mine.decide(dataclasses.replace(AREA, batch=batch), "auto", CPU)
+        mine.decide(AREA._replace(batch=batch), "auto", CPU)
     assert len(mine.unplanned) == 5
 
 
 @pytest.mark.parametrize("layout", ["nchw", "separate"])
 def test_a_measurement_within_a_prediction_is_as_any_other(layout: Any) -> None:
     """Whose inference mode and autocast are not those of the spec."""
-    spec = dataclasses.replace(AREA, layout=layout, area=1)
+    spec = AREA._replace(layout=layout, area=1)
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         trials = autotune.judge(spec, CPU, ["stock", "sdpa_flash"])
         assert torch.is_inference_mode_enabled()

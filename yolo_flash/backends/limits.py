@@ -8,16 +8,16 @@ import torch
 
 from ..kernels import area
 from ..machine import Machine, cudnn_release, dotted, release
-from .spec import AttentionSpec, short
+from .spec import AttentionSpec, dtype_name
 
 
 def none(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
-    """Runs everything."""
+    """No limits."""
     return iter(())
 
 
 def packed_mask(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
-    """A mask comes along with separate tensors, see `separate.py`."""
+    """No mask on packed tensors."""
     if spec.mask and spec.layout != "separate":
         yield "takes a mask with separate queries, keys and values only, the tensors are packed"
 
@@ -27,7 +27,7 @@ def _fused(
 ) -> Iterator[str]:
     yield from packed_mask(spec, machine)
     if spec.dtype not in dtypes:
-        yield f"needs {' or '.join(map(short, dtypes))}, the tensors are {short(spec.dtype)}"
+        yield f"needs {' or '.join(map(dtype_name, dtypes))}, the tensors are {dtype_name(spec.dtype)}"
     if (largest := max(spec.head_dim, spec.head_dim_v)) > head_dim_max:
         yield f"needs head_dim <= {head_dim_max}, the layer has {largest}"
 

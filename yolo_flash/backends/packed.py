@@ -17,11 +17,11 @@ aten = torch.ops.aten
 def _attend(
     packed: Tensor, spec: AttentionSpec, dim_qk: int, dim_v: int, op: Callable[..., tuple[Any, ...]], *args: object
 ) -> tuple[Any, ...]:
-    """Call an aten operator on the packed tensor: what `Backend.forward` promises, kept is what `_differentiate` needs.
+    """Call an aten operator on the packed tensor; returns as `Backend.forward`, with what `_differentiate` needs kept.
 
     The operator gets views `[batch, num_heads, seq_len, dim]` of the packed tensor, or, where it needs other head dims,
-    copies with zero channels up to `dim_qk` and `dim_v`: zeros change neither a score nor a channel that is kept. The
-    scale is that of the true head_dim.
+    copies padded with zero channels up to `dim_qk` and `dim_v`. The zeros change no score, their outputs are cut off,
+    and the scale is that of the true head_dim.
     """
     if dim_qk > spec.head_dim:
         both, v = packed.split([2 * spec.head_dim, spec.head_dim_v], dim=-1)
@@ -42,7 +42,7 @@ def _differentiate(
     op: Callable[..., tuple[Any, ...]],
     *args: object,
 ) -> Tensor:
-    """Call the aten operator that autograd would call, without a graph; the gradient of the packed tensor."""
+    """The gradient of the packed tensor, by the aten operator that autograd would call, without a graph."""
     q, k, v, out, *_ = kept
     dout = _widen(dout, out.shape[-1])
     grads = op(dout.transpose(1, 2), q, k, v, *args, scale=spec.head_dim**-0.5)
@@ -51,7 +51,7 @@ def _differentiate(
 
 
 def _widen(t: Tensor, dim: int) -> Tensor:
-    """Zero channels behind those of `t`, up to `dim`."""
+    """`t`, padded with zero channels up to `dim`."""
     return t if t.shape[-1] == dim else torch.constant_pad_nd(t, (0, dim - t.shape[-1]))
 
 
@@ -80,7 +80,7 @@ def flash(packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:
 
 
 def flash_for_cpu(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
-    """The CPU's flash operator, with NaN where torch 2.14 gives 0: a query of fewer than 16 keys whose scores are NaN.
+    """The CPU's flash operator, with NaN for scores of NaN over fewer than 16 keys, where torch 2.14 gives 0.
 
     Args:
         q: `[batch, num_heads, seq_len, head_dim]`.

@@ -1,8 +1,8 @@
-"""The backends of attention by name: what each computes with, what it cannot do, how a profile knows it.
+"""The table of attention backends: what each computes with, what it cannot do, and its names in a profile.
 
 Torch's fused kernels are called as the aten operators behind `scaled_dot_product_attention`: `sdpa_kernel()` would flip
-switches of the whole process, and two threads would see each other's. The price is that torch's own checks, in
-`aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`, do not run: the limits below restate them.
+switches of the whole process, for other threads too. The price is that torch's own checks, in
+`aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`, do not run: `limits.py` restates them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from ..machine import Machine
-from . import limits, packed
+from . import limits, packed, separate
+from .separate import Inputs
 from .spec import AttentionSpec
 
 
@@ -25,15 +26,17 @@ class Backend:
 
     Attributes:
         name: As written in YAML and in logs.
-        limits: Yields, for a spec and a machine, why the backend cannot run; nothing when it can. Never touches a GPU.
+        limits: Yields each reason why the backend cannot run a spec on a machine. Never touches a GPU.
         forward: `(packed, spec) -> (out, v, *kept)` with packed `[batch, seq_len, num_heads, 2*head_dim + head_dim_v]`,
             of any strides but unit last, and out and v both contiguous `[batch, seq_len, num_heads, head_dim_v]`.
-            Autograd can differentiate it. None for `stock`, which is the block's own forward. Separate tensors:
-            `separate.RUNS`.
+            Autograd can differentiate it. None for `stock`, which is the block's own forward.
         reproducible: Whether the backward gives the same bits every time, on a machine.
-        operators: Names of the operators, one of which each forward calls: a profile proves the backend by them.
-        backward: `(packed, kept, dout, dv, spec) -> gradient of packed`, contiguous as are dout and dv; kept are the
-            tensors among what the forward gave behind v. None: autograd runs the forward again for its gradient.
+        operators: Names of the operators, one of which each forward calls: in a profile they prove the backend.
+        backward: `(packed, kept, dout, dv, spec) -> gradient of packed`, all contiguous; kept are the tensors that the
+            forward returned after v. None: autograd runs the forward again for its gradient.
+        separate: `(inputs, spec) -> out` for three tensors and a mask, see `separate.Inputs`, with out contiguous
+            `[batch, seq_len_q, num_heads, head_dim]`. Autograd can differentiate it. None: takes packed tensors only.
+        fused: Whether the score matrices never reach the memory.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Backend:
     reproducible: Callable[[Machine], bool]
     operators: tuple[str, ...] = ()
     backward: Callable[[Tensor, Sequence[Any], Tensor, Tensor, AttentionSpec], Tensor] | None = None
+    separate: Callable[[Inputs, AttentionSpec], Tensor] | None = None
+    fused: bool = True
 
     def run(self, packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """Attention and v, as `forward` gives them."""
@@ -50,18 +55,13 @@ class Backend:
         out, v, *_ = self.forward(packed, spec)
         return out, v
 
-    @property
-    def fused(self) -> bool:
-        """Whether the score matrices never reach the memory."""
-        return self.name not in ("stock", "sdpa_math")
-
     def not_supported_reasons(self, spec: AttentionSpec, machine: Machine) -> tuple[str, ...]:
         """Why this backend cannot run `spec` on `machine`, one sentence a reason; empty when it can."""
         return tuple(self.limits(spec, machine))
 
 
 class BackendNotSupportedError(ValueError):
-    """A backend asked for by name cannot run. The message has its reasons and what would run instead."""
+    """A backend asked for by name cannot run. The message has the reasons, and the backends that can."""
 
 
 def _always(machine: Machine) -> bool:
@@ -76,8 +76,16 @@ def _on_cpu(machine: Machine) -> bool:
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("stock", limits.none, None, _always),
-        Backend("sdpa_math", limits.packed_mask, packed.math, _always, ("aten::_scaled_dot_product_attention_math",)),
+        Backend("stock", limits.none, None, _always, fused=False),
+        Backend(
+            "sdpa_math",
+            limits.packed_mask,
+            packed.math,
+            _always,
+            ("aten::_scaled_dot_product_attention_math",),
+            separate=separate.math,
+            fused=False,
+        ),
         Backend(
             "sdpa_flash",
             limits.flash,
@@ -85,6 +93,7 @@ BACKENDS: dict[str, Backend] = {
             _on_cpu,
             ("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu"),
             packed.flash_backward,
+            separate.flash,
         ),
         Backend(
             "sdpa_efficient",
@@ -93,6 +102,7 @@ BACKENDS: dict[str, Backend] = {
             _on_cpu,
             ("aten::_scaled_dot_product_efficient_attention",),
             packed.efficient_backward,
+            separate.efficient,
         ),
         Backend(
             "sdpa_cudnn",
@@ -101,6 +111,7 @@ BACKENDS: dict[str, Backend] = {
             _on_cpu,
             ("aten::_scaled_dot_product_cudnn_attention",),
             packed.cudnn_backward,
+            separate.cudnn,
         ),
         Backend(
             "triton_area",

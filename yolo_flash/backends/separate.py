@@ -1,4 +1,4 @@
-"""Attention on separate queries, keys and values, with or without a mask: what each backend calls, under guard."""
+"""What each backend calls for separate queries, keys and values, with or without a mask."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 def _attend(
     inputs: Inputs, spec: AttentionSpec, multiple: int, op: Callable[..., Any], *args: object, **keywords: object
 ) -> Tensor:
-    """Call an aten operator on views `[batch, num_heads, seq_len, head_dim]`; the result is `RUNS`'.
+    """Call an aten operator on views `[batch, num_heads, seq_len, head_dim]`: what `Backend.separate` promises.
 
-    Where `multiple` does not divide head_dim, on copies with zero channels: they change no score, and are cut off.
+    Where `multiple` does not divide head_dim, the operator gets copies padded with zero channels, which change no score
+    and are cut off again.
     """
     missing = -spec.head_dim % multiple
     q, k, v = ((pad(t, (0, missing)) if missing else t).transpose(1, 2) for t in inputs[:3] if t is not None)
@@ -35,8 +36,8 @@ def _attend(
 def _bias(mask: Tensor | None, spec: AttentionSpec) -> Tensor | None:
     """What a mask adds to the scores, `[batch, num_heads, seq_len_q, seq_len_k]`: nothing, or minus infinity.
 
-    Its rows begin at multiples of 16 elements, since memory-efficient attention reads them in vectors; the operator
-    itself does not see to it, `scaled_dot_product_attention` does.
+    Each row begins at a multiple of 16 elements, since memory-efficient attention reads rows in vectors:
+    `scaled_dot_product_attention` would align them, the aten operator does not.
     """
     if mask is None:
         return None
@@ -45,29 +46,24 @@ def _bias(mask: Tensor | None, spec: AttentionSpec) -> Tensor | None:
     return bias.masked_fill_(mask, float("-inf")).expand(spec.batch, spec.num_heads, queries, keys)
 
 
-def _math(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+def math(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+    """Torch's unfused attention."""
     return _attend(inputs, spec, 1, aten._scaled_dot_product_attention_math, _bias(inputs[3], spec))
 
 
-def _flash(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+def flash(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+    """FlashAttention."""
     if inputs[0].device.type == "cpu":
         return _attend(inputs, spec, 1, flash_for_cpu, attn_mask=_bias(inputs[3], spec))
     return _attend(inputs, spec, 8, aten._scaled_dot_product_flash_attention)
 
 
-def _efficient(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+def efficient(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+    """Memory-efficient attention."""
     operator = aten._scaled_dot_product_efficient_attention
     return _attend(inputs, spec, 8, operator, _bias(inputs[3], spec), spec.training)
 
 
-def _cudnn(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+def cudnn(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+    """Attention of cuDNN."""
     return _attend(inputs, spec, 8, aten._scaled_dot_product_cudnn_attention, None, spec.training)
-
-
-RUNS: dict[str, Callable[[Inputs, AttentionSpec], Tensor]] = {
-    "sdpa_math": _math,
-    "sdpa_flash": _flash,
-    "sdpa_efficient": _efficient,
-    "sdpa_cudnn": _cudnn,
-}
-"""Backend -> its attention, contiguous `[batch, seq_len_q, num_heads, head_dim]`; `Backend.limits` hold here too."""

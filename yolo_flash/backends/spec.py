@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 Layout = Literal["nhwc", "nchw", "separate"]
 
 
-@dataclass(frozen=True)
-class AttentionSpec:
+class AttentionSpec(NamedTuple):
     """One attention problem: everything that decides which backend can run it and which is fastest.
+
+    A tuple, since every block builds one in every step and looks its decision up.
 
     Attributes:
         batch: Independent problems; for area attention the batch size times the number of areas.
@@ -61,16 +61,20 @@ class AttentionSpec:
         num_heads, *rest = parts
         return cls(batch, num_heads, seq_len, seq_len, *rest)
 
+    def as_json(self) -> dict[str, Any]:
+        """Field -> value, the dtype by its name."""
+        return self._asdict() | {"dtype": dtype_name(self.dtype)}
+
     def __str__(self) -> str:
         """`256 x 2 heads x 400 tokens x 32/64, float16, nhwc, train`."""
         tokens = f"{self.seq_len_q}" + (f"/{self.seq_len_k}" if self.seq_len_k != self.seq_len_q else "")
         dims = f"{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
         return (
-            f"{self.batch} x {self.num_heads} heads x {tokens} tokens x {dims}, {short(self.dtype)}, {self.layout}, "
-            f"{'masked, ' if self.mask else ''}{'train' if self.training else 'predict'}"
+            f"{self.batch} x {self.num_heads} heads x {tokens} tokens x {dims}, {dtype_name(self.dtype)}, "
+            f"{self.layout}, {'masked, ' if self.mask else ''}{'train' if self.training else 'predict'}"
         )
 
 
-def short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """`torch.float16` -> `float16`."""
     return str(dtype).removeprefix("torch.")

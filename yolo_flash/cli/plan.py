@@ -110,20 +110,10 @@ def _kept_scores(rows: list[PlanRow]) -> tuple[int, int]:
     return score_bytes(decision.spec for decision in training), score_bytes(unfused)
 
 
-def _fate(name: str, row: PlanRow) -> str:
-    """Milliseconds of a backend that lost, or why it was not taken."""
-    if name in row.decision.refused:
-        return "; ".join(row.decision.refused[name])
-    if name not in row.decision.ms:
-        return "ready"
-    note = row.decision.notes.get(name)  # of a time that was scaled
-    return f"{row.decision.ms[name]:.3g} ms" + (f" ({note})" if note else "")
-
-
 def _others(rows: list[PlanRow]) -> str:
     """What became of the other backends, layers with the same fate in one block."""
     fates: dict[tuple[str, ...], list[PlanRow]] = {}
     for row in rows:
-        lines = tuple(f"    {name:<16}{_fate(name, row)}" for name in BACKENDS if name != row.decision.backend)
+        lines = tuple(f"    {name:<16}{row.decision.fate(name)}" for name in BACKENDS if name != row.decision.backend)
         fates.setdefault((f"{row.decision.spec}: {row.decision.backend}", *lines), []).append(row)
     return "\n".join(line for (head, *lines) in fates for line in (f"  {head}; the others", *lines))

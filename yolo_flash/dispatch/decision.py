@@ -20,16 +20,17 @@ class Trial:
     """What a backend did with a spec on this machine, see `autotune.judge`.
 
     Attributes:
-        ms: Milliseconds of one call, median of the samples; forward and backward if the spec trains. None without.
+        ms: Milliseconds of one call, median of the samples; forward and backward if the spec trains. None if not timed.
         ms_low: Lowest sample.
-        ms_high: Highest sample; far from the lowest one, something else was at work, and the trial is not kept.
+        ms_high: Highest sample.
         error: Largest relative error against high precision, of the output and the gradients.
-        extra_bytes: Peak memory above what was there before; None where the device does not tell.
+        extra_bytes: Peak memory of the call, in bytes above what was allocated before; None where the device does not
+            tell.
         why_not: Why it cannot be used: it raised, was wrong, or did not fit. Empty if it can.
         note: What has to be known to read the numbers.
         method: `graph`, `events` or `clock`.
-        first_seconds: Of the first call, which compiles what has to be compiled.
-        no_memory: Whether it cannot be used because there was too little memory.
+        first_seconds: Seconds of the first call, compilation included.
+        no_memory: Whether too little memory is why it cannot be used.
     """
 
     ms: float | None = None
@@ -52,7 +53,7 @@ class Trial:
 
     @property
     def wide(self) -> bool:
-        """Whether something else was at work beside a GPU's samples; on a CPU something else always is."""
+        """Whether a GPU's samples lie too far apart to be a measurement; on a CPU other processes always interfere."""
         return self.method != "clock" and self.spread > WIDE
 
 
@@ -67,7 +68,7 @@ class Decision:
         refused: Backend -> the reasons for which it cannot or shall not run.
         reproducible: Whether the winner's backward gives the same bits every time.
         trials: Backend -> what it did with this very spec; empty where nothing was measured.
-        by_rules: Whether `auto` took the winner by its rules, without a number.
+        by_rules: Whether `auto` took the winner by the rules, without a measurement.
     """
 
     spec: AttentionSpec
@@ -92,6 +93,27 @@ class Decision:
     def notes(self) -> dict[str, str]:
         """Backend -> what has to be known to read its time, such as `measured on 4 of 64 groups`."""
         return {name: trial.note for name, trial in self.trials.items() if trial.note and trial.ms is not None}
+
+    def summary(self) -> str:
+        """The winner's time and why it runs: `0.88 ms, 4.6x stock, the fastest measured`; why alone without a time."""
+        ms, stock = self.ms.get(self.backend), self.ms.get("stock")
+        if ms is None:
+            return self.why
+        gain = f", {stock / ms:.1f}x stock{self._scaled('stock')}" if stock and self.backend != "stock" else ""
+        return f"{self._time(self.backend)}{gain}, {self.why}"
+
+    def fate(self, name: str) -> str:
+        """Why another backend was not taken, or else its time."""
+        if name in self.refused:
+            return "; ".join(self.refused[name])
+        return self._time(name) if name in self.ms else "ready"
+
+    def _time(self, name: str) -> str:
+        return f"{self.ms[name]:.3g} ms{self._scaled(name)}"
+
+    def _scaled(self, name: str) -> str:
+        """` (measured on 4 of 64 groups)` behind a time that was scaled."""
+        return f" ({self.notes[name]})" if name in self.notes else ""
 
 
 def select(
@@ -135,7 +157,7 @@ def select(
         timed = {name: trial for name, trial in trials.items() if trial.ms is not None and name not in refused}
         by_rules = not timed
         for name, trial in trials.items():
-            # Too little memory for a trial is no verdict: where nothing could be timed, stock would need the most.
+            # A trial without enough memory is no verdict where nothing could be timed: stock would need the most.
             if trial.why_not and not (by_rules and trial.no_memory):
                 refused[name] = (*refused.get(name, ()), trial.why_not)
         if timed:

@@ -22,7 +22,7 @@ from .rules import RULES_MEASURED_ON
 
 Trials = Mapping[AttentionSpec, Mapping[str, Trial]]
 Measure = Callable[[list[AttentionSpec], torch.device], Trials]
-_Key = tuple[tuple[Any, ...], str, torch.device]
+_Key = tuple[AttentionSpec, str, torch.device]
 
 _MAX_DECISIONS = 1024  # predict on a folder of mixed aspect ratios meets a new spec an image
 _MAX_MEASURED = 16  # specs that predictions of one model may have measured: half a minute at most
@@ -36,12 +36,12 @@ class Dispatcher:
         config: The settings of the model.
         failed: Backend -> the error for which it is not used again.
         planned_sizes: (layer, whether training) -> groups and tokens of the run, once they are known.
-        trials: Spec -> backend -> what was measured for this run, see `learn`. Behind it stands what earlier runs have
-            measured, see `trial_cache`; the rules decide where there is nothing.
+        trials: Spec -> backend -> what was measured for this run, see `learn`. Specs without any go by what earlier
+            runs have measured, see `trial_cache`, and else by the rules.
         memory_limited: Whether a measured backend may need no more memory than what the rules would take.
-        unplanned: Specs that a run met and had not measured: they went by the nearest one, or by the rules.
-        measure: Gives trials of a spec that comes again in prediction, where nothing but a rule of another card speaks
-            for its backend; None, as in training, measures nothing.
+        unplanned: Specs that a run met without a measurement: decided by the nearest measured one, or by the rules.
+        measure: Measures specs that predictions meet again, and that only the rules of another card decide. None, as in
+            training: nothing is measured.
         layers: Attention layers that share the Dispatcher: that many may meet one spec in one forward.
     """
 
@@ -49,8 +49,7 @@ class Dispatcher:
         """Start without decisions."""
         self.config = config
         self.planned_sizes: dict[tuple[str, bool], tuple[int, int]] = {}
-        self._decisions: dict[tuple[AttentionSpec, str, torch.device], Decision] = {}
-        self._plans: dict[_Key, tuple[AttentionSpec, str]] = {}
+        self._decisions: dict[_Key, Decision] = {}
         self.failed: dict[str, str] = {}
         self.trials: Trials = {}
         self._measured_on: Machine | None = None
@@ -72,20 +71,20 @@ class Dispatcher:
         """Decide by these trials from now on, on the machine where they ran; earlier decisions are forgotten."""
         self.trials, self._measured_on = trials, machine
         self.unplanned.clear()
-        self._forget()
+        self._decisions.clear()
 
     def remember(self, trials: Trials, machine: Machine) -> None:
-        """Decide by these trials too, where `learn` was told nothing of their specs."""
+        """Decide by these trials too, for specs that `learn` got no trials of."""
         for other, known in self._known:
             if other == machine:
                 known.update(trials)
                 break
         else:
             self._known.append((machine, dict(trials)))
-        self._forget()
+        self._decisions.clear()
 
     def take_over(self, earlier: Dispatcher) -> None:
-        """Know what another Dispatcher knows, such as that of a training that is over."""
+        """Take over the trials of another Dispatcher, such as that of a training that is over."""
         for machine, trials in earlier._known:
             self.remember(trials, machine)
         if earlier._measured_on is not None:
@@ -94,8 +93,8 @@ class Dispatcher:
     def recall(self, device: torch.device) -> None:
         """Read, once a device, what earlier runs have measured: before the first decision, and before a plan.
 
-        Not while a graph is compiled or captured. Never in one of several ranks, whose files may differ: they have to
-        decide alike, and get the numbers of rank 0 with their plan.
+        Nothing is read while a graph is compiled or captured, nor in one of several ranks: ranks have to decide alike,
+        their files may differ, and the plan brings the numbers of rank 0.
         """
         if device in self._recalled or not self.config.autotune or device.type not in ("cuda", "cpu"):
             return
@@ -103,7 +102,7 @@ class Dispatcher:
             return
         self._recalled.add(device)
         machine = detect(device)
-        earlier = {spec: trials for spec, trials in trial_cache.known(machine).items() if _tells(trials)}
+        earlier = {spec: trials for spec, trials in trial_cache.known(machine).items() if _timed_fused(trials)}
         if any(other == machine for other, _ in self._known):  # a card of the same kind, or what a training measured
             recent = dict(self._measured(machine))
             self.remember(earlier, machine)
@@ -118,64 +117,52 @@ class Dispatcher:
         return ChainMap(*(dict(trials) for trials in (*mine, *known)))
 
     # Decisions --------------------------------------------------------------------------------------------------------
-    def decide(self, spec: AttentionSpec, choice: str, device: torch.device, recall: bool = True) -> Decision:
+    def decide(self, spec: AttentionSpec, choice: str, device: torch.device) -> Decision:
         """Return the decision for a spec: by what was measured on this machine, now or earlier, or by the rules.
+
+        Every block asks in every step: what was decided before costs one look into a dictionary.
 
         Args:
             spec: The problem.
             choice: `auto` or a backend's name.
             device: Where it runs.
-            recall: Whether files of earlier runs may be read.
 
         Raises:
             BackendNotSupportedError: `choice` names a backend that cannot run the spec.
         """
-        key = (spec, choice, device)
+        key = spec, choice, device
         decision = self._decisions.get(key)
         if decision is None:
             if len(self._decisions) >= _MAX_DECISIONS:
-                self._forget()
-            if recall and choice == "auto":
+                self._decisions.clear()
+            if choice == "auto":
                 self.recall(device)
-            decision = self.select(spec, choice, detect(device))
-            self._decisions[key] = decision
-            unplanned = choice == "auto" and self.trials and not decision.trials
-            if unplanned and len(self.unplanned) < _MAX_DECISIONS:
-                self.unplanned.add(spec)
+            decision = self._decisions[key] = self._decide(*key)
+        elif not self._met or key not in self._met:
+            return decision
+        self._meet(key, decision)
+        return decision if key in self._decisions else self.decide(*key)
+
+    def _decide(self, spec: AttentionSpec, choice: str, device: torch.device) -> Decision:
+        decision = self.select(spec, choice, detect(device))
+        unplanned = choice == "auto" and self.trials and not decision.trials
+        if unplanned and len(self.unplanned) < _MAX_DECISIONS:
+            self.unplanned.add(spec)
         return decision
 
-    def plan(self, fields: tuple[Any, ...], choice: str, device: torch.device) -> tuple[AttentionSpec, str]:
-        """A spec and the backend that `decide` takes for it, at less cost: every block asks in every step.
-
-        Args:
-            fields: Of the spec, in their order. They are hashed in C, a spec is not.
-            choice: `auto` or a backend's name.
-            device: Where it runs.
-
-        Raises:
-            BackendNotSupportedError: `choice` names a backend that cannot run the spec.
-        """
-        key = (fields, choice, device)
-        plan = self._plans.get(key)
-        if plan is None or (self._met and key in self._met):
-            if self.measure is not None:
-                self._meet(key)
-            spec = AttentionSpec(*fields)
-            plan = spec, self.decide(spec, choice, device).backend
-            self._plans[key] = plan  # of which there are no more than decisions: they are forgotten together
-        return plan
-
-    def _meet(self, key: _Key) -> None:
+    def _meet(self, key: _Key, decision: Decision) -> None:
         """Count how often a prediction goes by a rule of another card, and have its spec measured the third time.
 
         Every layer may meet the spec in one forward, so that it has come a third time when it was met more than twice
-        as often as there are layers. A spec is measured once, whatever came of it, and of a model 16 at most.
+        as often as there are layers. A spec is measured once, whatever came of it, and of a model 16 at most. A
+        measurement empties the decisions.
         """
-        fields, choice, device = key
-        spec = AttentionSpec(*fields)
-        if device.type != "cuda" or spec.training or choice != "auto" or not self.config.autotune or _in_a_rank():
+        spec, choice, device = key
+        if self.measure is None or device.type != "cuda" or spec.training or choice != "auto":
             return
-        founded = detect(device).capability == RULES_MEASURED_ON or not self.decide(spec, choice, device).by_rules
+        if not self.config.autotune or _in_a_rank():
+            return
+        founded = detect(device).capability == RULES_MEASURED_ON or not decision.by_rules
         if founded or spec in self._tried or len(self._tried) >= _MAX_MEASURED:
             self._met.pop(key, None)
             return
@@ -187,14 +174,13 @@ class Dispatcher:
         self._met.pop(key, None)
         self._tried.add(spec)
         try:
-            if self.measure is not None:
-                self.remember(self.measure([spec], device), detect(device))
+            self.remember(self.measure([spec], device), detect(device))
         except Exception as error:  # a prediction goes on, by the rules
             LOGGER.warning(f"yolo-flash: {spec} could not be measured: {type(error).__name__}: {error}")
 
     @torch.compiler.assume_constant_result
     def decide_for_compile(self, layer: str, choice: str, spec_parts: tuple[Any, ...], device: str) -> str:
-        """The backend's name for a compiled graph, whose sizes may be symbols: taken for the planned size of the layer.
+        """The backend's name for a compiled graph, whose sizes may be symbols: decided for the layer's planned size.
 
         Args:
             layer: Name of the layer.
@@ -204,9 +190,7 @@ class Dispatcher:
         """
         training = AttentionSpec.with_sizes(spec_parts, 1, 1).training
         batch, seq_len = self.planned_sizes.get((layer, training), _UNPLANNED_SIZE)
-        return self.decide(
-            AttentionSpec.with_sizes(spec_parts, batch, seq_len), choice, torch.device(device), recall=False
-        ).backend
+        return self._decide(AttentionSpec.with_sizes(spec_parts, batch, seq_len), choice, torch.device(device)).backend
 
     def select(self, spec: AttentionSpec, choice: str, machine: Machine) -> Decision:
         """The decision for a spec on any machine, with this model's settings and without the backends that failed.
@@ -251,15 +235,11 @@ class Dispatcher:
                 f"{type(error).__name__}: {error}"
             )
         self.failed[backend] = f"raised in this run: {type(error).__name__}: {error}"
-        self._forget()
-
-    def _forget(self) -> None:
         self._decisions.clear()
-        self._plans.clear()
 
 
-def _tells(trials: Mapping[str, Trial]) -> bool:
-    """Whether trials of earlier runs say what is fastest: a file lacks what failed, and may have stock alone."""
+def _timed_fused(trials: Mapping[str, Trial]) -> bool:
+    """Whether a fused backend was timed: a file of an earlier run lacks what failed, and may hold stock alone."""
     return any(BACKENDS[name].fused and trial.ms is not None for name, trial in trials.items())
 
 

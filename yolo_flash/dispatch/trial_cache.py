@@ -1,8 +1,8 @@
 """Trials of earlier runs on disk: one small file for each spec, machine and version of the code.
 
-The files lie in Ultralytics' own configuration folder. Each is written whole and swapped in, so that several processes
-may read and write at once. Only what went well is kept. A file that cannot be read, or says what no trial can say, is
-ignored, and written anew when its spec is measured again.
+The files lie in Ultralytics' own configuration folder. Writes are atomic, so that several processes may read and write
+at once. Only what went well is kept. A file that cannot be read, or has impossible values, is ignored, and written anew
+when its spec is measured again.
 """
 
 from __future__ import annotations
@@ -23,13 +23,11 @@ import ultralytics
 from ultralytics.utils import LOGGER, NUM_THREADS, USER_CONFIG_DIR
 
 from ..backends.registry import BACKENDS
-from ..backends.spec import AttentionSpec, Layout, short
+from ..backends.spec import AttentionSpec, Layout
 from ..machine import Machine
 from ..utils.files import write_file
 from ..utils.numerics import arithmetic
 from .decision import Trial
-
-Trials = dict[str, Trial]
 
 _MOST_KNOWN = 512  # files that `known` looks at, the newest first
 _METHODS = ("graph", "events", "clock", "")
@@ -37,17 +35,17 @@ _NOT_USABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, Arithme
 
 
 def folder() -> Path:
-    """Where the files lie; not made by asking."""
+    """Where the files lie; may not exist."""
     return Path(USER_CONFIG_DIR) / "yolo-flash-trials"
 
 
 # Read -----------------------------------------------------------------------------------------------------------------
-def load(specs: Iterable[AttentionSpec], machine: Machine) -> dict[AttentionSpec, Trials]:
+def load(specs: Iterable[AttentionSpec], machine: Machine) -> dict[AttentionSpec, dict[str, Trial]]:
     """What earlier runs have measured; files that cannot be used are left out, with one warning for all.
 
     Backends are missing that failed, or were measured badly, in those runs.
     """
-    found: dict[AttentionSpec, Trials] = {}
+    found: dict[AttentionSpec, dict[str, Trial]] = {}
     spoilt: list[str] = []
     for spec in specs:
         key = _key(spec, machine)
@@ -61,13 +59,10 @@ def load(specs: Iterable[AttentionSpec], machine: Machine) -> dict[AttentionSpec
     return found
 
 
-def known(machine: Machine) -> dict[AttentionSpec, Trials]:
-    """All that earlier runs have measured on a machine, with these versions and settings: the newest files.
-
-    As quick as reading them is. Files of other machines and versions are left alone.
-    """
+def known(machine: Machine) -> dict[AttentionSpec, dict[str, Trial]]:
+    """All that earlier runs have measured on a machine, with these versions and settings, among the newest files."""
     facts = _facts(machine)
-    found: dict[AttentionSpec, Trials] = {}
+    found: dict[AttentionSpec, dict[str, Trial]] = {}
     spoilt: list[str] = []
     for file in _newest():
         try:
@@ -101,7 +96,7 @@ def _tell(spoilt: list[str], what: str) -> None:
 
 
 # What a file may say --------------------------------------------------------------------------------------------------
-def _trials(content: Any, key: dict[str, Any]) -> Trials:
+def _trials(content: Any, key: dict[str, Any]) -> dict[str, Trial]:
     """The trials in the content of a file.
 
     Raises:
@@ -142,7 +137,7 @@ def _trial(values: Any) -> Trial:
 def _spec(values: Any) -> AttentionSpec:
     """A spec of which every field is of its type and within its range."""
     flags = ("mask", "training", "deterministic")
-    fields = [field.name for field in dataclasses.fields(AttentionSpec)]
+    fields = AttentionSpec._fields
     if set(values) != set(fields):
         raise ValueError(f"a spec has the fields {', '.join(map(str, values))}, not {', '.join(fields)}")
     dtype = getattr(torch, values["dtype"])
@@ -184,15 +179,14 @@ def store(trials: Mapping[AttentionSpec, Mapping[str, Trial]], machine: Machine)
 
 
 def worth_keeping(name: str, trial: Trial) -> bool:
-    """Whether a later run may go by a trial: it has a time that stood still.
+    """Whether later runs may go by a trial: its samples agree.
 
-    A backend that raised, had too little memory or was wrong is tried again by the next run. Most of what makes a
-    kernel fail passes (another process on the card, a full disk below a compiler), and a verdict that is kept would
-    keep the backend out for ever. That holds for wrong numbers too: a backend that is wrong by its nature is refused
-    again, at the cost of a second, and until then it is not taken for anything.
+    A backend that raised, had too little memory or was wrong is tried again by the next run. Most causes pass (another
+    process on the card, a full disk below a compiler), and a stored verdict would keep the backend out for ever. A
+    backend that is always wrong is refused again, at the cost of a second.
 
-    Unfused attention that does not fit is the exception: it would be forecast in vain at every start. It is measured
-    as soon as there is memory for it.
+    Unfused attention that does not fit is the exception: every start would try it in vain. It is measured as soon as
+    there is memory for it.
     """
     if trial.why_not:
         return trial.no_memory and not BACKENDS[name].fused
@@ -214,12 +208,12 @@ def _file(key: dict[str, Any]) -> Path:
 
 def _key(spec: AttentionSpec, machine: Machine) -> dict[str, Any]:
     """All that a measurement depends on, as JSON gives it back."""
-    key = {"spec": dataclasses.asdict(spec) | {"dtype": short(spec.dtype)}, **_facts(machine)}
+    key = {"spec": spec.as_json(), **_facts(machine)}
     return dict(json.loads(json.dumps(key)))
 
 
 def _facts(machine: Machine) -> dict[str, Any]:
-    """What it depends on besides the spec."""
+    """What a measurement depends on besides the spec."""
     facts = {
         "machine": {name: value for name, value in dataclasses.asdict(machine).items() if name != "memory_gib"},
         "ultralytics": ultralytics.__version__,  # whose stock blocks are measured too
@@ -235,8 +229,7 @@ def _facts(machine: Machine) -> dict[str, Any]:
 def _code() -> str:
     """Fingerprint of the package: a changed kernel is another kernel.
 
-    Of all its source, since a timed call runs through half of it: the simplest rule, and no file is ever forgotten. The
-    price is that an update measures again.
+    It covers all source files, so that none is forgotten. The price is that every update measures again.
     """
     here = Path(__file__).parents[1]
     digest = hashlib.sha256()

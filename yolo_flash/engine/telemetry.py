@@ -20,7 +20,7 @@ from torch.profiler import DeviceType, ProfilerActivity, profile
 from ultralytics.utils import LOGGER
 
 from .._version import __version__
-from ..backends.profiled import _short_name, attention_kernels
+from ..backends.profiled import attention_kernels, short_name
 from ..backends.registry import BACKENDS
 from ..config import FlashConfig
 from ..dispatch.dispatcher import Dispatcher
@@ -159,13 +159,13 @@ class Telemetry:
             return
         names: Counter[str] = Counter()
         for name, count in counts.items():
-            names[_short_name(name)] += count
+            names[short_name(name)] += count
         ran = ", ".join(f"{count} x {name}" for name, count in names.items()) or "no fused attention"
         if replayed:
             LOGGER.info(f"yolo-flash: one step from graphs ran {ran}")
             if missing := self._eager_kernels.keys() - kernels.keys():
                 LOGGER.warning(
-                    f"yolo-flash: the step before the graphs also ran {', '.join(map(_short_name, missing))}."
+                    f"yolo-flash: the step before the graphs also ran {', '.join(map(short_name, missing))}."
                 )
             self._restart_clock()
             return

@@ -41,9 +41,9 @@ class Tiles:
 
 
 def tiles_for(kernel: Kernel, seq_len: int, head_dim: int, head_dim_v: int, capability: tuple[int, int]) -> Tiles:
-    """The tiles of a kernel: on Hopper as measured (docs/results/area-h100.md), elsewhere what fits every card.
+    """The tiles of a kernel: on Hopper as measured (docs/results/area-h100.md), elsewhere tiles that fit every card.
 
-    Blackwell is not Hopper: an RTX 5090 has less shared memory, and nobody has measured the tiles on a B200.
+    Blackwell does not get Hopper's: an RTX 5090 has less shared memory, and the tiles were not measured on a B200.
 
     Args:
         kernel: Its name.
@@ -54,7 +54,7 @@ def tiles_for(kernel: Kernel, seq_len: int, head_dim: int, head_dim_v: int, capa
     """
     width = _power_of_2(head_dim) + _power_of_2(head_dim_v)
     hopper = capability[0] == 9
-    if width > 96:  # no YOLO but yolov10m has such heads: one choice that fits everywhere
+    if width > 96:  # of all YOLO models only YOLOv10m has such heads: one choice that fits every card
         block = 64 if kernel == "area_forward" and width <= 128 else 32
         return Tiles(64, block, 4, 2) if width <= 192 else Tiles(64, 32, 4, 1)
     if not hopper:
@@ -76,26 +76,6 @@ _library.define(
 )
 
 
-def area_attention(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Exact attention within each group and head: softmax(q k^T / sqrt(head_dim)) v.
-
-    Args:
-        qkv: Queries, keys and values `[groups, seq_len, num_heads, 2*head_dim + head_dim_v]`, float16 or bfloat16, on a
-            CUDA device of compute capability 8.0 or above.
-        head_dim: Channels of a query and of a key.
-
-    Returns:
-        Attention, and a copy of v for the positional convolution: both contiguous
-        `[groups, seq_len, num_heads, head_dim_v]`, of the dtype of `qkv`.
-
-    Raises:
-        ValueError: `qkv` has another shape, or a head_dim is above 128.
-        NotImplementedError: In a second backward, through the gradients of the first.
-    """
-    out, image, _ = call("area_attention", qkv, head_dim)
-    return out, image
-
-
 def _outputs(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     if qkv.ndim != 4 or not 0 < 2 * head_dim < qkv.shape[-1]:
         raise ValueError(
@@ -111,6 +91,20 @@ def _outputs(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _forward(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Exact attention within each group and head: softmax(q k^T / sqrt(head_dim)) v.
+
+    Args:
+        qkv: Queries, keys and values `[groups, seq_len, num_heads, 2*head_dim + head_dim_v]`, float16 or bfloat16, on a
+            CUDA device of compute capability 8.0 or above.
+        head_dim: Channels of a query and of a key.
+
+    Returns:
+        Attention, and a copy of v for the positional convolution: both contiguous
+        `[groups, seq_len, num_heads, head_dim_v]`, of the dtype of `qkv`; and the statistics for the backward.
+
+    Raises:
+        ValueError: `qkv` has another shape, or a head_dim is above 128.
+    """
     qkv = qkv.contiguous()
     out, image, lse = _outputs(qkv, head_dim)
     launch("area_forward", qkv, head_dim, (qkv, out, image, lse))
@@ -126,16 +120,16 @@ def _backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dimage: Tenso
 
 
 def try_backward(qkv: Tensor, head_dim: int) -> None:
-    """Let a backward that cannot run be noticed before its forward: see `_try_backward`."""
+    """Raise before the forward what the backward would raise, see `_try_backward`."""
     if qkv.is_cuda and type(qkv) is Tensor and qkv.numel():  # neither in Triton's interpreter nor under a tracer
         _try_backward(qkv.shape[1], qkv.shape[3], head_dim, qkv.dtype, qkv.device)
 
 
 @functools.lru_cache(maxsize=256)
 def _try_backward(seq_len: int, packed: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile and run the backward on one head, once for a shape.
+    """Compile and run the backward on one head, once a shape.
 
-    What fails here, in a forward, can still be answered by another backend; what fails in a backward ends the run.
+    An error here, in a forward, lets another backend run; an error in a backward of the operator would end the run.
     """
     qkv = torch.zeros(1, seq_len, 1, packed, dtype=dtype, device=device)
     out, image, lse = _outputs(qkv, head_dim)
@@ -183,7 +177,7 @@ _operators = {
 
 
 def call(name: str, *args: Any) -> Any:
-    """Call an operator; without gradients past what autograd has registered for it, which is slow Python."""
+    """Call an operator; in no_grad mode it skips the registered autograd formula, which is slow Python."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _operators[name](*args)
     with torch._C._AutoDispatchBelowAutograd():
@@ -216,8 +210,8 @@ def launch(kernel: Kernel, qkv: Tensor, head_dim: int, tensors: tuple[Tensor, ..
 class _Launcher:
     """Starts one kernel on tensors of the same shapes, dtypes and alignments, on one device.
 
-    The first launch is Triton's, which compiles. Triton looks at every argument in each of its launches, which takes
-    6 us in version 3.8: later ones call the compiled kernel, in a tenth of that.
+    The first launch is Triton's, which compiles. Each launch by Triton inspects every argument, which takes 6 us in
+    version 3.8: later launches call the compiled kernel directly, in a tenth of that.
     """
 
     def __init__(
@@ -250,7 +244,7 @@ def _prepare(
     kinds: tuple[tuple[torch.dtype, bool], ...],
     tiles: Tiles | None,
 ) -> _Launcher:
-    """The launcher of a kernel for all that Triton compiles it for: `kinds` are dtype and alignment of each tensor."""
+    """The launcher of a kernel, compiled for these arguments; `kinds` are dtype and alignment of each tensor."""
     import triton
 
     from . import area_triton
@@ -268,7 +262,7 @@ def _prepare(
 
 
 def constants_of(tiles: Tiles, seq_len: int, head_dim: int, head_dim_v: int, ptx: bool) -> dict[str, Any]:
-    """What a kernel is compiled for, by the names and in the order of its signature."""
+    """The compile-time constants of a kernel, by the names and in the order of its signature."""
     return {
         "DIM": head_dim,
         "DIM_V": head_dim_v,
@@ -284,7 +278,7 @@ def constants_of(tiles: Tiles, seq_len: int, head_dim: int, head_dim_v: int, ptx
 
 
 def options_of(tiles: Tiles) -> dict[str, int]:
-    """What Triton's compiler is told besides."""
+    """The options of Triton's compiler."""
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     if tiles.max_registers is not None:
         options["maxnreg"] = tiles.max_registers
@@ -297,5 +291,5 @@ def _tail(seq_len: int, tile: int) -> int:
 
 
 def _power_of_2(size: int) -> int:
-    """The power of two that is not below `size`; a matrix product in Triton wants 16 at least."""
+    """The smallest power of two that is not below `size`, and 16 at least, as a matrix product in Triton needs."""
     return max(16, 1 << (size - 1).bit_length())

@@ -1,7 +1,7 @@
 """The attention blocks that we take over: how each packs its queries, keys and values, and its fused forward.
 
-Each keeps an eye on what it stands in for: a block that a user edits after it was patched, or whose class is given
-another forward, is compared once more with the stock one, and runs as stock where the two have come to differ.
+A block that a user edits after it was patched, or whose stock class gets another forward, is compared once more with
+stock, and runs as stock where the two differ.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from ultralytics.nn.modules.block import AAttn, Attention
 from ultralytics.utils import LOGGER
 
-from ..backends.registry import BACKENDS, BackendNotSupportedError
-from ..backends.spec import AttentionSpec
+from ..backends.registry import BackendNotSupportedError
+from ..backends.spec import AttentionSpec, Layout
 from ..dispatch.dispatcher import Dispatcher
 from .class_swap import PREFIX, StockPickle, stock_twin
 from .derivatives import transformed
-from .equivalence import difference
-from .fallback import Job, attend_packed, memory_format
+from .equivalence import why_not_equal
+from .fallback import AttentionCall, attend_packed, memory_format
 
 _UNREAD = frozenset(vars(nn.Module())) | {"__class__", "_compiled_call_impl", "total_ops", "total_params"}
 """Attributes of a block that change nothing of what its stock forward computes; `training` is one of them."""
@@ -32,21 +32,21 @@ _told: WeakKeyDictionary[Dispatcher, set[str]] = WeakKeyDictionary()
 class FlashBlock(StockPickle):
     """The forward that the blocks share: 1x1 convolution to packed qkv, attention, positional convolution, projection.
 
-    An attribute that is set on a block, or deleted, counts: `attn.scale *= 2`, fewer heads, another `pe`. A change in
-    place of an object that the block holds, or of `vars(attn)`, passes unseen; modules and tensors are safe from that,
-    since ours runs the same ones.
+    Setting or deleting an attribute of a block counts as an edit: `attn.scale *= 2`, fewer heads, another `pe`. Changes
+    in place, of an object that the block holds or of `vars(attn)`, are not noticed; those of modules and tensors need
+    not be, since our forward runs the same ones.
 
     Attributes:
         _flash_layer: The block's name in the model, for messages.
         _flash_choice: `auto` or the name of the backend for this block.
         _flash_dispatcher: Shared by the blocks of a model.
-        _flash_edits: How often an attribute was set since the block was patched; text, to which a compiled graph is
-            bound, where it would take a number for a size.
-        _flash_verdict: What the block was compared as, see `code`, and why it is to run as stock: empty if it is not.
-            None where nobody is to be heeded: in the blocks of measurements and comparisons, which are our own.
+        _flash_edits: How often an attribute was set since the block was patched. As text a compiled graph guards the
+            number; as an integer torch.compile might make it a symbol.
+        _flash_verdict: The `code` that the block was last compared with, and why the block has to run as stock, empty
+            if it has not. None, in our own blocks of measurements and comparisons: edits are ignored.
         calls: The functions by name that the stock forward calls, as `stock_code.foreign` takes them.
         separate: Whether queries, keys and values are three tensors, and not the packed output of one convolution.
-        total_ops: Set by thop, which Ultralytics counts GFLOPs with, for the time of its forwards.
+        total_ops: Set by thop, with which Ultralytics counts GFLOPs, while thop runs forwards.
     """
 
     calls: ClassVar[tuple[tuple[ModuleType, ...], tuple[str, ...]]] = (), ()
@@ -81,41 +81,52 @@ class FlashBlock(StockPickle):
             BackendNotSupportedError: The backend asked for by name cannot run this input, or the block was changed.
             FlashKernelError: The backend asked for by name raised.
         """
-        plan = self._plan(x)
-        if plan is None:
+        call = self._attention_call(x)
+        if call is None:
             return self._stock.forward(self, x)  # type: ignore[attr-defined]
-        out, v = attend_packed(self.qkv(x), Job(*plan, self._flash_layer, self._flash_choice, self._flash_dispatcher))
+        out, v = attend_packed(self.qkv(x), call)
         return self.proj(out + self.pe(v))
 
-    def _plan(self, x: Tensor) -> tuple[AttentionSpec, str] | None:
+    def _attention_call(self, x: Tensor) -> AttentionCall | None:
         """The problem that an input poses, and the backend for it; None where the stock forward runs."""
-        fields = None if _leave_stock(self, x) or self._was_changed() else self._spec_fields(x)
-        return None if fields is None else self._choose(fields, x.device)
-
-    def _choose(self, fields: tuple[Any, ...], device: torch.device) -> tuple[AttentionSpec, str] | None:
-        """The spec of these fields, and the backend for it; None where that is the stock forward."""
-        dispatcher, choice = self._flash_dispatcher, self._flash_choice
-        if torch.compiler.is_compiling():
-            spec = AttentionSpec(*fields)
-            backend = dispatcher.decide_for_compile(self._flash_layer, choice, spec.without_sizes(), str(device))
-        else:
-            spec, backend = dispatcher.plan(fields, choice, device)
-        return None if BACKENDS[backend].forward is None else (spec, backend)
-
-    def _spec_fields(self, x: Tensor) -> tuple[Any, ...] | None:
+        if leaves_stock(self, x) or self._was_changed():
+            return None
         batch, _, height, width = x.shape
-        nhwc = memory_format(x) is torch.channels_last
-        modes = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
-        return spec_fields(self, type(self), batch, height * width, _compute_dtype(x), nhwc, *modes)
+        return self._decided(x, batch, height * width, nhwc=memory_format(x) is torch.channels_last)
+
+    def _decided(
+        self, x: Tensor, batch: int, tokens: int, nhwc: bool = False, mask: bool = False
+    ) -> AttentionCall | None:
+        """The call for the sizes of an input; None where the stock forward runs."""
+        dispatcher, layer, choice = self._flash_dispatcher, self._flash_layer, self._flash_choice
+        spec = block_spec(
+            self,
+            type(self),
+            batch,
+            tokens,
+            dtype=compute_dtype(x),
+            nhwc=nhwc,
+            training=torch.is_grad_enabled(),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            mask=mask,
+        )
+        if spec is None:
+            return None
+        if torch.compiler.is_compiling():
+            backend = dispatcher.decide_for_compile(layer, choice, spec.without_sizes(), str(x.device))
+        else:
+            decision = dispatcher.decide(spec, choice, x.device)
+            spec, backend = decision.spec, decision.backend
+        return None if backend == "stock" else AttentionCall(spec, backend, layer, choice, dispatcher)
 
     # What a user changes ----------------------------------------------------------------------------------------------
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute as on the stock block, and remember it."""
+        """Set an attribute as on the stock block, and count the edit."""
         self._note_edit(name)  # before it may be somebody else's: `__class__` is set like this too
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        """Delete an attribute as on the stock block, and remember it."""
+        """Delete an attribute as on the stock block, and count the edit."""
         self._note_edit(name)
         super().__delattr__(name)
 
@@ -124,18 +135,18 @@ class FlashBlock(StockPickle):
             self.__dict__["_flash_edits"] = str(int(self._flash_edits or 0) + 1)
 
     def why_stock(self) -> str:
-        """Why the block no longer computes what ours computes, as `likeness.difference` says it; empty if it does."""
+        """Why the block no longer computes what ours computes, as `why_not_equal` says it; empty if it does."""
         verdict = self._flash_verdict
         if verdict is None:
             return ""
         code = self.code(self._flash_edits)
         if verdict[0] != code:
-            verdict = code, difference(self, type(self))  # type: ignore[arg-type]
+            verdict = code, why_not_equal(self, type(self))  # type: ignore[arg-type]
             self.__dict__["_flash_verdict"] = verdict
         return verdict[1]
 
     def _was_changed(self) -> bool:
-        """Whether the stock forward has to run for a change, of which one line tells.
+        """Whether the stock forward has to run because the block was changed; one log line says so.
 
         Raises:
             BackendNotSupportedError: A backend was asked for by name.
@@ -146,7 +157,7 @@ class FlashBlock(StockPickle):
 
     @torch.compiler.assume_constant_result
     def _was_changed_in_graph(self, edits: str) -> bool:
-        """The same, asked once for a graph: the edits are its to guard."""
+        """`_was_changed`, evaluated once a graph, which guards the edits."""
         return self.why_stock() != "" and self._tell()
 
     def _tell(self) -> bool:
@@ -163,7 +174,7 @@ class FlashBlock(StockPickle):
         return True
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` compiles, and puts in the place of this block in a module that it is given."""
+        """The stock block, which `torch.jit.script` compiles, and puts in this one's place in the user's module."""
         LOGGER.warning(
             f"yolo-flash: torch.jit.script gets stock attention for {self._flash_layer or 'the block'}, and leaves it "
             f"in the model that it was given: call patch_model again to go on with that."
@@ -187,7 +198,7 @@ class FlashAAttn(FlashBlock, AAttn):
 
 
 class FlashAttention(FlashBlock, Attention):
-    """The attention of PSA in YOLO10, 11 and 26: keys narrower than values."""
+    """The attention of PSA in YOLOv10, YOLO11 and YOLO26: keys narrower than values."""
 
     _stock: ClassVar[type] = Attention
 
@@ -204,7 +215,7 @@ def unknown_block(block: Any, layer: str, choice: str, reason: str) -> str:
         block: Stock or patched.
         layer: Its name.
         choice: The backend's name.
-        reason: As `likeness.difference` gives it.
+        reason: As `why_not_equal` gives it.
     """
     return (
         f"{choice} cannot run in {layer or 'the block'}: this {block.__class__.__name__} is not the one that this "
@@ -238,44 +249,26 @@ def block_spec(
         mask: Whether the scores are masked.
 
     Returns:
-        None where the stock block cannot run either, so that its own error reaches the user.
+        None where the stock block cannot run either: its own error shall reach the user.
     """
-    fields = spec_fields(block, cls, batch, tokens, dtype, nhwc, training, deterministic, mask)
-    return None if fields is None else AttentionSpec(*fields)
-
-
-def spec_fields(
-    block: Any,
-    cls: type[FlashBlock],
-    batch: int,
-    tokens: int,
-    dtype: torch.dtype,
-    nhwc: bool,
-    training: bool,
-    deterministic: bool,
-    mask: bool = False,
-) -> tuple[Any, ...] | None:
-    """The fields of `block_spec` in their order: a key that is quicker than the spec."""
     problem = cls.problem(block, batch, tokens)
     if problem is None:
         return None
-    groups, seq_len, *dims, area = problem
-    layout = "separate" if cls.separate else "nhwc" if nhwc else "nchw"
-    return (
-        *(groups, block.num_heads, seq_len, seq_len, *dims, dtype, layout),
-        *(mask, training, training and deterministic, area),
-    )
+    groups, seq_len, dim, dim_v, area = problem
+    layout: Layout = "separate" if cls.separate else "nhwc" if nhwc else "nchw"
+    modes = mask, training, training and deterministic
+    return AttentionSpec(groups, block.num_heads, seq_len, seq_len, dim, dim_v, dtype, layout, *modes, area)
 
 
-def _leave_stock(block: FlashBlock, x: Tensor) -> bool:
-    """Who looks at operators gets the stock ones, which all know: exporters, tracers, transforms, the GFLOPs counter.
+def leaves_stock(block: FlashBlock, x: Tensor) -> bool:
+    """Whether stock has to run: for exporters, tracers, transforms and the GFLOPs counter, which know stock operators.
 
-    So does an input without images, on which kernels and plans would divide by zero.
+    An empty input also runs as stock: kernels and plans would divide by zero.
     """
     return (
         torch.jit.is_tracing()
         or torch.onnx.is_in_onnx_export()
-        # The flag and not `is_exporting()`, which some versions of torch answer with True in every compilation.
+        # The flag and not `is_exporting()`, which in some versions of torch is True in every compilation.
         or getattr(torch.compiler, "_is_exporting_flag", False)
         or block.format == "coreml"
         or block.total_ops is not None
@@ -284,7 +277,7 @@ def _leave_stock(block: FlashBlock, x: Tensor) -> bool:
     )
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a convolution of `x` gives, under autocast too."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:

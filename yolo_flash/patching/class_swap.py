@@ -1,4 +1,4 @@
-"""Objects of a class of ours that the rest of the world takes for the stock class: pickled as stock, copied as ours."""
+"""Swap the class of a living object for a subclass of ours that is pickled as the stock class, and copied as ours."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ PREFIX = "_flash_"  # of every attribute that the plugin adds to an object; they
 class StockPickle:
     """First base of a class that replaces a stock class on living instances.
 
-    A checkpoint that named a class of ours could not be loaded without the plugin, so `__class__` reports the stock
-    class: the pickler writes what it reports. `type(obj)` remains ours, and with it the forward.
+    A checkpoint that named a class of ours could not be loaded without the plugin. The pickler writes what `__class__`
+    reports, so `__class__` reports the stock class; `type(obj)` remains ours, and with it the forward.
     """
 
     _stock: ClassVar[type]
@@ -24,13 +24,13 @@ class StockPickle:
 
     @__class__.setter
     def __class__(self, cls: type) -> None:
-        """Take somebody else's class, as `torch.nn.utils.parametrize` makes one, and leave nothing for its pickles."""
+        """Take another class, such as one of `torch.nn.utils.parametrize`, and drop our attributes from the object."""
         object.__dict__["__class__"].__set__(self, cls)
         if not issubclass(cls, StockPickle):
             _drop_ours(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As the stock object would, its own `__getstate__` included, without our attributes."""
+        """Reduce as the stock object would, by its own `__getstate__`, without our attributes."""
         reduced: Any = super().__reduce_ex__(protocol)
         make, arguments, *rest = reduced
         if rest and isinstance(rest[0], dict):
@@ -51,7 +51,7 @@ class StockPickle:
         twin = make(*arguments)
         if memo is not None:
             memo[id(self)] = twin
-        twin.__setstate__(copied(state))  # of torch.nn.Module, and of the blocks that mend old checkpoints
+        twin.__setstate__(copied(state))  # torch.nn.Module has one, and blocks that convert old checkpoints
         return twin
 
 
@@ -69,7 +69,7 @@ def restore(obj: Any) -> None:
 
 
 def stock_twin(obj: StockPickle) -> Any:
-    """The stock object that `restore` would make of an instance, beside it: both have the same attributes."""
+    """A new stock object with the attributes of an instance, which stays as it is."""
     twin: Any = object.__new__(type(obj)._stock)
     twin.__dict__.update(_without_ours(obj.__dict__))
     return twin

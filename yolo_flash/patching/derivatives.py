@@ -1,4 +1,4 @@
-"""Gradients of gradients, and transforms of torch: what no fused operator has a rule for."""
+"""Gradients of gradients, and transforms of torch, for which fused operators have no rules."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from torch.autograd import forward_ad
 
 
 def transformed() -> bool:
-    """Whether `torch.func` or forward-mode AD sees every operator now: the fused ones lack the rules for it."""
+    """Whether `torch.func` or forward-mode AD is active, for which fused operators lack rules."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def needs_rules(*grads: Tensor) -> bool:
-    """Whether a backward that is given these gradients is itself differentiated (`create_graph=True`) or transformed.
+    """Whether a backward that gets these gradients is itself differentiated (`create_graph=True`) or transformed.
 
-    `is_grads_batched=True` shows in the gradients alone, as a tensor of an older kind of `vmap`.
+    `is_grads_batched=True` shows only in the gradients, which are then tensors of the legacy `vmap`.
     """
-    return torch.is_grad_enabled() or transformed() or any(map(_is_batched, grads))
+    return torch.is_grad_enabled() or transformed() or any(map(is_batched, grads))
 
 
-def _is_batched(t: Tensor) -> bool:
+def is_batched(t: Tensor) -> bool:
+    """Whether a tensor is batched by `vmap`, the legacy one included."""
     return torch._C._functorch.is_legacy_batchedtensor(t) or torch._C._functorch.is_batchedtensor(t)
 
 
-def written_out(
+def differentiable_backward(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of attention in plain operators: exact, to be differentiated any number of times, not fused.

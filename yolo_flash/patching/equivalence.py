@@ -1,9 +1,9 @@
 """Whether an attention block still computes what ours computes: Ultralytics may change it, and forks do.
 
-A twin of the block, with random weights, answers for it on the CPU: fresh weights hide attention, and nothing of the
-block itself runs, moves or changes, on whatever device and in whatever precision it is. It answers in float64: the
-smallest change of a number by a user is more than rounding there. A forward that is not Ultralytics' or torch's own is
-not asked: it may do more than compute, such as keep the scores.
+A twin of the block runs in its place, on the CPU, so that nothing of the block itself runs, moves or changes. The twin
+has random weights, since fresh ones hide attention, and computes in float64, where the smallest edit of a number
+exceeds rounding. A forward that is not Ultralytics' or torch's own is not run: it may have side effects, such as
+keeping the scores.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .class_swap import PREFIX, StockPickle, become
 if TYPE_CHECKING:
     from .blocks import FlashBlock
 
-ALLOWED = 1e-5  # float64 rounds to 1e-15; a block may pass through float32, which rounds to 1e-6
+ALLOWED = 1e-5  # float64 rounds at 1e-15; a block may cast to float32, which rounds at 1e-6
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _PLAIN = (str, int, float, bool, type(None))
@@ -32,10 +32,10 @@ _MAX_ANSWERS = 1024  # a user may give a block another number in every step
 _answers: dict[Any, str] = {}
 
 
-def difference(block: nn.Module, cls: type[FlashBlock]) -> str:
-    """What keeps `cls` from standing in for a stock block, as a sentence; empty if both compute the same.
+def why_not_equal(block: nn.Module, cls: type[FlashBlock]) -> str:
+    """Why `cls` cannot stand in for a stock block, as a sentence; empty if both compute the same.
 
-    Equal blocks, by everything that the answer depends on, are compared once a process.
+    Blocks that are equal in everything that the answer depends on are compared once a process.
 
     Args:
         block: An instance of the stock class of `cls`, or one that is patched already.
@@ -67,12 +67,12 @@ def _matters(name: str) -> bool:
 
 
 def _summary(value: Any) -> Any:
-    """Of a tensor, as hooks put weights on a module in every forward, the shape: a twin has values of its own."""
+    """A tensor's shape, since twins have values of their own; hooks set weights as attributes in every forward."""
     return value.shape if isinstance(value, Tensor) else value
 
 
 def _compare(block: nn.Module, cls: type[FlashBlock]) -> str:
-    """Run a twin by the stock forward and by ours, as in training and as in prediction."""
+    """Run a twin by the stock forward and by ours, in training mode and in evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     dispatcher = Dispatcher(FlashConfig(backend="sdpa_math"))
     worst = 0.0
@@ -97,13 +97,13 @@ def _compare(block: nn.Module, cls: type[FlashBlock]) -> str:
 
 
 def _run(cls: Any, twin: nn.Module, given: dict[str, Tensor]) -> Tensor:
-    torch.default_generator.manual_seed(0)  # what a block draws, such as dropout, is no difference
+    torch.default_generator.manual_seed(0)  # for dropout and the like
     out = cls.forward(twin, **given)
     return out[0] if isinstance(out, tuple) else out
 
 
 def _inputs(block: Any, generator: torch.Generator) -> list[dict[str, Tensor]]:
-    """Small inputs whose batch, height and width differ, so that nothing can be mistaken for another."""
+    """Small inputs whose batch, height and width differ, so that no two of them can be confused."""
 
     def sample(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float64, device="cpu").normal_(generator=generator)
@@ -119,7 +119,7 @@ def _inputs(block: Any, generator: torch.Generator) -> list[dict[str, Tensor]]:
 
 
 def _twin(module: nn.Module, generator: torch.Generator) -> Any:
-    """The same module with random weights on the CPU in float64: no deepcopy, which would copy what hooks hold."""
+    """The same module with random weights, on the CPU in float64. A deepcopy would copy what hooks hold."""
     cls = type(module)
     twin: Any = object.__new__(cls._stock if issubclass(cls, StockPickle) else cls)
     state = twin.__dict__
@@ -137,12 +137,12 @@ def _twin(module: nn.Module, generator: torch.Generator) -> Any:
         elif isinstance(value, MethodType) and value.__self__ is module:  # a fused Conv has its forward like that
             value = MethodType(value.__func__, twin)
         state[name] = value
-    state["_compiled_call_impl"] = twin.forward  # what `twin()` calls: past hooks on all modules, and past `compile()`
+    state["_compiled_call_impl"] = twin.forward  # so `twin()` skips global hooks and `compile()`
     return twin
 
 
 def _random(t: Tensor, generator: torch.Generator) -> Tensor:
-    """Values that all matter: factors and variances near 1, matrices that keep the size of what they multiply."""
+    """Random values none of which vanishes: factors and variances near 1, matrices that keep the norm of a vector."""
     if not t.is_floating_point():
         return torch.zeros(t.shape, dtype=t.dtype)
     found = torch.empty(t.shape, dtype=torch.float64, device="cpu")

@@ -1,8 +1,8 @@
-"""Attention on an image as one node of autograd, in which a backend may fail: another one answers, in either direction.
+"""Attention as one autograd node: where a backend fails, forward or backward, another one computes the result.
 
-The node calls the backend's own operator for its gradient: with a graph of autograd inside, and a node for every change
-of layout around it, the host took twice as long. No fused operator has a gradient of its gradient: where one is asked
-for, or a transform looks on, the gradient is written out in operators that have every rule.
+The node of packed tensors calls the backend's own backward operator: a graph of autograd inside, and a node for every
+change of layout around it, took the host twice as long. Fused operators have no second derivative: under
+`create_graph=True` or a transform the gradient is computed in plain operators, see `derivatives.py`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import BACKENDS
-from ..backends.separate import RUNS, Inputs
+from ..backends.separate import Inputs
 from ..backends.spec import AttentionSpec
 from ..dispatch.dispatcher import Dispatcher
+from ..machine import detect
 from ..utils.errors import is_out_of_memory
-from .derivatives import _is_batched, needs_rules, written_out
+from .derivatives import differentiable_backward, is_batched, needs_rules
 
 
 class FlashKernelError(Exception):
     """A backend asked for by name raised. Not a RuntimeError, which the trainer might take for out of memory."""
 
 
-class Job(NamedTuple):
+class AttentionCall(NamedTuple):
     """What a block wants computed.
 
     Attributes:
@@ -43,37 +44,62 @@ class Job(NamedTuple):
     dispatcher: Dispatcher
 
 
-def attend_packed(qkv: Tensor, job: Job) -> tuple[Tensor, Tensor]:
-    """Run a backend on the output of a 1x1 convolution, forward and backward under guard.
+def attend_packed(qkv: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Run a backend on the output of a 1x1 convolution; if its forward or backward raises, another one runs.
 
-    Torch's kernels raise in their backward what Ultralytics' trainer takes for out of memory, and halves the batch.
-    Here the gradient is computed again by unfused attention, and the backend is left out from then on; if it was asked
-    for by name, FlashKernelError says so.
+    An error of torch's kernels in their backward looks to Ultralytics' trainer like a lack of memory, and halves the
+    batch. Here unfused attention computes the gradient again, and the backend is not used from then on; a backend asked
+    for by name raises FlashKernelError.
 
     Args:
         qkv: `[images, channels, height, width]`, channels_last or contiguous, packed head by head.
-        job: What to compute.
+        call: What to compute.
 
     Returns:
         Attention and v, both `[images, num_heads * head_dim_v, height, width]` in the memory format of `qkv`. Gradients
         reach the backend and `qkv` in the layout that each expects, see `_Relayout`.
     """
     if torch.compiler.is_compiling():
-        return _run(qkv, job.spec, job.backend)
-    if qkv.requires_grad and torch.is_grad_enabled() and BACKENDS[job.backend].fused:
+        return _run(qkv, call.spec, call.backend)
+    if qkv.requires_grad and torch.is_grad_enabled() and BACKENDS[call.backend].fused:
         layout = memory_format(qkv)
         if not qkv.is_contiguous(memory_format=torch.channels_last):
-            qkv = _relayout(qkv, torch.channels_last, back=layout)  # outside of the node, which so keeps one copy alone
-        out, image = _Attention.apply(qkv, job, layout)
+            qkv = _relayout(qkv, torch.channels_last, back=layout)  # outside of the node, which thus keeps one copy
+        out, image = _PackedAttention.apply(qkv, call, layout)
         return out, image
-    return _answered(job, qkv.device, lambda backend: _run(qkv, job.spec, backend))[1]
+    return _run_guarded(call, qkv.device, lambda call: _run(qkv, call.spec, call.backend))[1]
 
 
-def give_up(job: Job, error: Exception, where: str = "") -> None:
-    """Leave the backend of a job, which raised, out from now on, so that another one may answer.
+def attend_separate(inputs: Inputs, call: AttentionCall) -> Tensor:
+    """Run a backend on separate tensors, as `attend_packed` does on packed ones.
 
     Args:
-        job: What failed.
+        inputs: Queries, keys, values and mask.
+        call: What to compute.
+
+    Returns:
+        Attention, contiguous `[batch, seq_len_q, num_heads, head_dim]`.
+
+    Raises:
+        FlashKernelError: The backend raised, and was asked for by name.
+    """
+    if torch.compiler.is_compiling():
+        return _operator(call.backend, call.spec)(inputs, call.spec)
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+    def run(call: AttentionCall) -> Any:
+        if needed and BACKENDS[call.backend].fused:
+            return _SeparateAttention.apply(call, *inputs)
+        return _operator(call.backend, call.spec)(inputs, call.spec)
+
+    return _run_guarded(call, inputs[0].device, run)[1]
+
+
+def give_up(call: AttentionCall, error: Exception, where: str = "") -> None:
+    """Do not use the backend of a call, which raised, from now on, so that another one may run.
+
+    Args:
+        call: What failed.
         error: What it raised.
         where: `the backward of `, for the message.
 
@@ -81,7 +107,7 @@ def give_up(job: Job, error: Exception, where: str = "") -> None:
         Exception: The error itself where memory was short: the trainer halves the batch.
         FlashKernelError: The backend was asked for by name.
     """
-    spec, backend, layer, choice, dispatcher = job
+    spec, backend, layer, choice, dispatcher = call
     if is_out_of_memory(error):
         raise error
     if choice != "auto":
@@ -98,25 +124,48 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if nhwc else torch.contiguous_format
 
 
-# One node -------------------------------------------------------------------------------------------------------------
-class _Attention(torch.autograd.Function):
-    """The whole of it: layouts, backend, errors."""
+def _run_guarded(
+    call: AttentionCall, device: torch.device, run: Callable[[AttentionCall], Any]
+) -> tuple[AttentionCall, Any]:
+    """The call that ran and what it gave; when `auto` chose a backend that raises, the next one runs instead."""
+    while True:
+        try:
+            return call, run(call)
+        except Exception as error:
+            if call.choice == "auto" and call.backend == "sdpa_math":  # there is nothing behind it
+                raise
+            give_up(call, error)
+        following = call.dispatcher.select(call.spec, "auto", detect(device)).backend
+        able = following not in (call.backend, "stock")  # the forward of stock begins before these tensors
+        call = call._replace(backend=following if able else "sdpa_math")
+
+
+def _operator(backend: str, spec: AttentionSpec) -> Callable[..., Any]:
+    """What the backend calls for tensors that lie as in `spec`; never of `stock`, whose forward begins before them."""
+    found: Any = BACKENDS[backend].separate if spec.layout == "separate" else BACKENDS[backend].forward
+    return found
+
+
+# Packed tensors -------------------------------------------------------------------------------------------------------
+class _PackedAttention(torch.autograd.Function):
+    """Layouts, backend and errors in one node."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, job: Job, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, qkv: Tensor, call: AttentionCall, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
         ctx.layout = layout
-        packed = _pack(qkv, job.spec)
-        backend, (out, image, *kept) = _answered(job, qkv.device, lambda name: _forward(name)(packed, job.spec))
-        ctx.job = job if backend == job.backend else job._replace(backend=backend)
+        packed = _pack(qkv, call.spec)
+        ctx.call, (out, image, *kept) = _run_guarded(
+            call, qkv.device, lambda call: _operator(call.backend, call.spec)(packed, call.spec)
+        )
         ctx.save_for_backward(qkv, *(t for t in kept if not isinstance(t, int)))
         return _unpack(out, qkv).contiguous(memory_format=layout), _unpack(image, qkv).contiguous(memory_format=layout)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         qkv, *kept = ctx.saved_tensors
-        spec, backend = ctx.job.spec, ctx.job.backend
+        spec, backend = ctx.call.spec, ctx.call.backend
         if needs_rules(*grads):
-            return _written_out(qkv, grads, spec), None, None
+            return _differentiable_backward(qkv, grads, spec), None, None
         packed = _pack(qkv, spec)
         dout, dimage = (_pack(grad.contiguous(memory_format=torch.channels_last), spec) for grad in grads)
         differentiate = BACKENDS[backend].backward
@@ -126,16 +175,16 @@ class _Attention(torch.autograd.Function):
             else:
                 grad = differentiate(packed, kept, dout, dimage, spec)
         except Exception as error:
-            give_up(ctx.job, error, "the backward of ")
+            give_up(ctx.call, error, "the backward of ")
             grad = _by_autograd(packed, dout, dimage, spec, "sdpa_math")
         return _unpack(grad, grads[0]).contiguous(memory_format=ctx.layout), None, None
 
 
-def _written_out(qkv: Tensor, grads: tuple[Tensor, ...], spec: AttentionSpec) -> Tensor:
-    """The gradient of the image `qkv`: no memory format is asked for, which `vmap` does not know."""
+def _differentiable_backward(qkv: Tensor, grads: tuple[Tensor, ...], spec: AttentionSpec) -> Tensor:
+    """The gradient of the image `qkv`, without memory formats, which `vmap` does not support."""
     packed, dout, through_image = (_pack(t, spec).transpose(1, 2) for t in (qkv, *grads))
     q, k, v = packed.split([spec.head_dim, spec.head_dim, spec.head_dim_v], dim=-1)
-    dq, dk, dv = written_out(q, k, v, dout, spec.head_dim**-0.5)
+    dq, dk, dv = differentiable_backward(q, k, v, dout, spec.head_dim**-0.5)
     both = torch.cat((dq, dk, dv + through_image), dim=-1).transpose(1, 2).contiguous()
     return _unpack(both, qkv)
 
@@ -144,40 +193,17 @@ def _by_autograd(packed: Tensor, dout: Tensor, dimage: Tensor, spec: AttentionSp
     """The gradient of the packed tensor, through a graph that is built here."""
     with torch.enable_grad():
         leaf = packed.detach().requires_grad_()
-        out, image, *_ = _forward(backend)(leaf, spec)
+        out, image, *_ = _operator(backend, spec)(leaf, spec)
     return torch.autograd.grad((out, image), leaf, (dout, dimage))[0]
 
 
-def _answered(job: Job, device: torch.device, run: Callable[[str], Any]) -> tuple[str, Any]:
-    """The backend that ran and what it gave; when `auto` chose one that raises, the next one runs instead."""
-    while True:
-        backend = job.backend
-        try:
-            return backend, run(backend)
-        except Exception as error:
-            if job.choice == "auto" and backend in ("stock", "sdpa_math"):  # there is nothing behind them
-                raise
-            give_up(job, error)
-            following = job.dispatcher.decide(job.spec, "auto", device).backend
-            job = job._replace(backend="sdpa_math" if following == backend else following)
-
-
-# As a graph of autograd -----------------------------------------------------------------------------------------------
 def _run(qkv: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor]:
-    """The same, in operators that torch differentiates, compiles and transforms."""
+    """Layouts and backend in operators that torch differentiates, compiles and transforms."""
     layout = memory_format(qkv)
     packed = _pack(_relayout(qkv, torch.channels_last, back=layout), spec)
-    out, image, *_ = _forward(backend)(packed, spec)
+    out, image, *_ = _operator(backend, spec)(packed, spec)
     out, image = (_relayout(_unpack(t, qkv), layout, back=torch.channels_last) for t in (out, image))
     return out, image
-
-
-def _forward(backend: str) -> Callable[[Tensor, AttentionSpec], tuple[Any, ...]]:
-    """Of the backend, or, for `stock`, whose forward begins before the packed tensor, of unfused attention."""
-    function = BACKENDS[backend].forward or BACKENDS["sdpa_math"].forward
-    if function is None:
-        raise LookupError(f"neither {backend} nor sdpa_math has a forward for packed tensors.")
-    return function
 
 
 def _pack(image: Tensor, spec: AttentionSpec) -> Tensor:
@@ -192,14 +218,14 @@ def _unpack(t: Tensor, like: Tensor) -> Tensor:
 
 
 def _relayout(x: Tensor, layout: torch.memory_format, back: torch.memory_format) -> Tensor:
-    """`x` in a memory format, its gradient in another: a copy only where `x` lies differently."""
+    """`x` in a memory format, its gradient in another; copied only if needed."""
     if x.requires_grad and torch.is_grad_enabled():
         return _Relayout.apply(x, layout, back)
     return x.contiguous(memory_format=layout)
 
 
 class _Relayout(torch.autograd.Function):
-    """Hands each neighbour the layout that it expects.
+    """Changes a tensor's memory format, and in the backward that of its gradient.
 
     The CPU's flash backward reads garbage from a gradient whose last stride is not 1 (pytorch pull 187506), and
     BatchNorm's CPU backward in torch 2.14.1 is wrong for a gradient that lies differently from its output.
@@ -215,66 +241,38 @@ class _Relayout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if not torch.compiler.is_compiling() and _is_batched(grad):  # `vmap` knows no memory format
+        if not torch.compiler.is_compiling() and is_batched(grad):  # `vmap` supports no memory format
             return grad, None, None
         return grad.contiguous(memory_format=ctx.back), None, None
 
 
 # Separate tensors -----------------------------------------------------------------------------------------------------
-def attend_separate(inputs: Inputs, job: Job) -> Tensor:
-    """Run a backend of `RUNS`, forward and backward under guard, as `attend_packed` does for packed tensors.
-
-    Args:
-        inputs: What to attend to.
-        job: What to compute.
-
-    Raises:
-        FlashKernelError: The backend raised, and was asked for by name.
-    """
-    spec, backend = job.spec, job.backend
-    if torch.compiler.is_compiling():
-        return RUNS[backend](inputs, spec)
-    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    try:
-        if not needed or backend == "sdpa_math":
-            return RUNS[backend](inputs, spec)
-        out: Tensor = _Guarded.apply(job, *inputs)
-        return out
-    except Exception as error:
-        if job.choice == "auto" and backend == "sdpa_math":  # there is nothing behind it
-            raise
-        give_up(job, error)
-    following = job.dispatcher.decide(spec, "auto", inputs[0].device).backend
-    able = following if following in RUNS and following != backend else "sdpa_math"  # stock begins before these tensors
-    return attend_separate(inputs, job._replace(backend=able))
-
-
-class _Guarded(torch.autograd.Function):
+class _SeparateAttention(torch.autograd.Function):
     """The backend's own graph, kept inside of one node."""
 
     @staticmethod
-    def forward(ctx: Any, job: Job, *inputs: Tensor | None) -> Tensor:
-        ctx.job = job
+    def forward(ctx: Any, call: AttentionCall, *inputs: Tensor | None) -> Tensor:
+        ctx.call = call
         ctx.save_for_backward(*inputs)
-        ctx.inner = _graph(inputs, job.spec, job.backend)
+        ctx.inner = _graph(inputs, call.spec, call.backend)
         result: Tensor = ctx.inner[1].detach()
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        spec, backend = ctx.job.spec, ctx.job.backend
+        spec, backend = ctx.call.spec, ctx.call.backend
         if needs_rules(grad):
             q, k, v, dout = (t.transpose(1, 2) for t in (*inputs[:3], grad))
-            grads = written_out(q, k, v, dout, spec.head_dim**-0.5, inputs[3])
+            grads = differentiable_backward(q, k, v, dout, spec.head_dim**-0.5, inputs[3])
             return None, *(t.transpose(1, 2) for t in grads), None
-        inner, ctx.inner = ctx.inner, None  # what it holds is freed now, and not when the loss is
+        inner, ctx.inner = ctx.inner, None  # its memory is freed now, and not with the loss
         grad = grad.contiguous()  # the CPU's flash backward reads garbage where the last stride is not 1
-        try:  # a second backward of a retained graph builds it once more
+        try:  # a second backward of a retained graph builds the inner graph again
             leaves, out = inner or _graph(inputs, spec, backend)
             return None, *torch.autograd.grad(out, leaves, grad), None
         except Exception as error:
-            give_up(ctx.job, error, "the backward of ")
+            give_up(ctx.call, error, "the backward of ")
         leaves, out = _graph(inputs, spec, "sdpa_math")
         return None, *torch.autograd.grad(out, leaves, grad), None
 
@@ -282,4 +280,4 @@ class _Guarded(torch.autograd.Function):
 def _graph(inputs: tuple[Any, ...], spec: AttentionSpec, backend: str) -> tuple[tuple[Tensor, ...], Tensor]:
     with torch.enable_grad():
         q, k, v = (t.detach().requires_grad_() for t in inputs[:3])
-        return (q, k, v), RUNS[backend]((q, k, v, inputs[3]), spec)
+        return (q, k, v), _operator(backend, spec)((q, k, v, inputs[3]), spec)

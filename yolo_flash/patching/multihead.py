@@ -1,7 +1,8 @@
 """`nn.MultiheadAttention` where Ultralytics has it: RT-DETR's encoder and decoder, and C3TR.
 
-They call it with `need_weights=True`, torch's default, for which it writes the score matrix to memory, and average it
-over the heads; and then take the first of its two results. Who reads the second is left alone, see `unread_weights`.
+They call it with `need_weights=True`, torch's default, so that it writes the score matrix to memory and averages it
+over the heads, and then use only the first of its two results. Callers that use the second are left alone, see
+`unread_weights`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,8 @@ from ultralytics.nn.modules.transformer import (
     TransformerLayer,
 )
 
-from ..backends.separate import RUNS
-from ..backends.spec import AttentionSpec
-from .blocks import FlashBlock, _compute_dtype, _leave_stock, spec_fields
-from .fallback import Job, attend_separate
+from .blocks import FlashBlock, leaves_stock
+from .fallback import AttentionCall, attend_separate
 
 OWNERS = (AIFI, DeformableTransformerDecoderLayer, TransformerEncoderLayer, TransformerLayer)
 
@@ -57,7 +56,7 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`, but for one default: who does not say `need_weights` gets no weights.
+        """As `nn.MultiheadAttention.forward`, but `need_weights` is False unless given.
 
         Args:
             query: `[tokens, batch, channels]`, or `[batch, tokens, channels]` with `batch_first`.
@@ -77,8 +76,9 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
             FlashKernelError: The backend asked for by name raised.
         """
         asked = need_weights or not average_attn_weights or is_causal or key_padding_mask is not None
-        plan = None if asked or not self._fits(query, key, value, attn_mask) else self._plan(query, attn_mask)
-        if plan is None or plan[1] not in RUNS:
+        fits = not asked and self._fits(query, key, value, attn_mask)
+        call = self._attention_call(query, attn_mask) if fits else None
+        if call is None:
             return nn.MultiheadAttention.forward(
                 self,
                 query,
@@ -91,15 +91,13 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
                 is_causal,
             )
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in self._project(query, key, value))
-        out = attend_separate(
-            (q, k, v, attn_mask), Job(*plan, self._flash_layer, self._flash_choice, self._flash_dispatcher)
-        )
+        out = attend_separate((q, k, v, attn_mask), call)
         out = linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
         return self._batch_first(out), None
 
     def _fits(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-        """Whether this call is plain self-attention, whose weights nobody sees: a user's hook would see them."""
-        if self._forward_hooks or (self.training and self.dropout) or _leave_stock(self, query) or query.is_nested:
+        """Whether this call is plain self-attention whose weights nobody reads; a user's hook could read them."""
+        if self._forward_hooks or (self.training and self.dropout) or leaves_stock(self, query) or query.is_nested:
             return False
         if self.in_proj_weight is None or self.bias_k is not None or self.add_zero_attn:
             return False
@@ -108,15 +106,11 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
         tokens = query.shape[1 if self.batch_first else 0]
         return mask is None or (mask.dtype is torch.bool and mask.shape == (tokens, tokens))
 
-    def _plan(self, x: Tensor, mask: Tensor | None = None) -> tuple[AttentionSpec, str] | None:
-        if self._was_changed():
-            return None
-        modes = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), mask is not None
-        fields = spec_fields(self, type(self), *images_and_tokens(self, x), _compute_dtype(x), False, *modes)
-        return None if fields is None else self._choose(fields, x.device)
+    def _attention_call(self, x: Tensor, mask: Tensor | None = None) -> AttentionCall | None:
+        return None if self._was_changed() else self._decided(x, *images_and_tokens(self, x), mask=mask is not None)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values `[batch, tokens, channels]`; one product for a query that is the key, as in AIFI."""
+        """Queries, keys and values `[batch, tokens, channels]`; one product where query is key, as in AIFI."""
         weights = self.in_proj_weight.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         v = self._linear(value, weights[2], biases[2])
@@ -128,7 +122,7 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
         return self._linear(query, weights[0], biases[0]), self._linear(key, weights[1], biases[1]), v
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Of tensors in memory's own order: torch copies others first. The decoder gives transposed ones."""
+        """Linear projection in the input's memory order, since torch copies transposed tensors, as the decoder has."""
         if x.is_contiguous():
             return self._batch_first(linear(x, weight, bias))
         flipped = linear(x.transpose(0, 1), weight, bias)
@@ -153,9 +147,10 @@ def images_and_tokens(block: Any, x: Tensor) -> tuple[int, int]:
 
 
 def unread_weights(module: nn.Module) -> set[int]:
-    """The ids of all `nn.MultiheadAttention` in `module` that only blocks of Ultralytics hold which ignore its weights.
+    """The ids of all `nn.MultiheadAttention` in `module` whose attention weights no caller reads.
 
-    Subclasses of users, of the blocks or of the attention, may read them and are not ours.
+    Only blocks in `OWNERS` hold those. Subclasses by users, of the blocks or of the attention, may read the weights and
+    are not ours.
     """
     ours: set[int] = set()
     others: set[int] = set()
@@ -169,8 +164,8 @@ def unread_weights(module: nn.Module) -> set[int]:
 def denoising_queries(model: nn.Module) -> dict[str, int]:
     """Decoder self-attention -> the denoising queries that a training step adds to its own, at most.
 
-    RT-DETR trains its decoder with noisy labels beside the queries, as many groups as 2 x `num_denoising` queries hold;
-    a mask keeps them apart. Their number varies a little with the labels of a batch.
+    RT-DETR trains its decoder with groups of noisy labels beside the queries, 2 x `num_denoising` at most, kept apart
+    by a mask. Their number varies a little with the labels of a batch.
     """
     return {
         f"{name.removeprefix('student_model.')}.decoder.layers.{i}.self_attn": 2 * head.num_denoising
@@ -181,7 +176,7 @@ def denoising_queries(model: nn.Module) -> dict[str, int]:
 
 
 def denoising_mask(tokens: int, denoising: int, group: int, device: torch.device | None = None) -> Tensor:
-    """A mask as RT-DETR has it: each group of denoising queries sees itself and the others, which see no such group.
+    """RT-DETR's mask: a group of denoising queries sees itself and the other queries; those see no such group.
 
     Args:
         tokens: All queries, the denoising ones first.

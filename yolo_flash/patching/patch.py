@@ -1,4 +1,4 @@
-"""Patch the attention blocks of a module in place, and undo it: an instance changes its class and nothing else."""
+"""Patch the attention blocks of a module in place, and undo it: an instance only changes its class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..config import FlashConfig, FlashConfigError
 from ..dispatch.dispatcher import Dispatcher
 from .blocks import FlashAAttn, FlashAttention, FlashBlock, unknown_block
 from .class_swap import become, restore
-from .equivalence import difference
+from .equivalence import why_not_equal
 from .multihead import FlashMultiheadAttention, unread_weights
 
 BLOCKS: dict[type, type[FlashBlock]] = {
@@ -26,8 +26,7 @@ BLOCKS: dict[type, type[FlashBlock]] = {
 def known_blocks(module: nn.Module) -> dict[str, nn.Module]:
     """Layer name -> attention block of a class that we take over, or patched, in the order of the model.
 
-    Subclasses of users are not ours. Of `nn.MultiheadAttention`, which is everybody's, those are ours whose weights
-    nobody reads.
+    Subclasses by users are not ours. An `nn.MultiheadAttention` is ours where no caller reads its attention weights.
 
     A student under distillation keeps the names that it has alone; its teacher's begin with `teacher_model.`.
     """
@@ -41,17 +40,17 @@ def known_blocks(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def targets(module: nn.Module) -> dict[str, nn.Module]:
-    """The known blocks that are patched or can be: those that compute what ours compute."""
+    """The known blocks that are patched or can be, since they compute what ours compute."""
     return {name: block for name, block in known_blocks(module).items() if not _strangeness(block)}
 
 
 def _strangeness(block: nn.Module) -> str:
     """Why a block has to stay stock; empty if it has not."""
-    return block.why_stock() if isinstance(block, FlashBlock) else difference(block, BLOCKS[type(block)])
+    return block.why_stock() if isinstance(block, FlashBlock) else why_not_equal(block, BLOCKS[type(block)])
 
 
 def patch_modules(module: nn.Module, config: FlashConfig, dispatcher: Dispatcher | None = None) -> Dispatcher:
-    """Swap every attention block of `module` for ours, or bring patched ones to new settings.
+    """Swap every attention block of `module` for ours, or give patched ones new settings.
 
     Args:
         module: Any module; blocks are found at every depth.
@@ -69,7 +68,7 @@ def patch_modules(module: nn.Module, config: FlashConfig, dispatcher: Dispatcher
     blocks = targets(module)
     _tell_strangers(module)
     dispatcher = dispatcher or Dispatcher(config)
-    unpatch_modules(module)  # those too that were changed since, and have to stay stock now
+    unpatch_modules(module)  # blocks that were changed since have to stay stock now
     for name, block in blocks.items():
         cls = BLOCKS[type(block)]
         become(block, cls, layer=name, choice=choices[name], dispatcher=dispatcher, verdict=(cls.code(), ""))
@@ -106,7 +105,7 @@ def layer_choices(module: nn.Module, config: FlashConfig) -> dict[str, str]:
 
 
 def _tell_strangers(module: nn.Module) -> None:
-    """One line for all blocks that stay stock; a run that patches its model again does not repeat it."""
+    """One log line, once a process, for all blocks that stay stock."""
     strangers = {name: reason for name, block in known_blocks(module).items() if (reason := _strangeness(block))}
     if not strangers:
         return

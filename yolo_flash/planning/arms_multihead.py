@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..backends.separate import RUNS, Inputs
+from ..backends.registry import BACKENDS
+from ..backends.separate import Inputs
 from ..backends.spec import AttentionSpec
 from ..config import FlashConfig
 from ..dispatch.dispatcher import Dispatcher
@@ -32,7 +33,7 @@ class MultiheadArm:
         block.in_proj_weight, block.in_proj_bias = nn.Parameter(same.repeat(3, 1)), nn.Parameter(nothing)
         block.out_proj.weight, block.out_proj.bias = nn.Parameter(same), nn.Parameter(nothing[:channels].clone())
         block.requires_grad_(spec.training)  # it decides how torch multiplies, though their gradients are not asked for
-        if backend in RUNS:
+        if BACKENDS[backend].separate is not None:
             dispatcher = Dispatcher(FlashConfig(backend=backend))
             become(block, FlashMultiheadAttention, layer="", choice=backend, dispatcher=dispatcher)
         self.block = block.train(spec.training)

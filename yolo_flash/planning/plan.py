@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +16,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import unwrap_model
 
-from ..backends.spec import AttentionSpec, short
+from ..backends.spec import AttentionSpec
 from ..dispatch.decision import Decision, Trial
 from ..dispatch.dispatcher import Dispatcher
 from ..machine import Machine
@@ -238,7 +237,7 @@ def describe(rows: list[PlanRow], machine: Machine) -> str:
             row.decision.spec.num_heads,
             row.decision.spec.seq_len_q,
             row.decision.backend,
-            _why(row.decision),
+            row.decision.summary(),
             _stage(row.layer),
         )
         for row in rows
@@ -260,22 +259,6 @@ def describe(rows: list[PlanRow], machine: Machine) -> str:
     return "\n".join(lines)
 
 
-def _why(decision: Decision) -> str:
-    """`0.88 ms, 4.6x stock, the fastest measured`; with a word on times that were not measured as a whole."""
-    ms = decision.ms.get(decision.backend)
-    if ms is None:
-        return decision.why
-    stock = decision.ms.get("stock")
-    gain = f", {stock / ms:.1f}x stock{_marked(decision, 'stock')}" if stock and decision.backend != "stock" else ""
-    return f"{ms:.3g} ms{_marked(decision, decision.backend)}{gain}, {decision.why}"
-
-
-def _marked(decision: Decision, name: str) -> str:
-    """` (measured on 4 of 64 groups)` behind a time that was scaled."""
-    note = decision.notes.get(name)
-    return f" ({note})" if note else ""
-
-
 def _stage(layer: str) -> str:
     """`model.6.m.0.0.attn` -> `model.6`."""
     return ".".join(layer.split(".")[:2])
@@ -291,7 +274,7 @@ def plan_entry(row: PlanRow) -> dict[str, Any]:
         "layer": row.layer,
         "block": row.block,
         "mode": row.mode,
-        "spec": dataclasses.asdict(decision.spec) | {"dtype": short(decision.spec.dtype)},
+        "spec": decision.spec.as_json(),
         "backend": decision.backend,
         "why": decision.why,
         "ms": decision.ms,

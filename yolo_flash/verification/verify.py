@@ -21,7 +21,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from .._version import __version__
 from ..assets.models import open_model
 from ..backends.registry import BACKENDS
-from ..backends.spec import AttentionSpec, short
+from ..backends.spec import AttentionSpec, dtype_name
 from ..config import FlashConfig, known_keys
 from ..dispatch.dispatcher import Dispatcher
 from ..machine import detect, resolve_device
@@ -242,7 +242,7 @@ class _Verification:
             "source": self.source,
             "imgsz": self.imgsz,
             "batch": self.batch,
-            "dtype": " and ".join(dict.fromkeys(short(mode.dtype) for mode in self.modes)),
+            "dtype": " and ".join(dict.fromkeys(dtype_name(mode.dtype) for mode in self.modes)),
             "device": str(self.machine),
             "machine": dataclasses.asdict(self.machine),
             "layers": layers,
