@@ -1,6 +1,6 @@
 """The one place that runs a backend to judge it: is it exact, how fast is it, how much memory does it take.
 
-A backend is run in the real block, see `trial_block.py`.
+A backend is run in a real block of the model, see `arms.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor
 from ultralytics.utils import LOGGER, NUM_THREADS, TQDM
 
 from ..backends.registry import BACKENDS
@@ -28,7 +27,7 @@ from ..utils.errors import first_line, is_out_of_memory
 from ..utils.memory import extra_bytes, free_bytes, readable
 from ..utils.numerics import Results, allowed_error
 from ..utils.timing import sampler_of, wait
-from .arms import arm_of, channels, inputs
+from .arms import Arm, arm_of, channels
 from .probes import Probe, hard_probe, random_probe
 
 _SCORES_TO_CHECK = 2**22  # exactness does not depend on the number of groups: as many as make this, one at least
@@ -154,35 +153,34 @@ def _check(spec: AttentionSpec, device: torch.device, names: list[str], trials: 
     wanted = math.ceil(_SCORES_TO_CHECK * spec.batch / spec.scores / spec.area)
     groups = min(spec.batch, max(1, min(fitting, wanted)) * spec.area)
     arms = {name: arm_of(spec, name, device) for name in dict.fromkeys(["stock", *names])}  # stock is the yardstick
+    stock = arms["stock"]
     for name in [name for name in arms if _bytes_a_group(spec, name) * groups > cap]:
         trials[name] = _too_large(spec, name, cap)
         del arms[name]
-    exact = _hold(spec, device, arms, trials, random_probe(spec, groups, device))
-    hard = hard_probe(spec, device)
+    exact = _hold(arms, trials, random_probe(stock, groups))
+    hard = hard_probe(stock)
     if hard is not None and hard.groups <= fitting * spec.area:
         arms = {name: arm for name, arm in arms.items() if name in exact or (name == "stock" and name in trials)}
         arms = {name: arm for name, arm in arms.items() if _bytes_a_group(spec, name) * hard.groups <= cap}
         unheld = [name for name in exact if name not in arms]
-        exact = [*_hold(spec, device, arms, trials, hard), *unheld]
+        exact = [*_hold(arms, trials, hard), *unheld]
     if "stock" not in names:
         trials.pop("stock", None)
     return [name for name in names if name in exact]
 
 
-def _hold(
-    spec: AttentionSpec, device: torch.device, arms: Mapping[str, Any], trials: dict[str, Trial], probe: Probe
-) -> list[str]:
+def _hold(arms: Mapping[str, Arm], trials: dict[str, Trial], probe: Probe) -> list[str]:
     """Run arms on a probe, stock first; those that are as exact as it allows. The others get the reason."""
     errors: dict[str, dict[str, float]] = {}
     for name, arm in arms.items():
         start = time.perf_counter()
         try:
             results = arm.call(probe.given, probe.upstream)
-            wait(device)
+            wait(arm.device)
             seconds = time.perf_counter() - start
             errors[name] = probe.errors(results)
         except Exception as error:  # a kernel raises whatever it likes
-            trials[name] = _failed(name, error, device, trials.get(name, _NEW))
+            trials[name] = _failed(name, error, arm.device, trials.get(name, _NEW))
             if name == "stock" and not trials[name].no_memory:  # without a yardstick no backend is better than another
                 raise
             continue
@@ -194,7 +192,7 @@ def _hold(
             yardstick = errors["stock"][part] if "stock" in errors else math.inf
             if not math.isfinite(yardstick):  # stock could not run, or is wrong itself
                 yardstick = probe.usual
-            limit = allowed_error(yardstick, spec.dtype) + probe.rounding
+            limit = allowed_error(yardstick, arms[name].spec.dtype) + probe.rounding
             if not off <= limit and name != "stock":  # NaN too
                 wrong.append(f"{part} is off by {off:.2g}, {limit:.2g} is allowed")
         if wrong:
@@ -220,7 +218,8 @@ def _time(spec: AttentionSpec, device: torch.device, names: list[str], trials: d
             trials[name] = _too_large(spec, name, cap, trials[name])
             continue
         try:
-            call = _bound(arm_of(spec, name, device), *inputs(spec, groups, device))
+            arm = arm_of(spec, name, device)
+            call = partial(arm.call, *arm.inputs(groups))
             call()
             extra = extra_bytes(call, device)
             samplers[name] = sampler_of(call, device)
@@ -264,10 +263,6 @@ def _sample(
         ms = [value * scales[name] for value in mine]
         method = samplers[name][1]
         trials[name] = replace(trials[name], ms=statistics.median(ms), ms_low=min(ms), ms_high=max(ms), method=method)
-
-
-def _bound(arm: Any, given: Any, upstream: Tensor) -> Callable[[], Results]:
-    return lambda: arm.call(given, upstream)
 
 
 def _failed(name: str, error: Exception, device: torch.device, trial: Trial = _NEW) -> Trial:
