@@ -17,8 +17,9 @@ from yolo_flash.bench import largest_batch
 from yolo_flash.cli import checks, main
 from yolo_flash.dispatch.dispatcher import Dispatcher
 from yolo_flash.planning import memory
+from yolo_flash.planning.inputs import RunInput
 from yolo_flash.planning.memory import attention_memory, kept_bytes
-from yolo_flash.planning.plan import RunInput, make_plan
+from yolo_flash.planning.plan import make_plan
 
 MEASURED = sorted((Path(__file__).parents[2] / "docs" / "results").glob("step-*.json"))
 

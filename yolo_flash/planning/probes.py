@@ -15,8 +15,8 @@ from .arms import Arm
 
 _PARTS = ("output", "gradient of q", "gradient of k", "gradient of v")
 _HIGH = 120.0  # a score of the hard inputs: its exponential overflows float32, that of its negative is zero there
-_HARD_SCORES = {"cpu": 2**22, "cuda": 2**24}  # as many kinds of hard inputs as make this, one at least
-_HARD_LARGEST = {"cpu": 2**24, "cuda": 2**27}  # of one image: beyond, a trial would take seconds more
+_HARD_SCORES = {"cpu": 2**22, "cuda": 2**24}  # as many images of hard inputs as make this, one at least
+_HARD_LARGEST = {"cpu": 2**24, "cuda": 2**27}  # scores of one image: beyond, a trial would take seconds more
 
 
 def _far_below(q: Tensor, k: Tensor) -> None:
@@ -45,15 +45,15 @@ _HARD: dict[str, Callable[[Tensor, Tensor], None]] = {
 
 @dataclass(frozen=True)
 class Probe:
-    """Inputs of an arm, with what is right for them.
+    """Inputs of an arm, and how far results are off for them.
 
     Attributes:
-        groups: How many.
+        groups: How many problems.
         given: Input of an arm.
-        upstream: Gradient of its output.
+        upstream: Gradient of the output.
         errors: `(results of an arm)` -> part of the results -> relative error; ArithmeticError for another shape.
-        rounding: What a backend may be off besides twice the error of stock and the rounding of the dtype.
-        usual: Error of stock, where stock cannot run.
+        rounding: Error that a backend may have besides twice that of stock and the rounding of the dtype.
+        usual: Takes the place of stock's error where stock cannot run.
     """
 
     groups: int
@@ -65,11 +65,11 @@ class Probe:
 
 
 def random_probe(arm: Arm, groups: int) -> Probe:
-    """Random inputs; output and the gradients of q, k and v are held apart.
+    """Random inputs; output and gradients of q, k and v each have an error of their own.
 
     Args:
         arm: Any arm of the problem.
-        groups: How many.
+        groups: How many problems.
     """
     given, upstream = arm.inputs(groups)
     truth = _exact(arm, given, upstream)
@@ -90,17 +90,17 @@ def random_probe(arm: Arm, groups: int) -> Probe:
 def hard_probe(arm: Arm) -> Probe | None:
     """Scores far below 0, one dominating key, scores far above 0: a group of each, on the first image at least.
 
-    cuDNN's backward gave NaN for the first of them (cudnn-frontend issue 1072). The gradients of q, k and v are held
-    together: those of q and k are zero but for rounding where one key has all the weight. A score of 120 is off by 1e-5
-    in float32, and a fused backward, which takes exponentials again, meets it four times: in the score, in the
-    logarithm of the sum, in their difference, and in the product with a key as large.
+    cuDNN's backward gave NaN for scores far below 0 (cudnn-frontend issue 1072). The gradients of q, k and v have one
+    error together: those of q and k are zero but for rounding where one key has all the weight. A score of 120 is off
+    by 1e-5 in float32, and a fused backward, which takes exponentials again, meets this error four times: in the score,
+    in the logarithm of the sum, in the difference of the two, and in the product with a key as large.
 
     Args:
         arm: Any arm of the problem.
 
     Returns:
-        None where one image is so large that this would take seconds; small ones have shown what kernel there is. None
-        below 16 tokens, where stock may round few large scores right by luck, and is no yardstick.
+        None where one image is so large that this would take seconds: small images have shown the same kernel. None
+        below 16 tokens too, where stock may round few large scores right by luck, and is no yardstick.
     """
     spec, place = arm.spec, arm.device.type
     scores = spec.area * spec.scores // spec.batch
@@ -128,7 +128,7 @@ def hard_probe(arm: Arm) -> Probe | None:
 
 
 def _exact(arm: Arm, given: Tensor, upstream: Tensor) -> list[Tensor]:
-    """Output, and the gradients of q, k and v, in float64 but where a CPU would take half a minute for it."""
+    """Output, and the gradients of q, k and v, in float64; in float32 where a CPU would take half a minute."""
     large = arm.device.type == "cpu" and arm.spec.scores // arm.spec.batch > 2**27
     return arm.exact(given, upstream, torch.float32 if large else torch.float64)
 
