@@ -16,6 +16,7 @@ from yolo_flash.dispatch import trial_cache
 from yolo_flash.dispatch.decision import select
 from yolo_flash.machine import detect
 from yolo_flash.planning import autotune
+from yolo_flash.planning.arms import arm_of
 from yolo_flash.planning.probes import hard_probe
 
 pytestmark = [
@@ -60,7 +61,7 @@ def test_hard_inputs_refuse_no_backend(tokens: int, kind: str, training: bool) -
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         spec = AttentionSpec(16, 2, tokens, tokens, 32, 32, dtype, "nhwc", training=training)
         spec = spec._replace(**changes[kind])
-        probe = hard_probe(spec, CARD)
+        probe = hard_probe(arm_of(spec, "stock", CARD))
         assert probe is not None
         names = autotune.candidates(spec, detect(CARD))
         trials: dict[str, Any] = {}

@@ -16,7 +16,7 @@ from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.dispatch import trial_cache
 from yolo_flash.planning import autotune
-from yolo_flash.planning.arms import arm_of
+from yolo_flash.planning.arms import PackedArm, arm_of
 from yolo_flash.planning.probes import hard_probe
 from yolo_flash.utils.numerics import reference, relative_error
 
@@ -105,7 +105,7 @@ def test_what_is_careful_is_not_refused(tokens: int, dtype: torch.dtype) -> None
 
 
 def test_hard_inputs_are_what_they_are_called() -> None:
-    probe = hard_probe(AREA._replace(seq_len_q=50, seq_len_k=50), CPU)
+    probe = hard_probe(arm_of(AREA._replace(seq_len_q=50, seq_len_k=50), "stock", CPU))
     assert probe is not None
     assert probe.groups == 4  # an image
     packed = probe.given.permute(0, 2, 3, 1).reshape(4, 50, 2, 96)
@@ -124,12 +124,12 @@ def test_hard_inputs_are_what_they_are_called() -> None:
 )
 def test_large_problems_are_held_on_less(tokens: int, heads: int, groups: int | None) -> None:
     spec = AttentionSpec(16, heads, tokens, tokens, 32, 32, torch.float32, "nchw", training=False)
-    probe = hard_probe(spec, CPU)
+    probe = hard_probe(arm_of(spec, "stock", CPU))
     assert (None if probe is None else probe.groups) == groups
 
 
 def test_where_stock_is_nan_itself_the_others_are_held_by_what_is_usual(monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = arm_of(AREA, "stock", CPU).block.forward.__func__
+    stock = PackedArm(AREA, "stock", CPU).block.forward.__func__
 
     def forward(self: Any, x: Tensor) -> Tensor:
         out = stock(self, x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..planning.plan import precisions
+from ..planning.inputs import precisions
 from ..utils.memory import free_bytes
 from .step import Step, StepJob
 

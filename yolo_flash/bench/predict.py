@@ -24,7 +24,8 @@ from ..dispatch.dispatcher import Dispatcher
 from ..graphs.predict import PredictGraphs
 from ..machine import Machine, detect
 from ..patching.patch import patch_modules
-from ..planning.plan import RunInput, make_plan
+from ..planning.inputs import RunInput
+from ..planning.plan import make_plan
 from .process import GRAPHS, UNPATCHED, Job, serve
 from .rounds import bench
 

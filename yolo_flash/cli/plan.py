@@ -16,8 +16,9 @@ from ..config import FlashConfig
 from ..engine.model import patch_from_sources, plan
 from ..machine import detect, resolve_device
 from ..patching.patch import targets
+from ..planning.inputs import precisions, rounded_size
 from ..planning.memory import attention_memory, score_bytes
-from ..planning.plan import PlanRow, describe, plan_entry, precisions, rounded_size
+from ..planning.plan import PlanRow, describe, plan_entry
 from ..utils.log import quiet
 from ..utils.memory import readable
 

@@ -18,7 +18,8 @@ from ..patching.blocks import FlashBlock
 from ..patching.class_swap import StockPickle, become, restore
 from ..patching.patch import known_blocks, layer_choices, patch_modules, unpatch_modules
 from ..planning import autotune
-from ..planning.plan import PlanRow, assumed_inputs, make_plan, rounded_size
+from ..planning.inputs import assumed_inputs, rounded_size
+from ..planning.plan import PlanRow, make_plan
 from .predictor import predictor_class
 from .trainer import trainer_class
 

@@ -28,7 +28,8 @@ from ..graphs.policy import GraphPolicy
 from ..machine import detect
 from ..patching.patch import patch_modules, targets
 from ..planning import autotune
-from ..planning.plan import PlanRow, RunInput, make_plan
+from ..planning.inputs import RunInput
+from ..planning.plan import PlanRow, make_plan
 from ..utils.errors import is_out_of_memory
 from .telemetry import Telemetry, known_columns
 

@@ -1,7 +1,4 @@
-"""The one place that runs a backend to judge it: is it exact, how fast is it, how much memory does it take.
-
-A backend is run in the real block, see `trial_block.py`.
-"""
+"""Trials of backends in a real block, see `arms.py`: is each exact, how fast is it, how much memory does it take."""
 
 from __future__ import annotations
 
@@ -13,10 +10,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor
 from ultralytics.utils import LOGGER, NUM_THREADS, TQDM
 
 from ..backends.registry import BACKENDS
@@ -28,29 +24,29 @@ from ..utils.errors import first_line, is_out_of_memory
 from ..utils.memory import extra_bytes, free_bytes, readable
 from ..utils.numerics import Results, allowed_error
 from ..utils.timing import sampler_of, wait
-from .arms import arm_of, channels, inputs
+from .arms import Arm, arm_of, channels
 from .probes import Probe, hard_probe, random_probe
 
 _SCORES_TO_CHECK = 2**22  # exactness does not depend on the number of groups: as many as make this, one at least
-_SECONDS = 1.0  # spent on the samples of one backend at most, once it has two
+_SECONDS = 1.0  # for the samples of one backend, of which there are two at least
 _CPU_SECONDS, _CPU_REPEATS = 0.3, 60  # a clock among other processes needs more samples than a GPU: as many as fit
 _NEW = Trial()
 
 
 class DeadDeviceError(RuntimeError):
-    """After a fault of a kernel every call of CUDA raises, in this process: what runs now fails without its fault."""
+    """A kernel's fault makes every later call of CUDA in this process raise, whichever backend makes the call."""
 
 
 # Known or new ---------------------------------------------------------------------------------------------------------
 def measure(specs: Iterable[AttentionSpec], device: torch.device) -> dict[AttentionSpec, dict[str, Trial]]:
-    """Trials of all backends that can run, from earlier runs where there are any; says how long it took. Never raises.
+    """Trials of all backends that can run, from earlier runs where there are any. Logs the time it took; never raises.
 
-    What failed in an earlier run is tried again. When a kernel takes the device with it, nothing more is measured, and
-    nothing of that spec is kept.
+    A backend that failed in an earlier run is tried again. When a kernel takes the device with it, nothing more is
+    measured, and nothing of this round is kept for later runs.
 
     Args:
         specs: The problems; equal ones are measured once.
-        device: A CUDA device or a CPU; on others there is nothing to choose from, and nothing is measured.
+        device: A CUDA device or a CPU; other devices have nothing to choose from, and nothing is measured.
 
     Returns:
         Spec -> backend -> Trial; specs that could not be measured are left out.
@@ -64,7 +60,7 @@ def measure(specs: Iterable[AttentionSpec], device: torch.device) -> dict[Attent
     missing = {spec: _missing(spec, device, machine, trials.get(spec, {})) for spec in wanted}
     new = [spec for spec in wanted if missing[spec]]
     first = 0.0
-    # The bar goes to standard output, where JSON may be expected, or nothing can be written.
+    # The bar goes to standard output: JSON may be expected there, or the stream be closed.
     silent = len(new) < 2 or LOGGER.disabled or sys.stdout is None
     again = {name for spec in new if spec in trials for name in missing[spec]}
     for spec in TQDM(new, desc="yolo-flash: measuring attention", disable=silent, leave=False):
@@ -76,7 +72,7 @@ def measure(specs: Iterable[AttentionSpec], device: torch.device) -> dict[Attent
             break
         except Exception as error:
             LOGGER.warning(f"yolo-flash: {spec}: by the rules, for measuring failed: {first_line(error)}")
-    else:  # nothing of a round that took the device along
+    else:  # a round that took the device along is not kept
         trial_cache.store({spec: trials[spec] for spec in new if spec in trials}, machine)
     if device.type == "cuda" and new:
         with contextlib.suppress(RuntimeError):  # of a dead device
@@ -101,7 +97,7 @@ def candidates(spec: AttentionSpec, machine: Machine) -> list[str]:
 
 
 def _missing(spec: AttentionSpec, device: torch.device, machine: Machine, known: Mapping[str, Trial]) -> list[str]:
-    """The candidates without a trial, or of one that lacked memory which is there now."""
+    """The candidates without a trial, and those whose trial lacked memory that is free now."""
     names = candidates(spec, machine)
     lacking = [name for name, trial in known.items() if trial.no_memory]
     room = free_bytes(device) // (2 * len(names)) if lacking else 0
@@ -112,7 +108,7 @@ def _missing(spec: AttentionSpec, device: torch.device, machine: Machine, known:
 def _complete(
     spec: AttentionSpec, device: torch.device, machine: Machine, names: list[str], known: Mapping[str, Trial]
 ) -> dict[str, Trial]:
-    """Known trials with those of the missing backends; all of them anew where the two would not compare."""
+    """Known trials and new ones of the missing backends; where their methods of timing differ, all are made anew."""
     trials = {**known, **judge(spec, device, names)}
     if known and len({trial.method for trial in trials.values() if trial.ms is not None}) > 1:
         return judge(spec, device, candidates(spec, machine))
@@ -121,23 +117,23 @@ def _complete(
 
 # Judging --------------------------------------------------------------------------------------------------------------
 def judge(spec: AttentionSpec, device: torch.device, names: Iterable[str], repeats: int = 5) -> dict[str, Trial]:
-    """Run backends on a spec: exact first, then how fast and with how much memory.
+    """Run backends on a spec: first whether each is exact, then how fast it is and how much memory it takes.
 
     The random generator, flags of torch and the switches of its attention are left as found; of CUDA's allocator only
-    the high-water mark changes. All together may use half of the memory that is free: stock attention, whose score
-    matrices may need more than its share, is measured on fewer groups then, and its time scaled.
+    the high-water mark changes. All backends together may use half of the memory that is free. Stock attention, whose
+    score matrices may need more than its share, is then measured on fewer groups, and its time scaled.
 
     Args:
         spec: The problem.
         device: Where to run it.
-        names: Backends that can run it by their own account.
+        names: Backends that report no reason against the spec.
         repeats: Samples of each.
 
     Returns:
-        Backend -> Trial. One that raised, ran out of memory or is wrong has the reason, and no time.
+        Backend -> Trial. A backend that raised, ran out of memory or is wrong has a reason instead of a time.
 
     Raises:
-        torch.OutOfMemoryError: There is no memory for a reference to hold the backends against.
+        torch.OutOfMemoryError: There is no memory for the reference in high precision.
         DeadDeviceError: The device answers no more.
     """
     trials: dict[str, Trial] = {}
@@ -148,41 +144,40 @@ def judge(spec: AttentionSpec, device: torch.device, names: Iterable[str], repea
 
 
 def _check(spec: AttentionSpec, device: torch.device, names: list[str], trials: dict[str, Trial]) -> list[str]:
-    """Hold every backend against float64 on a few groups, of random and of hard inputs; those that are exact."""
+    """Hold every backend against float64 on a few groups, of random and of hard inputs; returns the exact ones."""
     cap = free_bytes(device) // 4
     fitting = cap // min(_bytes_a_group(spec, name) for name in names) // spec.area
     wanted = math.ceil(_SCORES_TO_CHECK * spec.batch / spec.scores / spec.area)
     groups = min(spec.batch, max(1, min(fitting, wanted)) * spec.area)
     arms = {name: arm_of(spec, name, device) for name in dict.fromkeys(["stock", *names])}  # stock is the yardstick
+    stock = arms["stock"]
     for name in [name for name in arms if _bytes_a_group(spec, name) * groups > cap]:
         trials[name] = _too_large(spec, name, cap)
         del arms[name]
-    exact = _hold(spec, device, arms, trials, random_probe(spec, groups, device))
-    hard = hard_probe(spec, device)
+    exact = _hold(arms, trials, random_probe(stock, groups))
+    hard = hard_probe(stock)
     if hard is not None and hard.groups <= fitting * spec.area:
         arms = {name: arm for name, arm in arms.items() if name in exact or (name == "stock" and name in trials)}
         arms = {name: arm for name, arm in arms.items() if _bytes_a_group(spec, name) * hard.groups <= cap}
         unheld = [name for name in exact if name not in arms]
-        exact = [*_hold(spec, device, arms, trials, hard), *unheld]
+        exact = [*_hold(arms, trials, hard), *unheld]
     if "stock" not in names:
         trials.pop("stock", None)
     return [name for name in names if name in exact]
 
 
-def _hold(
-    spec: AttentionSpec, device: torch.device, arms: Mapping[str, Any], trials: dict[str, Trial], probe: Probe
-) -> list[str]:
-    """Run arms on a probe, stock first; those that are as exact as it allows. The others get the reason."""
+def _hold(arms: Mapping[str, Arm], trials: dict[str, Trial], probe: Probe) -> list[str]:
+    """Run arms on a probe, stock first; returns those as exact as the probe allows. The others get the reason."""
     errors: dict[str, dict[str, float]] = {}
     for name, arm in arms.items():
         start = time.perf_counter()
         try:
             results = arm.call(probe.given, probe.upstream)
-            wait(device)
+            wait(arm.device)
             seconds = time.perf_counter() - start
             errors[name] = probe.errors(results)
         except Exception as error:  # a kernel raises whatever it likes
-            trials[name] = _failed(name, error, device, trials.get(name, _NEW))
+            trials[name] = _failed(name, error, arm.device, trials.get(name, _NEW))
             if name == "stock" and not trials[name].no_memory:  # without a yardstick no backend is better than another
                 raise
             continue
@@ -194,7 +189,7 @@ def _hold(
             yardstick = errors["stock"][part] if "stock" in errors else math.inf
             if not math.isfinite(yardstick):  # stock could not run, or is wrong itself
                 yardstick = probe.usual
-            limit = allowed_error(yardstick, spec.dtype) + probe.rounding
+            limit = allowed_error(yardstick, arms[name].spec.dtype) + probe.rounding
             if not off <= limit and name != "stock":  # NaN too
                 wrong.append(f"{part} is off by {off:.2g}, {limit:.2g} is allowed")
         if wrong:
@@ -213,14 +208,15 @@ def _time(spec: AttentionSpec, device: torch.device, names: list[str], trials: d
     scales: dict[str, float] = {}
     for name in names:
         groups = min(spec.batch, cap // _bytes_a_group(spec, name))
-        if device.type == "cpu":  # which has no use for many groups, but minutes of work with them
+        if device.type == "cpu":  # many groups would show nothing more, and take minutes
             groups = min(groups, max(spec.area, _SCORES_TO_CHECK * spec.batch // spec.scores))
         groups = groups // spec.area * spec.area
         if not groups:
             trials[name] = _too_large(spec, name, cap, trials[name])
             continue
         try:
-            call = _bound(arm_of(spec, name, device), *inputs(spec, groups, device))
+            arm = arm_of(spec, name, device)
+            call = partial(arm.call, *arm.inputs(groups))
             call()
             extra = extra_bytes(call, device)
             samplers[name] = sampler_of(call, device)
@@ -237,7 +233,7 @@ def _time(spec: AttentionSpec, device: torch.device, names: list[str], trials: d
         samplers = {name: sampler_of(calls[name], device, graphs=False) for name in samplers}
     _sample(samplers, scales, device, trials, repeats)
     wide = {name: sampler for name, sampler in samplers.items() if trials[name].wide}
-    _sample(wide, scales, device, trials, repeats)  # once more: what was at work beside it may be over
+    _sample(wide, scales, device, trials, repeats)  # once more: what ran beside them may be over
 
 
 def _sample(
@@ -247,7 +243,7 @@ def _sample(
     trials: dict[str, Trial],
     repeats: int,
 ) -> None:
-    """Samples of each backend in turns, and their median into its trial."""
+    """Sample each backend in turns, and put the median into its trial."""
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     for _ in range(_CPU_REPEATS if device.type == "cpu" else repeats):
         for name in list(samples):
@@ -266,15 +262,11 @@ def _sample(
         trials[name] = replace(trials[name], ms=statistics.median(ms), ms_low=min(ms), ms_high=max(ms), method=method)
 
 
-def _bound(arm: Any, given: Any, upstream: Tensor) -> Callable[[], Results]:
-    return lambda: arm.call(given, upstream)
-
-
 def _failed(name: str, error: Exception, device: torch.device, trial: Trial = _NEW) -> Trial:
     """The trial of a backend that raised.
 
     Raises:
-        DeadDeviceError: It took the device with it.
+        DeadDeviceError: The backend took the device with it.
     """
     reason = f"failed in its trial: {first_line(error)}"
     try:
@@ -288,7 +280,7 @@ def _failed(name: str, error: Exception, device: torch.device, trial: Trial = _N
 
 
 def _too_large(spec: AttentionSpec, name: str, cap: int, trial: Trial = _NEW) -> Trial:
-    """The trial of a backend that is not run, since it would take the memory of a model that is there."""
+    """The trial of a backend that is not run, since the model beside it would lack the memory."""
     need = readable(_bytes_a_group(spec, name) * spec.area)
     reason = f"not measured: one image takes about {need}, a trial may take {readable(cap)}"
     return replace(trial, why_not=reason, no_memory=True)
@@ -305,17 +297,15 @@ def _bytes_a_group(spec: AttentionSpec, name: str) -> int:
 
 @contextlib.contextmanager
 def _as_found(spec: AttentionSpec, device: torch.device) -> Iterator[None]:
-    """For the time of a trial: the device, threads as Ultralytics sets them, modes of torch as in the spec."""
+    """Set the device, threads as Ultralytics does and modes of torch as in the spec; restore them afterwards."""
     threads = torch.get_num_threads()
-    enabled, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     on_gpu = device.type == "cuda"
     place = torch.cuda.device(device) if on_gpu else contextlib.nullcontext()
-    plain = torch.autocast(device.type, enabled=False)  # of a prediction under way; a backend gets the spec's
+    plain = torch.autocast(device.type, enabled=False)  # not that of a prediction under way; arms enter the spec's
     with warnings.catch_warnings(), place, torch.inference_mode(False), torch.no_grad(), plain:
-        warnings.simplefilter("ignore")  # of what is not deterministic, which is the run's concern
+        warnings.simplefilter("ignore")  # about what is not deterministic, which is the run's concern
         torch.use_deterministic_algorithms(spec.deterministic, warn_only=True)
         if not on_gpu:
             torch.set_num_threads(NUM_THREADS)

@@ -1,4 +1,4 @@
-"""How much memory a run will take, before it runs: attention by counting, the whole step by two measured batches."""
+"""The memory that attention will keep from the forward to the backward of a training step, by counting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Forecast:
     """Bytes that attention keeps from the forward to the backward of a training step: its peak.
 
     Attributes:
-        stock: If every layer were stock.
+        stock: With every layer stock.
         planned: As planned.
     """
 
@@ -26,12 +26,12 @@ class Forecast:
 
 
 def attention_memory(rows: Iterable[PlanRow]) -> Forecast:
-    """Count what the attention of one training step keeps.
+    """Count what the attention of one training step keeps, in stock form and as planned.
 
-    Against measured steps the difference is right within 3 % (docs/results/steps-h100.md; a test holds it to 10 %).
+    The difference of the two is within 3 % of that of measured steps (docs/results/steps-h100.md); a test allows 10 %.
 
     Args:
-        rows: The plan; its training rows count.
+        rows: The plan, of which the rows of training count.
     """
     decisions = [row.decision for row in rows if row.mode == "train"]
     return Forecast(
@@ -43,7 +43,7 @@ def attention_memory(rows: Iterable[PlanRow]) -> Forecast:
 def kept_bytes(spec: AttentionSpec, backend: str) -> int:
     """Bytes that one layer keeps for its backward, its queries, keys and values included.
 
-    Unfused attention keeps its score matrices; a fused kernel its output, and a float32 number for each query and head.
+    Unfused attention keeps its score matrices; a fused kernel keeps its output, and a float32 for each query and head.
     """
     tokens = spec.batch * spec.num_heads * spec.seq_len_q
     packed = tokens * (2 * spec.head_dim + spec.head_dim_v) * spec.dtype.itemsize
@@ -55,7 +55,7 @@ def kept_bytes(spec: AttentionSpec, backend: str) -> int:
 def score_bytes(specs: Iterable[AttentionSpec]) -> int:
     """Bytes of score matrices that stock blocks keep for the backward of one step.
 
-    Under autocast the softmax runs in float32 and the product needs a half copy: 6 bytes a score; in float32, 4.
+    A score takes 4 bytes in float32, and 6 under autocast: the softmax runs in float32, the product on a half copy.
 
     Args:
         specs: One for each layer.

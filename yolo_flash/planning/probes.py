@@ -1,24 +1,22 @@
-"""Inputs that a backend is held against high precision on, random and hard ones."""
+"""Inputs on which a backend is held against attention in high precision: random ones, and hard ones."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import cycle
 
 import torch
 from torch import Tensor
 
-from ..backends.spec import AttentionSpec
-from ..utils.numerics import Results, reference, relative_error
-from . import arms_multihead
-from .arms import _grouped, _laid_out, channels, inputs
+from ..utils.numerics import Results, relative_error
+from .arms import Arm
 
 _PARTS = ("output", "gradient of q", "gradient of k", "gradient of v")
 _HIGH = 120.0  # a score of the hard inputs: its exponential overflows float32, that of its negative is zero there
-_HARD_SCORES = {"cpu": 2**22, "cuda": 2**24}  # as many kinds of hard inputs as make this, one at least
-_HARD_LARGEST = {"cpu": 2**24, "cuda": 2**27}  # of one image: beyond, a trial would take seconds more
+_HARD_SCORES = {"cpu": 2**22, "cuda": 2**24}  # as many images of hard inputs as make this, one at least
+_HARD_LARGEST = {"cpu": 2**24, "cuda": 2**27}  # scores of one image: beyond, a trial would take seconds more
 
 
 def _far_below(q: Tensor, k: Tensor) -> None:
@@ -34,7 +32,7 @@ def _far_above(q: Tensor, k: Tensor) -> None:
 def _one_key(q: Tensor, k: Tensor) -> None:
     """One key, in the middle, has scores of about 120, and all the weight."""
     q.abs_()
-    k[:, k.shape[1] // 2] = _HIGH / 0.8 / q.shape[-1] ** 0.5  # 0.8 is the mean of a random |q|
+    k[k.shape[0] // 2] = _HIGH / 0.8 / q.shape[-1] ** 0.5  # 0.8 is the mean of a random |q|
 
 
 _HARD: dict[str, Callable[[Tensor, Tensor], None]] = {
@@ -42,86 +40,80 @@ _HARD: dict[str, Callable[[Tensor, Tensor], None]] = {
     "one dominating key": _one_key,
     "scores far above 0": _far_above,
 }
-
-
-def _hard_inputs(spec: AttentionSpec, groups: int, device: torch.device) -> tuple[Any, Tensor]:
-    """As `inputs`, on which a softmax goes wrong that is not careful: a kind of `_HARD` for each group in turn."""
-    given, upstream = inputs(spec, groups, device)
-    separate = spec.layout == "separate"
-    if separate:
-        q, k = (t.unflatten(-1, (spec.num_heads, -1)) for t in given[:2])
-    else:
-        packed = _grouped(spec, given).clone()
-        q, k = packed[..., : spec.head_dim], packed[..., spec.head_dim : 2 * spec.head_dim]
-    for start, change in enumerate(_HARD.values()):
-        change(q[start :: len(_HARD)], k[start :: len(_HARD)])  # views: the inputs themselves change
-    if separate:
-        return given, upstream
-    images, total, height, width = given.shape
-    return _laid_out(spec, packed.reshape(images, height, width, total).permute(0, 3, 1, 2)), upstream
+"""Kind of hard inputs -> changes one group of random ones in place: queries and keys `[tokens, heads, head_dim]`."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Inputs with what is right for them.
+    """Inputs of an arm, and how far results are off for them.
 
     Attributes:
-        groups: How many.
+        groups: How many problems.
         given: Input of an arm.
-        upstream: Gradient of its output.
+        upstream: Gradient of the output.
         errors: `(results of an arm)` -> part of the results -> relative error; ArithmeticError for another shape.
-        rounding: What a backend may be off besides twice the error of stock and the rounding of the dtype.
-        usual: Error of stock, where stock cannot run.
+        rounding: Error that a backend may have besides twice that of stock and the rounding of the dtype.
+        usual: Takes the place of stock's error where stock cannot run.
     """
 
     groups: int
-    given: Any
+    given: Tensor
     upstream: Tensor
     errors: Callable[[Results], dict[str, float]]
     rounding: float
     usual: float
 
 
-def random_probe(spec: AttentionSpec, groups: int, device: torch.device) -> Probe:
-    """Random inputs; output and the gradients of q, k and v are held apart."""
-    given, upstream = inputs(spec, groups, device)
-    truth = _exact(spec, given, upstream)
+def random_probe(arm: Arm, groups: int) -> Probe:
+    """Random inputs; output and gradients of q, k and v each have an error of their own.
+
+    Args:
+        arm: Any arm of the problem.
+        groups: How many problems.
+    """
+    given, upstream = arm.inputs(groups)
+    truth = _exact(arm, given, upstream)
 
     def errors(results: Results) -> dict[str, float]:
-        found = [relative_error(*pair) for pair in zip(_parts(spec, results, truth), truth, strict=False)]
-        if spec.seq_len_k == 1:  # the gradients of q and k are zero but for rounding
+        found = [relative_error(*pair) for pair in zip(_split(arm, results, truth), truth, strict=False)]
+        if arm.spec.seq_len_k == 1:  # the gradients of q and k are zero but for rounding
             found[1:3] = [error if math.isnan(error) else 0.0 for error in found[1:3]]
         return dict(zip(_PARTS, found, strict=False))
 
     # What is usual in this dtype, whose sums are in float32 at the least.
-    usual = max(torch.finfo(spec.dtype).eps, 4 * torch.finfo(torch.float32).eps)
+    usual = max(torch.finfo(arm.spec.dtype).eps, 4 * torch.finfo(torch.float32).eps)
     # Stock may round a few small sums right by luck: on an H200, masked, memory-efficient attention was 7e-7 off in
     # float32, where twice stock's error was 5e-7.
     return Probe(groups, given, upstream, errors, rounding=2 * torch.finfo(torch.float32).eps, usual=usual)
 
 
-def hard_probe(spec: AttentionSpec, device: torch.device) -> Probe | None:
+def hard_probe(arm: Arm) -> Probe | None:
     """Scores far below 0, one dominating key, scores far above 0: a group of each, on the first image at least.
 
-    cuDNN's backward gave NaN for the first of them (cudnn-frontend issue 1072). The gradients of q, k and v are held
-    together: those of q and k are zero but for rounding where one key has all the weight. A score of 120 is off by 1e-5
-    in float32, and a fused backward, which takes exponentials again, meets it four times: in the score, in the
-    logarithm of the sum, in their difference, and in the product with a key as large.
+    cuDNN's backward gave NaN for scores far below 0 (cudnn-frontend issue 1072). The gradients of q, k and v have one
+    error together: those of q and k are zero but for rounding where one key has all the weight. A score of 120 is off
+    by 1e-5 in float32, and a fused backward, which takes exponentials again, meets this error four times: in the score,
+    in the logarithm of the sum, in the difference of the two, and in the product with a key as large.
+
+    Args:
+        arm: Any arm of the problem.
 
     Returns:
-        None where one image is so large that this would take seconds; small ones have shown what kernel there is. None
-        below 16 tokens, where stock may round few large scores right by luck, and is no yardstick.
+        None where one image is so large that this would take seconds: small images have shown the same kernel. None
+        below 16 tokens too, where stock may round few large scores right by luck, and is no yardstick.
     """
+    spec, place = arm.spec, arm.device.type
     scores = spec.area * spec.scores // spec.batch
-    if spec.seq_len_k < 16 or scores > _HARD_LARGEST.get(device.type, 0):
+    if spec.seq_len_k < 16 or scores > _HARD_LARGEST.get(place, 0):
         return None
-    images = max(1, min(_HARD_SCORES[device.type] // scores, -(-len(_HARD) // spec.area)))
-    groups = spec.area * images
-    given, upstream = _hard_inputs(spec, groups, device)
-    truth = _exact(spec, given, upstream)
+    groups = spec.area * max(1, min(_HARD_SCORES[place] // scores, -(-len(_HARD) // spec.area)))
+    given, upstream = arm.inputs(groups)
+    for change, (q, k) in zip(cycle(_HARD.values()), arm.queries_and_keys(given), strict=False):
+        change(q, k)
+    truth = _exact(arm, given, upstream)
 
     def errors(results: Results) -> dict[str, float]:
-        found = _parts(spec, results, truth)
+        found = _split(arm, results, truth)
         by_kind = {}
         for start, kind in enumerate(list(_HARD)[:groups]):
             out, *grads = (tuple(t[start :: len(_HARD)] for t in pair) for pair in zip(found, truth, strict=False))
@@ -135,33 +127,19 @@ def hard_probe(spec: AttentionSpec, device: torch.device) -> Probe | None:
     return Probe(groups, given, upstream, errors, rounding, usual=_HIGH * torch.finfo(spec.dtype).eps)
 
 
-def _exact(spec: AttentionSpec, given: Any, upstream: Tensor) -> list[Tensor]:
-    """Output of the block, and the gradients of q, k and v, in high precision."""
-    large = upstream.device.type == "cpu" and spec.scores // spec.batch > 2**27  # float64 would take half a minute
-    dtype = torch.float32 if large else torch.float64
-    if spec.layout == "separate":
-        return arms_multihead.exact(spec, given, upstream, dtype)
-    packed, dout = _grouped(spec, given), _grouped(spec, upstream)
-    faint = spec.seq_len_k**-0.5
-    out, grad = reference(packed, dout, dout.to(dtype) * faint, head_dim=spec.head_dim, dtype=dtype)
-    out = out + packed[..., 2 * spec.head_dim :].to(dtype) * faint
-    return [out, *grad.split([spec.head_dim, spec.head_dim, spec.head_dim_v], dim=-1)]
+def _exact(arm: Arm, given: Tensor, upstream: Tensor) -> list[Tensor]:
+    """Output, and the gradients of q, k and v, in float64; in float32 where a CPU would take half a minute."""
+    large = arm.device.type == "cpu" and arm.spec.scores // arm.spec.batch > 2**27
+    return arm.exact(given, upstream, torch.float32 if large else torch.float64)
 
 
-def _parts(spec: AttentionSpec, results: Results, truth: list[Tensor]) -> list[Tensor]:
+def _split(arm: Arm, results: Results, truth: list[Tensor]) -> list[Tensor]:
     """Output and, in training, the gradients of q, k and v, in the shape of `_exact`.
 
     Raises:
         ArithmeticError: A result has another shape than it should have.
     """
-    dims = [[spec.head_dim_v], [spec.head_dim, spec.head_dim, spec.head_dim_v]]
-    packed, out = channels(spec)
-    separate = spec.layout == "separate"
-    found: list[Tensor] = arms_multihead.parts(spec, results) if separate else []
-    for t, sizes, wanted in zip(() if separate else results, dims, (out, packed), strict=False):
-        if t.ndim != 4 or t.shape[1] != wanted:
-            raise ArithmeticError(f"a result has shape {list(t.shape)} where {wanted} channels were expected")
-        found += _grouped(spec, t).split(sizes, dim=-1)
+    found = arm.split(results)
     if any(a.shape != b.shape for a, b in zip(found, truth, strict=False)):
         raise ArithmeticError("a result has another shape than the reference")
     return found

@@ -30,7 +30,7 @@ from ..patching.fallback import FlashKernelError
 from ..patching.multihead import images_and_tokens
 from ..patching.patch import patch_modules, targets, unpatch_modules
 from ..planning import autotune
-from ..planning.plan import precisions, rounded_size
+from ..planning.inputs import precisions, rounded_size
 from ..utils.log import quiet
 from ..utils.numerics import relative_error
 from .compare import (

@@ -1,0 +1,144 @@
+"""The inputs of a run, and what of them reaches each attention layer."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.nn.tasks import RTDETRDetectionModel, guess_model_task
+from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils.checks import check_imgsz
+
+from ..patching.multihead import images_and_tokens
+from ..patching.patch import targets, unpatch_modules
+
+
+@dataclass(frozen=True)
+class RunInput:
+    """The input of a model in one mode: enough to know every layer's spec.
+
+    Attributes:
+        mode: `train` or `val`.
+        batch: Images.
+        height: Pixels.
+        width: Pixels.
+        dtype: In which convolutions compute.
+        nhwc: Whether the model runs in channels_last.
+        deterministic: Whether torch asks for deterministic algorithms.
+        note: For the reader of the plan, where the shape is not the only one, or not known.
+    """
+
+    mode: str
+    batch: int
+    height: int
+    width: int
+    dtype: torch.dtype
+    nhwc: bool
+    deterministic: bool = False
+    note: str = ""
+
+
+def precisions(amp: bool | str, on_gpu: bool) -> tuple[torch.dtype, torch.dtype]:
+    """In which dtypes Ultralytics computes for a value of `amp=`: in training, and in validation of the EMA.
+
+    Raises:
+        ValueError: Ultralytics takes no such value.
+    """
+    asked = amp.lower() if isinstance(amp, str) else amp
+    if not isinstance(amp, bool) and asked not in ("fp16", "bf16", "fp32"):
+        raise ValueError(f"amp must be True, False, fp16, bf16 or fp32, found {amp!r}.")
+    if not on_gpu or asked in (False, "fp32"):
+        return torch.float32, torch.float32
+    return torch.bfloat16 if asked == "bf16" else torch.float16, torch.float16
+
+
+def largest_stride(model: Any) -> int:
+    """The number of pixels to whose multiples Ultralytics' trainer rounds up the sides of images."""
+    strides = getattr(model, "stride", None)
+    return max(int(strides.max()) if isinstance(strides, torch.Tensor) else 32, 32)
+
+
+def rounded_size(model: Any, imgsz: int) -> int:
+    """The size of the images of a run that was asked for `imgsz`; where the two differ, Ultralytics says so."""
+    stride = largest_stride(model)
+    return int(check_imgsz(imgsz, stride=stride, floor=stride, max_dim=1))
+
+
+def assumed_inputs(model: Any, imgsz: int, batch: int, amp: bool | str, on_gpu: bool) -> list[RunInput]:
+    """The inputs of training and validation for a run whose data are not known: square pictures, full batches.
+
+    Ultralytics validates without resizing to a square, for most tasks with half a stride of padding around the pictures
+    and with twice the training batch.
+
+    Args:
+        model: The network, for its task and strides.
+        imgsz: Side of the training images, a multiple of the stride.
+        batch: Training images a step.
+        amp: As in Ultralytics.
+        on_gpu: Whether the run is on a GPU, in channels_last and with AMP.
+    """
+    train_dtype, val_dtype = precisions(amp, on_gpu)
+    task = getattr(model, "task", None) or guess_model_task(model)
+    stride = largest_stride(model)
+    padded = task in ("detect", "segment", "pose", "obb") and not isinstance(model, RTDETRDetectionModel)
+    side = (math.ceil(imgsz / stride + 0.5) if padded else math.ceil(imgsz / stride)) * stride
+    images = batch if task in ("obb", "semantic", "depth") else 2 * batch
+    note = f"val: {images} square pictures, padded to {side} x {side}; a run plans with the shapes of its own data"
+    deterministic = bool(DEFAULT_CFG_DICT["deterministic"])
+    return [
+        RunInput("train", batch, imgsz, imgsz, train_dtype, on_gpu, deterministic),
+        RunInput("val", images, side, side, val_dtype, on_gpu, note=note if padded else ""),
+    ]
+
+
+class _AllSeenError(Exception):
+    """Ends a forward in which every attention layer has got its input."""
+
+
+def layer_shapes(model: nn.Module, batch: int, height: int, width: int) -> dict[str, tuple[int, int]]:
+    """The shapes that reach the attention layers, from a forward of a copy of the model on torch's meta device.
+
+    Beyond the Python objects of the modules, the copy takes no memory. BatchNorm statistics and random generators are
+    left alone.
+
+    Args:
+        model: A model that takes `[batch, channels, height, width]` images.
+        batch: Images.
+        height: Pixels.
+        width: Pixels.
+
+    Returns:
+        Layer name -> (images, tokens), for layers that a plain forward reaches: without labels, and so without the
+        denoising queries of RT-DETR.
+    """
+    names = list(targets(model))
+    if not names:
+        return {}
+    memo: dict[int, Any] = {
+        id(t): nn.Parameter(t.to("meta"), requires_grad=False) if isinstance(t, nn.Parameter) else t.to("meta")
+        for t in (*model.parameters(), *model.buffers())
+    }
+    if (criterion := getattr(model, "criterion", None)) is not None:
+        memo[id(criterion)] = None  # holds tensors of the real device and refers back to the model
+    ghost: Any = copy.deepcopy(model, memo)
+    unpatch_modules(ghost)
+    seen: dict[str, tuple[int, int]] = {}
+
+    def note(name: str, block: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        seen[name] = images_and_tokens(block, args[0])
+        if len(seen) == len(names):
+            raise _AllSeenError
+
+    for name, block in targets(ghost).items():
+        block.register_forward_pre_hook(partial(note, name))
+    config: Any = getattr(model, "yaml", None)
+    channels = config.get("channels", 3) if isinstance(config, dict) else 3
+    with contextlib.suppress(_AllSeenError), torch.no_grad():
+        ghost.train()(torch.empty(batch, channels, height, width, device="meta"))
+    return seen
