@@ -78,7 +78,7 @@ class GraphTrainer(GlooTrainer):
             policy.not_supported_reasons = lambda trainer, mode: []
         self.replayed: list[int] = []
         self.averaged: list[bool] = []  # in which optimizer steps by us, not by DDP
-        self._flash_graphs._capture_step = self.capture
+        self.flash_run.graphs._capture_step = self.capture
 
     def capture(self, model: Any, images: Any, loss: Any, extra: Any) -> Any:
         if os.environ.get("NO_GRAPHS_ON") == str(RANK):
@@ -90,7 +90,7 @@ class GraphTrainer(GlooTrainer):
         super().optimizer_step()
 
     def final_eval(self) -> None:
-        graphs: Any = self._flash_graphs
+        graphs: Any = self.flash_run.graphs
         facts = {"replayed": len(self.replayed), "why_not": graphs.why_not, "averaged": self.averaged}
         facts["given back"] = self.model.require_backward_grad_sync
         super().final_eval()

@@ -66,7 +66,7 @@ for module in pkgutil.walk_packages(yolo_flash.__path__, "yolo_flash."):
         importlib.import_module(module.name)
 from ultralytics import YOLO
 from yolo_flash import checks, patch_model, plan
-from yolo_flash.engine.telemetry import peak_memory_gib
+from yolo_flash.utils.memory import peak_memory_gib
 model = patch_model(YOLO("yolo12n.yaml"), autotune=False)
 rows = plan(model, imgsz=64, batch=2, device="cpu")
 checks(device="cpu")
@@ -102,7 +102,7 @@ print("answer", sorted(file.name for file in folder.glob("**/*") if file.name in
 
 
 def test_no_module_names_what_only_linux_has() -> None:
-    """`resource` and /proc are guarded where they are, see `telemetry` and `machine`."""
+    """`resource` and /proc are guarded where they are, see `utils.memory` and `machine`."""
     functions, modules = "fork|sched_|getuid|killpg|setsid|sysconf|nice", "fcntl|pwd|grp"
     only_linux = re.compile(rf"os\.({functions})|import ({modules})|/dev/|/tmp/|/proc/")
     found = {

@@ -147,7 +147,7 @@ def test_a_trained_model_predicts_by_the_trials_of_its_run(
     model.train(**tiny_args)
     forbid(monkeypatch)
     mine = next(block._flash_dispatcher for block in model.model.modules() if isinstance(block, FlashBlock))
-    assert mine is not model.trainer._flash_dispatcher
+    assert mine is not model.trainer.flash_run.dispatcher
     for row in model.trainer.flash_plan:
         again = mine.decide(row.decision.spec, "auto", CPU)
         assert (again.backend, again.trials) == (row.decision.backend, row.decision.trials)

@@ -77,7 +77,7 @@ def test_a_batch_with_nan_is_seen_and_recovered_from_as_in_stock(
     assert len(told[0]) == 1
     assert told[0] == told[1]
     assert calls.backward == {"sdpa_flash": LAYERS * 2 * 3}
-    assert not model.trainer._flash_dispatcher.failed
+    assert not model.trainer.flash_run.dispatcher.failed
 
 
 # Killed ---------------------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_telemetry_that_fails_within_a_profiled_step_leaves_no_profiler(
     monkeypatch.setattr(telemetry_module.Telemetry, "graphs", fail)
     model = patch_model(YOLO(tiny_model), backend="sdpa_flash", graphs="auto")
     model.add_callback(  # a fact about graphs in the middle of a step
-        "on_train_batch_start", lambda trainer: trainer._tell_graphs({"why_not": "for this test"})
+        "on_train_batch_start", lambda trainer: trainer.flash_run.tell_graphs(trainer, {"why_not": "for this test"})
     )
     after: list[bool] = []
     model.add_callback("on_train_batch_start", lambda trainer: after.append(torch.autograd._profiler_enabled()))

@@ -77,7 +77,7 @@ def test_weights_of_1e5_and_nan_in_the_ema_are_saved_as_in_stock(tiny_model: str
     for name, value in saved[1].items():
         assert value.isfinite().all(), name
         torch.testing.assert_close(value.float(), saved[0][name].float(), rtol=2e-3, atol=1e-4)
-    assert not ours.model.trainer._flash_dispatcher.failed
+    assert not ours.model.trainer.flash_run.dispatcher.failed
 
 
 def _assign(cost: np.ndarray, extend_cost: bool, cost_limit: float) -> tuple[float, np.ndarray, np.ndarray]:
@@ -183,7 +183,7 @@ def test_resume_from_a_checkpoint_with_nan_ends_as_in_stock(last: Path) -> None:
     assert np.isnan(stock.losses[0])
     np.testing.assert_allclose(ours.losses, stock.losses, rtol=1e-3)  # NaN equals NaN
     assert ours.calls.backward == {"sdpa_flash": LAYERS * len(ours.losses)}
-    assert not ours.model.trainer._flash_dispatcher.failed
+    assert not ours.model.trainer.flash_run.dispatcher.failed
 
 
 def test_nan_queries_of_few_keys_are_seen(tiny_model: str) -> None:

@@ -86,7 +86,7 @@ def test_the_run_is_fused_and_has_the_losses_of_stock(
 def test_sizes_that_were_not_planned_run_fused(tiny_model: str, tiny_args: dict[str, Any]) -> None:
     args = {**tiny_args, "multi_scale": 0.5, "imgsz": 64, "epochs": 2}
     model, calls = losses_of_both(tiny_model, args)
-    met = {spec.seq_len_q * spec.area for spec, _, _ in model.trainer._flash_dispatcher._decisions if spec.training}
+    met = {spec.seq_len_q * spec.area for spec, _, _ in model.trainer.flash_run.dispatcher._decisions if spec.training}
     assert len(met) > 1
     assert calls.backward == {"sdpa_flash": LAYERS * 4}
 
@@ -104,7 +104,7 @@ def test_on_a_cpu_every_precision_is_float32_in_plan_and_kernels(
 ) -> None:
     model, calls = train(tiny_model, {**tiny_args, "amp": amp})
     trainer = model.trainer
-    met = {spec for spec, _, _ in trainer._flash_dispatcher._decisions if spec.training}
+    met = {spec for spec, _, _ in trainer.flash_run.dispatcher._decisions if spec.training}
     assert {spec.dtype for spec in met} == {torch.float32}
     assert met == {row.decision.spec for row in trainer.flash_plan if row.mode == "train"}
     assert calls.backward == {"sdpa_flash": LAYERS * 2}
@@ -127,7 +127,7 @@ def test_deterministic_reaches_the_plan_and_is_gone_after_the_run(
     model, _ = train(tiny_model, {**tiny_args, "deterministic": deterministic})
     trained = [row.decision.spec for row in model.trainer.flash_plan if row.mode == "train"]
     assert {spec.deterministic for spec in trained} == {deterministic}
-    assert {spec.deterministic for spec, _, _ in model.trainer._flash_dispatcher._decisions if spec.training} == {
+    assert {spec.deterministic for spec, _, _ in model.trainer.flash_run.dispatcher._decisions if spec.training} == {
         deterministic
     }
     assert not torch.are_deterministic_algorithms_enabled()
@@ -208,7 +208,7 @@ def test_autobatch_measures_the_patched_model_and_takes_nothing_that_needs_more_
     monkeypatch.setattr("ultralytics.engine.trainer.check_train_batch_size", estimate)
     model, calls = train(tiny_model, {**tiny_args, "batch": 0.7})
     assert seen == [LAYERS]
-    assert model.trainer._flash_dispatcher.memory_limited
+    assert model.trainer.flash_run.dispatcher.memory_limited
     assert model.trainer.flash_plan[0].decision.spec.batch == 2 * 4
     assert calls.backward == {"sdpa_flash": LAYERS * 2}
 
@@ -251,7 +251,7 @@ def test_folds_trained_one_after_another_share_nothing_and_leave_nothing(
         model, calls = train(tiny_model, {**tiny_args, "name": f"fold{fold}"})
         assert calls.backward == {"sdpa_flash": LAYERS * 2}
         assert len(of(events(model), "run")) == 1
-        left += [weakref.ref(model.trainer), weakref.ref(model.trainer._flash_dispatcher)]
+        left += [weakref.ref(model.trainer), weakref.ref(model.trainer.flash_run.dispatcher)]
         weights.append(model.model.state_dict())
         del model
     gc.collect()

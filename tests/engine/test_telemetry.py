@@ -22,10 +22,13 @@ from yolo_flash import AttentionSpec, FlashConfig, patch_model
 from yolo_flash.backends import registry as backends_module
 from yolo_flash.backends.profiled import attention_kernels
 from yolo_flash.dispatch.dispatcher import Dispatcher
+from yolo_flash.engine import profile as profile_module
 from yolo_flash.engine import telemetry
-from yolo_flash.engine.telemetry import known_columns, readable
+from yolo_flash.engine.profile import StepProfile
+from yolo_flash.engine.telemetry import known_columns
 from yolo_flash.planning.memory import score_bytes
 from yolo_flash.utils import profiler
+from yolo_flash.utils.memory import readable
 
 OPERATOR = "_scaled_dot_product_flash_attention_for_cpu"
 FORWARD = f"aten::{OPERATOR}"
@@ -157,13 +160,13 @@ def test_the_profiler_is_told_to_let_go_of_the_driver_unless_the_user_has_said(
     told: list[str | None] = []
     calls: list[str | None] = []  # of CUDA, in one of which the profiler detaches
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append(os.environ.get(name)))
-    follower = telemetry.Telemetry(FlashConfig(), Dispatcher(FlashConfig()))
-    activities = {telemetry.ProfilerActivity.CUDA}
-    follower._profile = SimpleNamespace(  # type: ignore[assignment]
+    step = StepProfile()
+    activities = {profile_module.ProfilerActivity.CUDA}
+    step.running = SimpleNamespace(  # type: ignore[assignment]
         activities=activities, stop=lambda: told.append(os.environ.get(name)), events=list
     )
     assert profiler.PROFILER.acquire(blocking=False)
-    assert follower._stop_profile() == []
+    assert step.stop() == []
     assert told == [said or "1"]
     assert set(calls) == ({"1"} if said is None else set())
     assert os.environ.get(name) == said
@@ -176,35 +179,35 @@ def test_a_profiler_that_cannot_stop_leaves_neither_variable_nor_lock(monkeypatc
     def stop() -> None:
         raise RuntimeError("no trace")
 
-    follower = telemetry.Telemetry(FlashConfig(), Dispatcher(FlashConfig()))
-    follower._profile = SimpleNamespace(activities={telemetry.ProfilerActivity.CUDA}, stop=stop)  # type: ignore[assignment]
+    step = StepProfile()
+    step.running = SimpleNamespace(activities={profile_module.ProfilerActivity.CUDA}, stop=stop)  # type: ignore[assignment]
     assert profiler.PROFILER.acquire(blocking=False)
     with pytest.raises(RuntimeError, match="no trace"):
-        follower._stop_profile()
+        step.stop()
     assert "TEARDOWN_CUPTI" not in os.environ
     assert not profiler.PROFILER.locked()
 
 
 @pytest.mark.parametrize("lets_go", [True, False])
 def test_kernels_are_profiled_only_where_the_profiler_lets_go(lets_go: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telemetry, "profiler_lets_go", lambda: lets_go)
+    monkeypatch.setattr(profile_module, "profiler_lets_go", lambda: lets_go)
     asked: list[set[Any]] = []
 
     def profile(activities: list[Any]) -> Any:
         asked.append(set(activities))
         return SimpleNamespace(activities=set(activities), start=lambda: None, stop=lambda: None, events=list)
 
-    monkeypatch.setattr(telemetry, "profile", profile)
+    monkeypatch.setattr(profile_module, "profile", profile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     follower = telemetry.Telemetry(FlashConfig(), Dispatcher(FlashConfig()))
     trainer = SimpleNamespace(device=torch.device("cuda"), args=SimpleNamespace(compile=False))
     follower.on_train_batch_start(trainer)
-    follower._stop_profile()
-    cpu, cuda = telemetry.ProfilerActivity.CPU, telemetry.ProfilerActivity.CUDA
+    follower._profile.stop()
+    cpu, cuda = profile_module.ProfilerActivity.CPU, profile_module.ProfilerActivity.CUDA
     assert asked == [{cpu, cuda} if lets_go else {cpu}]
-    follower._profiled = True
+    follower._profile._done = True
     follower.graphs(trainer, {"why_not": "", "capture_seconds": 1.0, "pool_bytes": 1})
-    assert follower._profiled is not lets_go  # a replay has no operators
+    assert follower._profile._done is not lets_go  # a replay has no operators
 
 
 def test_a_stock_run_says_that_nothing_fused_ran(tiny_args: dict[str, Any], log: list[str]) -> None:
@@ -269,7 +272,7 @@ def test_the_memory_of_graphs_counts_as_allocated(tiny_args: dict[str, Any], mon
     def capture(trainer: Any) -> None:
         if (pool := next(held)) > 0:
             facts = {"why_not": "", "capture_seconds": 1.0, "pool_bytes": int(pool * 2**30), "again": "for this test"}
-            trainer._flash_telemetry.graphs(trainer, facts)
+            trainer.flash_run.telemetry.graphs(trainer, facts)
 
     model.add_callback("on_train_epoch_start", capture)
     model.train(**{**tiny_args, "epochs": 3, "val": False})
@@ -280,7 +283,7 @@ def test_a_profiler_that_cannot_be_made_is_not_waited_for(monkeypatch: pytest.Mo
     def profile(activities: list[Any]) -> Any:
         raise RuntimeError("no activities")
 
-    monkeypatch.setattr(telemetry, "profile", profile)
+    monkeypatch.setattr(profile_module, "profile", profile)
     follower = telemetry.Telemetry(FlashConfig(), Dispatcher(FlashConfig()))
     trainer = SimpleNamespace(device=torch.device("cpu"), args=SimpleNamespace(compile=False))
     with pytest.raises(RuntimeError, match="no activities"):
@@ -339,11 +342,12 @@ def test_a_profile_without_the_events_that_matter_accuses_nobody(
 ) -> None:
     """As where CUPTI is not there, or held by another profiler."""
     follower = telemetry.Telemetry(FlashConfig(), Dispatcher(FlashConfig()))
-    follower._profile, follower._pool_gib = object(), pool_gib  # type: ignore[assignment]
-    found = [SimpleNamespace(name=name, device_type=telemetry.DeviceType.CPU, cpu_parent=None) for name in events]
-    follower._stop_profile = lambda: found  # type: ignore[method-assign]
+    step = follower._profile
+    step.running, follower._pool_gib = object(), pool_gib  # type: ignore[assignment]
+    found = [SimpleNamespace(name=name, device_type=profile_module.DeviceType.CPU, cpu_parent=None) for name in events]
+    step.stop = lambda: found  # type: ignore[method-assign]
     follower._in_force = lambda: Counter(sdpa_flash=8)  # type: ignore[method-assign]
-    follower._eager_kernels = Counter({"void flash_fwd_kernel<x>": 8})
+    step._eager_kernels = Counter({"void flash_fwd_kernel<x>": 8})
     follower.on_train_batch_end(SimpleNamespace(device=torch.device("cpu"), world_size=1))
     (line,) = log
     assert "could not be observed here" in line

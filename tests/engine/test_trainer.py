@@ -143,7 +143,7 @@ def check_every_phase(
         assert phases.calls[phase] == fused, phase
     trainer: Any = model.trainer
     planned = {row.decision.spec for row in trainer.flash_plan}
-    met = {spec for spec, _, _ in trainer._flash_dispatcher._decisions}
+    met = {spec for spec, _, _ in trainer.flash_run.dispatcher._decisions}
     assert {spec for spec in met if spec.training}
     assert {spec for spec in met if spec.training} <= planned  # dtype, layout and sizes were foreseen
     assert {row.decision.spec for row in trainer.flash_plan if row.mode == "val"} & met
@@ -193,7 +193,7 @@ def test_the_plan_is_that_of_the_forward(config: str, tiny_args: dict[str, Any])
     model.train(**{**tiny_args, "imgsz": 64, "val": False})
     trainer = model.trainer
     planned = {row.decision.spec for row in trainer.flash_plan if row.mode == "train"}
-    met = {spec for spec, _, _ in trainer._flash_dispatcher._decisions if spec.training}
+    met = {spec for spec, _, _ in trainer.flash_run.dispatcher._decisions if spec.training}
     assert met
     assert met == planned
 

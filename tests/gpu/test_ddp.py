@@ -36,7 +36,7 @@ class GradientTrainer(DetectionTrainer):
         self.replaying = False
 
     def optimizer_step(self) -> None:
-        self.replaying = self._flash_graphs.step is not None
+        self.replaying = self.flash_run.graphs.step is not None
         scale = self.scaler.get_scale()
         gradients = [p.grad.flatten() / scale for p in self.model.parameters() if p.grad is not None]
         self.kept.append(torch.cat(gradients).double().cpu())

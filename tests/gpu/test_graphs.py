@@ -340,7 +340,7 @@ def test_a_run_from_graphs_is_a_run(model: str, amp: Any, tiny_args: dict[str, A
     assert replayed == pytest.approx(eager, rel=0.02)
     assert patched_layers(yolo.model)
     load_without_plugin(yolo.trainer.last)
-    assert yolo.trainer._flash_graphs.step is None
+    assert yolo.trainer.flash_run.graphs.step is None
     del yolo
     gc.collect()
     assert torch.cuda.memory_allocated() - before < 2**28
@@ -379,14 +379,14 @@ def test_validation_without_memory_frees_the_graphs(tiny_args: dict[str, Any], m
     failed: list[bool] = []
 
     def fail(validator: Any) -> None:
-        if validator.training and yolo.trainer._flash_graphs.step is not None:
+        if validator.training and yolo.trainer.flash_run.graphs.step is not None:
             failed.append(True)
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     yolo.add_callback("on_val_start", fail)
     yolo.train(**{**tiny_args, "device": 0, "imgsz": 128, "epochs": 3})
     assert failed == [True]
-    assert "validation" in yolo.trainer._flash_graphs.why_not
+    assert "validation" in yolo.trainer.flash_run.graphs.why_not
 
 
 def test_a_segmentation_runs_from_graphs_without_its_loss(coco8: str, tiny_args: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ def args(tiny_args: dict[str, Any]) -> dict[str, Any]:
 def check_plan(model: Any) -> set[str]:
     """Every training spec that was met had been planned; the layouts that there were."""
     trainer = model.trainer
-    met = {spec for spec, _, _ in trainer._flash_dispatcher._decisions if spec.training}
+    met = {spec for spec, _, _ in trainer.flash_run.dispatcher._decisions if spec.training}
     assert met
     assert met == {row.decision.spec for row in trainer.flash_plan if row.mode == "train"}
     return {spec.layout for spec in met}

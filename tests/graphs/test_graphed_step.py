@@ -437,7 +437,7 @@ def test_validation_that_runs_out_of_memory_is_run_again_without_the_graphs(
     failed: list[int] = []
 
     def fail(validator: Any) -> None:
-        if validator.training and model.trainer._flash_graphs.step is not None:
+        if validator.training and model.trainer.flash_run.graphs.step is not None:
             failed.append(1)
             raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -477,7 +477,7 @@ def test_graphs_are_free_before_the_final_evaluation_and_after_a_run(
 ) -> None:
     model = patch_model(YOLO("tiny.yaml"), graphs="on")
     held: list[bool] = []
-    model.add_callback("on_val_start", lambda v: held.append(model.trainer._flash_graphs.step is not None))
+    model.add_callback("on_val_start", lambda v: held.append(model.trainer.flash_run.graphs.step is not None))
     model.train(**{**tiny_args, "epochs": 2})
     assert held == [True, True, False]
     left = weakref.ref(replays[0])
@@ -539,7 +539,7 @@ def test_a_run_that_ends_early_frees_its_graphs(how: str, tiny_args: dict[str, A
     more = {"time": 1.0} if how == "time" else {}  # hours, until the callback
     model.train(**{**tiny_args, "epochs": 50, **more})
     assert 2 <= len(epochs) < 50
-    assert model.trainer._flash_graphs.step is None
+    assert model.trainer.flash_run.graphs.step is None
     assert len(replays) == 1
 
 

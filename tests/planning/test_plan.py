@@ -20,7 +20,7 @@ from tests.machines import MACHINES
 from yolo_flash import BackendNotSupportedError, FlashConfig, patch_model, plan
 from yolo_flash.assets.models import open_model
 from yolo_flash.dispatch.dispatcher import Dispatcher
-from yolo_flash.engine.trainer import _commonest_shape
+from yolo_flash.engine.run import commonest_shape
 from yolo_flash.patching.patch import BLOCKS, patch_modules, targets
 from yolo_flash.planning.inputs import RunInput, assumed_inputs, layer_shapes, rounded_size
 from yolo_flash.planning.plan import describe, make_plan
@@ -247,7 +247,7 @@ def test_where_no_shape_comes_again_the_plan_says_so(
     of_images: list[int], shapes: list[tuple[int, int]], found: tuple[int, int, int, bool]
 ) -> None:
     dataset = SimpleNamespace(rect=True, batch=np.array(of_images), batch_shapes=np.array(shapes))
-    images, height, width, note = _commonest_shape(dataset, 8, 96)
+    images, height, width, note = commonest_shape(dataset, 8, 96)
     assert (images, height, width, bool(note)) == found
     run_input = RunInput("val", images, 640, 640, torch.float32, nhwc=False, note=note)
     rows = make_plan(YOLO("yolo26n.yaml").model, Dispatcher(FlashConfig()), MACHINES["MPS"], [run_input])

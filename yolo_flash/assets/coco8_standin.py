@@ -39,7 +39,7 @@ PHOTO_BOXES: dict[str, list[tuple[str, int, int, int, int]]] = {
         ("tie", 991, 314, 1045, 413),
     ],
 }
-MIN_VISIBLE = 0.4  # share of a box's area which must lie inside a view for the object to be labelled there
+MIN_VISIBLE = 0.4  # an object is labelled in a view that holds at least this share of its box's area
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,11 @@ VIEWS = (
 
 
 def view_boxes(view: View) -> list[tuple[str, float, float, float, float]]:
-    """Carry the boxes of a photograph over to one view of it.
-
-    Args:
-        view: The view.
+    """The boxes of a photograph in one view of it.
 
     Returns:
         Class name, centre x, centre y, width and height of each box, in shares of the picture's width and height. Boxes
-        are clipped to the view; one with less than `MIN_VISIBLE` of its area inside is left out.
+        are clipped to the view; a box with less than `MIN_VISIBLE` of its area inside is left out.
     """
     left, top, right, bottom = view.crop
     boxes = []
@@ -102,8 +99,8 @@ def view_boxes(view: View) -> list[tuple[str, float, float, float, float]]:
 def create_standin(folder: Path) -> Path:
     """Write the stand-in data set, unless it is already there.
 
-    The set is built beside `folder` and renamed into place, so that `folder` never holds half a set, even with two
-    processes at work or one killed. An outdated or damaged stand-in is replaced.
+    The set is built beside `folder` and renamed into place: `folder` never holds half a set, even if two processes
+    write one or a process is killed. An outdated or damaged stand-in is replaced.
 
     Args:
         folder: Root of the data set; it gets `images`, `labels` and `data.yaml`.
@@ -127,12 +124,12 @@ def create_standin(folder: Path) -> Path:
 
 
 def _files(folder: Path, view: View) -> tuple[Path, Path]:
-    """Return the paths of a view's picture and of its labels."""
+    """The paths of a view's picture and of its labels."""
     return folder / "images" / view.split / f"{view.name}.jpg", folder / "labels" / view.split / f"{view.name}.txt"
 
 
 def _is_complete(folder: Path) -> bool:
-    """Tell whether `folder` holds this version of the stand-in, with all its files and its own path in the YAML."""
+    """Whether `folder` holds this version of the stand-in: all files, and its own path in the YAML."""
     data = folder / "data.yaml"
     return (
         all(file.is_file() for file in (data, *(file for view in VIEWS for file in _files(folder, view))))
@@ -142,7 +139,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _write(made: Path, folder: Path) -> None:
-    """Write the data set into the new folder `made`, with `folder` as the path by which it will be found."""
+    """Write the data set into the new folder `made`, with `folder` as its path in the YAML."""
     names = YAML.load(ROOT / "cfg" / "datasets" / "coco8.yaml")["names"]
     classes = {name: number for number, name in names.items()}
     for view in VIEWS:
@@ -157,7 +154,7 @@ def _write(made: Path, folder: Path) -> None:
 
 
 def _encode(view: View) -> bytes:
-    """Cut, scale and mirror a view out of its photograph and return it as a JPEG file."""
+    """A view, cut out of its photograph, scaled and mirrored, as a JPEG file."""
     photo = ASSETS / view.photo
     if not photo.is_file():
         raise FileNotFoundError(f"The stand-in data set needs {photo}, a photograph of the ultralytics package.")
@@ -172,7 +169,7 @@ def _encode(view: View) -> bytes:
 
 
 def _move_into_place(made: Path, folder: Path) -> None:
-    """Rename `made` to `folder`; an unusable stand-in found there is moved beside `made` first."""
+    """Rename `made` to `folder`; an unusable stand-in in its place is moved beside `made` first."""
     if folder.exists() and not _is_complete(folder):
         foreign = [file for file in (folder, *folder.rglob("*")) if file.is_file() and not _is_ours(file)]
         if foreign:
@@ -187,7 +184,7 @@ def _move_into_place(made: Path, folder: Path) -> None:
 
 
 def _is_ours(file: Path) -> bool:
-    """Tell whether a file belongs to a stand-in of any version, Ultralytics' label caches included."""
+    """Whether a file belongs to a stand-in of any version, Ultralytics' label caches included."""
     if file.name == "data.yaml":
         return file.read_text(encoding="utf-8", errors="replace").startswith(TITLE)
     return file.name.startswith("standin-") or file.suffix == ".cache"

@@ -1,4 +1,4 @@
-"""Models as Ultralytics' command line opens them."""
+"""Models by name, opened as Ultralytics' command line does."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from ultralytics import RTDETR, YOLO
 
 
 def open_model(model: str | Path) -> Any:
-    """A checkpoint or YAML, as `RTDETR` if its name says so, else as `YOLO`, which knows no YAML of RT-DETR."""
+    """Open a checkpoint or YAML: as `RTDETR` if its name says so, since `YOLO` knows no YAML of RT-DETR."""
     return RTDETR(model) if "rtdetr" in Path(model).stem.lower() else YOLO(model)

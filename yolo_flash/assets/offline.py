@@ -1,4 +1,4 @@
-"""Life without a network: one short probe instead of Ultralytics' minutes of retries, and a stand-in for coco8."""
+"""Runs without a network: a short probe instead of Ultralytics' minutes of retries, and a stand-in for coco8."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from ultralytics.utils import DATASETS_DIR, LOGGER, SETTINGS, USER_CONFIG_DIR, downloads, env_bool
+from ultralytics.utils import DATASETS_DIR, LOGGER, ROOT, SETTINGS, USER_CONFIG_DIR, downloads, env_bool
 from ultralytics.utils.checks import check_file, check_yolov5u_filename
 
 from .coco8_standin import create_standin
@@ -27,12 +27,12 @@ STANDIN_FOLDER = USER_CONFIG_DIR / "yolo-flash" / "coco8-stand-in"
 def can_download() -> bool:
     """Whether Ultralytics' download host, or the proxy to it, accepts a connection within 3 seconds.
 
-    The name look-up is part of the 3 seconds: without a route it can hang by itself. `YOLO_OFFLINE=true` answers no.
+    The 3 seconds include the name look-up, which can hang without a route. `YOLO_OFFLINE=true` answers no.
     """
     if env_bool("YOLO_OFFLINE"):
         return False
     answer: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    # A daemon thread: the interpreter would wait at its end for any other, however long the look-up hangs.
+    # A daemon thread: at its exit the interpreter waits for all others, however long a look-up hangs.
     threading.Thread(target=lambda: answer.put(_connects()), daemon=True).start()
     try:
         return answer.get(timeout=PROBE_SECONDS)
@@ -55,16 +55,16 @@ def _connects() -> bool:
             socket.create_connection((DOWNLOAD_HOST, 443), PROBE_SECONDS).close()
             return True
         return _proxy_connects(urlsplit(proxy if "://" in proxy else f"http://{proxy}"))
-    except (OSError, ValueError, OverflowError):  # the latter two: an address that cannot be one
+    except (OSError, ValueError, OverflowError):  # the latter two: the proxy's address is none
         return False
 
 
 def _proxy_connects(proxy: SplitResult) -> bool:
-    """Whether the proxy lets the download host through: many answer, and refuse all but package registries."""
+    """Whether the proxy lets the download host through; many proxies refuse all hosts but package registries."""
     default = 443 if proxy.scheme == "https" else 1080 if proxy.scheme.startswith("socks") else 80
     with socket.create_connection((proxy.hostname or "", proxy.port or default), PROBE_SECONDS) as connection:
         if proxy.scheme != "http":
-            return True  # would need TLS or SOCKS to ask; Ultralytics' own attempt decides
+            return True  # a question would need TLS or SOCKS: Ultralytics' own attempt decides
         login = ""
         if proxy.username:
             secret = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()
@@ -77,14 +77,14 @@ def _proxy_connects(proxy: SplitResult) -> bool:
 
 @contextlib.contextmanager
 def no_downloads() -> Iterator[None]:
-    """For the time of the context Ultralytics' downloads fail at once, where they would retry for minutes."""
+    """Within the context Ultralytics' downloads fail at once instead of being retried for minutes."""
     with _downloads_lock:
         _downloads_off.append(downloads.safe_download)
         downloads.safe_download = _fail
     try:
         yield
     finally:
-        with _downloads_lock:  # trainings in two threads overlap: the first to come kept the original
+        with _downloads_lock:  # trainings in two threads may overlap: the last to leave puts the original back
             original = _downloads_off.pop()
             if not _downloads_off:
                 downloads.safe_download = original
@@ -100,7 +100,7 @@ def _fail(url: Any, *args: Any, **kwargs: Any) -> Any:
 
 def missing_asset(weights: str | Path) -> bool:
     """Whether `weights` names an official file that Ultralytics would have to download."""
-    if "://" in str(weights):  # comes from elsewhere, which the probe says nothing about
+    if "://" in str(weights):  # another host, of which the probe says nothing
         return False
     name = Path(check_yolov5u_filename(str(weights), verbose=False))
     on_disk = name.exists() or (Path(SETTINGS["weights_dir"]) / name).exists()
@@ -114,8 +114,8 @@ def training_data(data: Any) -> Any:
         data: What the user gave as `data=`.
 
     Returns:
-        `<YOLO_FLASH_DATASETS>/<name>/data.yaml` for `<name>.yaml` if that folder has it; the stand-in's data.yaml for
-        coco8 that is neither on disk nor to be downloaded; else `data`.
+        For `<name>.yaml`, `<YOLO_FLASH_DATASETS>/<name>/data.yaml` if that file exists; for a coco8 that is neither on
+        disk nor downloadable, the data.yaml of the stand-in; else `data`.
     """
     if not isinstance(data, (str, Path)):
         return data
@@ -148,7 +148,7 @@ def note_standin(data: Any, save_dir: Path) -> None:
             f"pictures cut from the two photographs that the ultralytics package ships: {data}\n",
             encoding="utf-8",
         )
-    except OSError as error:  # a full disk: the log has said it too
+    except OSError as error:  # a full disk, say; the log has warned of the stand-in
         LOGGER.warning(f"yolo-flash: no note of the stand-in in the run folder: {error}")
 
 
@@ -157,12 +157,11 @@ def _is_shipped_coco8(name: str) -> bool:
         name = "coco8.yaml"
     if Path(name).name != "coco8.yaml":
         return False
-    found = check_file(name, hard=False, download=False)  # any other coco8.yaml is the user's own and wins
-    shipped = Path(downloads.__file__).parents[1] / "cfg" / "datasets" / "coco8.yaml"
-    return bool(found) and Path(found).resolve() == shipped.resolve()
+    found = check_file(name, hard=False, download=False)  # a coco8.yaml of the user's own comes first
+    return bool(found) and Path(found).resolve() == (ROOT / "cfg" / "datasets" / "coco8.yaml").resolve()
 
 
 def _coco8_on_disk() -> bool:
-    """Whether Ultralytics would find the pictures: in the working directory first, as in `check_det_dataset`."""
+    """Whether Ultralytics would find the pictures; `check_det_dataset` looks in the working directory first."""
     folder = Path("coco8") if Path("coco8").exists() else Path(DATASETS_DIR) / "coco8"
     return (folder / "images" / "val").exists()

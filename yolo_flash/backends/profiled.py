@@ -17,7 +17,7 @@ _ATTENTION_KERNEL = re.compile(
 
 
 def attention_kernels(events: Iterable[Any]) -> tuple[Counter[str], Counter[str]]:
-    """Count the operators and kernels of attention in a profile.
+    """Attention in a profile.
 
     Args:
         events: Of a torch profile.
@@ -37,6 +37,6 @@ def attention_kernels(events: Iterable[Any]) -> tuple[Counter[str], Counter[str]
     return operators, kernels
 
 
-def short_name(kernel: str) -> str:
+def short_kernel_name(kernel: str) -> str:
     """`void pytorch_flash::flash_fwd_kernel<...>(...)` -> `flash_fwd_kernel`."""
     return re.split(r"[<(]", kernel.removeprefix("void "))[0].rsplit("::", 1)[-1]

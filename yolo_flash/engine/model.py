@@ -1,10 +1,10 @@
-"""`YOLO` and `RTDETR` objects whose attention is patched: patch_model and unpatch_model."""
+"""`patch_model` and `unpatch_model`, the class of patched `YOLO` and `RTDETR` objects, and `plan`."""
 
 from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from ultralytics.engine.model import Model
@@ -21,18 +21,14 @@ from ..planning import autotune
 from ..planning.inputs import assumed_inputs, rounded_size
 from ..planning.plan import PlanRow, make_plan
 from .predictor import predictor_class
+from .run import FlashRun
 from .trainer import trainer_class
-
-if TYPE_CHECKING:
-    from ultralytics.engine.model import Model as _ModelBase
-else:  # the mixin comes before a class that is chosen at run time
-    _ModelBase = object
 
 M = TypeVar("M", bound=nn.Module)
 
 
-class FlashModelMixin(StockPickle, _ModelBase):
-    """First base of the class of a patched `YOLO` or `RTDETR` object: whatever rebuilds the model patches it again.
+class FlashModelMixin(StockPickle, Model):
+    """First base of the class of a patched `YOLO` or `RTDETR` object; patches the model again when it was rebuilt.
 
     Attributes:
         _flash_sources: Keyword arguments for `FlashConfig.resolve`, kept to merge the section of a `cfg=` file.
@@ -43,7 +39,7 @@ class FlashModelMixin(StockPickle, _ModelBase):
     _flash_config: FlashConfig
 
     def train(self, trainer: Any = None, **kwargs: Any) -> Any:
-        """As `YOLO.train`, with our trainer mixed into the task's own or the given one."""
+        """As `YOLO.train`, with our mixin on top of the task's trainer class or the given one."""
         base = trainer or self._smart_load("trainer")
         if isinstance(base, type):
             base = trainer_class(base, self._flash_config, self._flash_sources)
@@ -51,13 +47,16 @@ class FlashModelMixin(StockPickle, _ModelBase):
             LOGGER.warning(f"yolo-flash: trainer={base!r} is not a class, so that it trains stock attention.")
         try:
             return super().train(trainer=base, **kwargs)
-        finally:  # the next prediction knows what this training has measured
-            _patch_inner(self, getattr(getattr(self, "trainer", None), "_flash_dispatcher", None))
+        finally:  # the next prediction uses what this training has measured
+            run = getattr(getattr(self, "trainer", None), "flash_run", None)
+            if isinstance(self.model, nn.Module) and self._flash_config.enabled:
+                _patch(self.model, self._flash_config, run.dispatcher if isinstance(run, FlashRun) else None)
+            self.predictor = None  # which holds a copy of the network before
 
     def predict(self, source: Any = None, stream: bool = False, *args: Any, **kwargs: Any) -> Any:
         """As `YOLO.predict`, with the network from CUDA graphs if `flash.graphs_predict` says so."""
         stock: Any = type(self)._stock
-        plain = stock.predict is Model.predict  # YOLOE's takes prompts, and a predictor for them
+        plain = stock.predict is Model.predict  # that of YOLOE takes prompts, and a predictor for them
         if plain and self._flash_config.enabled and self._flash_config.graphs_predict:
             given = args[0] if args else kwargs.pop("predictor", None)
             args = (predictor_class(given or self._smart_load("predictor")),)
@@ -65,15 +64,15 @@ class FlashModelMixin(StockPickle, _ModelBase):
 
     def export(self, **kwargs: Any) -> Any:
         """As `YOLO.export`, of the stock model."""
-        if not isinstance(self.model, nn.Module):
+        network: Any = self.model
+        dispatcher = _dispatcher_of(network)
+        if dispatcher is None:
             return super().export(**kwargs)
-        dispatcher = next((b._flash_dispatcher for b in self.model.modules() if isinstance(b, FlashBlock)), None)
-        unpatch_modules(self.model)
+        unpatch_modules(network)
         try:
             return super().export(**kwargs)
         finally:
-            if dispatcher is not None:
-                patch_modules(self.model, self._flash_config, dispatcher)
+            patch_modules(network, self._flash_config, dispatcher)
 
     def tune(self, *args: Any, **kwargs: Any) -> Any:
         """As `YOLO.tune`, which trains in processes of its own."""
@@ -107,28 +106,25 @@ def patch_model(model: M, **settings: Any) -> M:
 def patch_from_sources(model: M, sources: dict[str, Any]) -> M:
     """`patch_model` for settings that still have to be resolved: keyword arguments of `FlashConfig.resolve`."""
     config = FlashConfig.resolve(**sources)
-    if not isinstance(model, Model):
-        if config.enabled:
-            _patch(model, config)
-            warn_no_targets(model)
-        else:
-            unpatch_model(model)
-        return model
-    if config.enabled and isinstance(model.model, nn.Module):
-        layer_choices(model.model, config)  # raises before anything is changed
+    network: Any = model.model if isinstance(model, Model) else model
+    exported = isinstance(model, Model) and not isinstance(network, nn.Module)
+    if config.enabled and not exported:
+        layer_choices(network, config)  # raises before anything is changed
     unpatch_model(model)
-    base: Any = type(model)
-    become(model, _model_class(base), sources=sources, config=config)
-    _patch_inner(model)
-    if not isinstance(model.model, nn.Module):
-        LOGGER.warning(f"yolo-flash: {model.model} is an exported model and runs as it was exported.")
+    if isinstance(model, Model):
+        cls: Any = type(model)
+        become(model, _model_class(cls), sources=sources, config=config)
+        model.predictor = None  # which holds a copy of the network
+    if exported:
+        LOGGER.warning(f"yolo-flash: {network} is an exported model and runs as it was exported.")
     elif config.enabled:
-        warn_no_targets(model.model)
+        _patch(network, config)
+        _warn_no_targets(network)
     return model
 
 
 def unpatch_model(model: M) -> M:
-    """Undo `patch_model`: the object, its class and its outputs are as before, to the bit. Stock ones are left alone.
+    """Undo `patch_model`: the object, its class and its outputs are as before, to the bit. Stock models are left alone.
 
     Args:
         model: What was given to `patch_model`.
@@ -150,7 +146,7 @@ def plan(
 ) -> list[PlanRow]:
     """What each attention layer of a patched model would run in training and in validation.
 
-    Validation is planned for square pictures, as its data are not known here; a run plans for those of its own.
+    Validation is planned for square pictures, since its data are not known here; a run plans for its own data.
 
     Args:
         model: What `patch_model` returned.
@@ -166,22 +162,19 @@ def plan(
         BackendNotSupportedError: A backend asked for by name cannot run a layer.
         ValueError: The model is not patched, or there is no such precision.
     """
-    inner: Any = model.model if isinstance(model, Model) else model
-    blocks = inner.modules() if isinstance(inner, nn.Module) else ()
-    block = next((b for b in blocks if isinstance(b, FlashBlock)), None)
-    if block is None:
+    network: Any = unwrap_model(model.model if isinstance(model, Model) else model)
+    dispatcher = _dispatcher_of(network)
+    if dispatcher is None:
         raise ValueError("this model has no patched attention layer: call patch_model first")
     where = resolve_device(device)
-    network = unwrap_model(inner)
     run_inputs = assumed_inputs(network, rounded_size(network, imgsz), batch, amp, where.type == "cuda")
-    dispatcher = block._flash_dispatcher
     measure = functools.partial(autotune.measure, device=where) if dispatcher.config.autotune else None
     dispatcher.recall(where)
-    return make_plan(inner, dispatcher, detect(where), run_inputs, measure)
+    return make_plan(network, dispatcher, detect(where), run_inputs, measure)
 
 
-def warn_no_targets(model: nn.Module) -> None:
-    """One line when there is nothing to patch, so that nobody waits for a gain."""
+def _warn_no_targets(model: nn.Module) -> None:
+    """Warn that a model has nothing to patch, so that nobody waits for a gain."""
     if known_blocks(model):
         return
     config = getattr(model, "yaml", None)
@@ -197,22 +190,16 @@ def _model_class(base: Any) -> type[FlashModelMixin]:
     return type(f"Flash{base.__name__}", (FlashModelMixin, base), {"_stock": base, "__module__": __name__})
 
 
-def _patch_inner(model: Any, earlier: Dispatcher | None = None) -> None:
-    """Patch the model inside, which may be a new one; the predictor holds a copy of the old one.
-
-    Args:
-        model: A `YOLO` or `RTDETR` object.
-        earlier: Has trials that the new decisions shall know, even where the files of `trial_cache` cannot be written.
-    """
-    if isinstance(model.model, nn.Module) and model._flash_config.enabled:
-        _patch(model.model, model._flash_config, earlier)
-    model.predictor = None
+def _dispatcher_of(network: Any) -> Dispatcher | None:
+    """What the patched blocks of a network share; None if there are none."""
+    blocks = network.modules() if isinstance(network, nn.Module) else ()
+    return next((block._flash_dispatcher for block in blocks if isinstance(block, FlashBlock)), None)
 
 
 def _patch(module: nn.Module, config: FlashConfig, earlier: Dispatcher | None = None) -> None:
-    """`patch_modules` for a model that predicts: shapes that come again may be measured."""
+    """`patch_modules` for predictions: recurring shapes may be measured, and trials of an `earlier` run are known."""
     dispatcher = Dispatcher(config)
-    if isinstance(earlier, Dispatcher):
+    if earlier is not None:
         dispatcher.take_over(earlier)
     patch_modules(module, config, dispatcher)
     dispatcher.measure = lambda specs, device: autotune.measure(specs, device)

@@ -1,4 +1,4 @@
-"""A mixin for Ultralytics' predictors: predictions from CUDA graphs."""
+"""A mixin for Ultralytics' predictors: the network runs from CUDA graphs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..graphs.predict import PredictGraphs
 
 
 class FlashPredictorMixin(BasePredictor):
-    """Runs the network of a predictor from graphs; first base of a class generated for each predictor."""
+    """First base of a class generated for each predictor class, see `predictor_class`."""
 
     _flash_graphs: PredictGraphs
 
     def setup_model(self, *args: Any, **kwargs: Any) -> None:
-        """Begin without graphs: the network is another one."""
+        """Drop the graphs of the network before."""
         self._flash_graphs = PredictGraphs()
         super().setup_model(*args, **kwargs)
 
     def inference(self, im: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the predictor does it; plain forwards of a PyTorch model on a GPU by replay."""
+        """Replay plain forwards of a PyTorch model on a GPU; run all others as the predictor does."""
         model: Any = self.model
         special = args or kwargs or self.args.augment or self.args.embed or self.args.visualize
         if special or not _has_graphs(im) or getattr(model, "format", "") != "pt":
@@ -38,7 +38,7 @@ def _has_graphs(images: Tensor) -> bool:
 
 @functools.lru_cache
 def predictor_class(base: type) -> type:
-    """Our predictor on top of `base`, of Ultralytics or of a user; a class with an `inference` of its own stays."""
+    """Our predictor on top of `base`, of Ultralytics or of a user; `base` itself if it overrides `inference`."""
     if issubclass(base, FlashPredictorMixin):
         return base
     if getattr(base, "inference", None) is not BasePredictor.inference:

@@ -10,10 +10,10 @@ from ..utils.plotting import COLORS, as_png, new_figure
 
 
 def draw_run(file: Path) -> bytes | None:
-    """Draw a run from its flash.jsonl alone.
+    """Draw a run.
 
     Args:
-        file: The flash.jsonl of a run folder. Of a resumed run, the last line of an epoch counts.
+        file: The flash.jsonl of a run folder; the last line of an epoch counts, as a resumed run may repeat it.
 
     Returns:
         A PNG; None before the first epoch has ended.
@@ -29,11 +29,8 @@ def draw_run(file: Path) -> bytes | None:
     memory, speed, layers = figure.subplots(1, 3, width_ratios=(1, 1, 1.3))
     numbers = sorted(epochs)
     style: dict[str, Any] = {"marker": "o", "markersize": 3.5} if len(numbers) < 50 else {}
-    for key, label, color in (
-        ("peak_reserved_gib", "reserved", "#56b4e9"),
-        ("peak_allocated_gib", "allocated", "#0072b2"),
-    ):
-        memory.plot(numbers, [epochs[n][key] for n in numbers], label=label, color=color, **style)
+    for kind, color in (("reserved", "#56b4e9"), ("allocated", "#0072b2")):
+        memory.plot(numbers, [epochs[n][f"peak_{kind}_gib"] for n in numbers], label=kind, color=color, **style)
     speed.plot(numbers, [epochs[n]["images_per_second"] for n in numbers], color="#d55e00", **style)
     for panel, title, unit in ((memory, "Peak memory", "GiB"), (speed, "Speed", "images/s")):
         panel.set_title(title, loc="left", fontsize=11)
@@ -57,9 +54,8 @@ def _layers(panel: Any, rows: dict[tuple[str, str], dict[str, Any]]) -> None:
     names = list(dict.fromkeys(layer for _, layer in rows))
     drawn: dict[str, Any] = {}
     for (mode, layer), row in rows.items():
-        place = modes.index(mode), names.index(layer)
-        color = COLORS.get(row["backend"], "#000000")
-        drawn[row["backend"]] = panel.barh(place[1], 0.94, left=place[0] - 0.47, height=0.86, color=color)
+        backend, left, color = row["backend"], modes.index(mode) - 0.47, COLORS.get(row["backend"], "#000000")
+        drawn[backend] = panel.barh(names.index(layer), 0.94, left=left, height=0.86, color=color)
     panel.set_title("Backend of each layer", loc="left", fontsize=11)
     panel.set_xticks(range(len(modes)), modes)
     panel.set_yticks(range(len(names)), names, fontsize=8 if len(names) <= 10 else 6)

@@ -1,8 +1,4 @@
-"""Proof and numbers of a run: the plan, the kernels that really ran, memory and speed of every epoch.
-
-Goes to Ultralytics' log, to `flash.jsonl` in the run folder (one object a line), to results.csv and to Ultralytics'
-loggers. The trainer catches what goes wrong here: telemetry neither fails a run nor changes its result.
-"""
+"""The record of a training run: plan, kernels, memory and speed, in the log and in `flash.jsonl` of the run folder."""
 
 from __future__ import annotations
 
@@ -16,20 +12,19 @@ from typing import Any
 
 import torch
 import ultralytics
-from torch.profiler import DeviceType, ProfilerActivity, profile
 from ultralytics.utils import LOGGER
 
 from .._version import __version__
-from ..backends.profiled import attention_kernels, short_name
 from ..backends.registry import BACKENDS
 from ..config import FlashConfig
+from ..dispatch.decision import Decision
 from ..dispatch.dispatcher import Dispatcher
 from ..machine import Machine
 from ..planning.memory import score_bytes
 from ..planning.plan import PlanRow, describe, plan_entry
 from ..utils.files import write_file
 from ..utils.memory import GIB, peak_memory_gib, readable
-from ..utils.profiler import PROFILER, hushed, profiler_lets_go, stop_profiler
+from .profile import StepProfile
 from .run_plot import draw_run
 
 PEAK = "flash/peak_allocated_gib"
@@ -38,29 +33,29 @@ COLUMNS = (PEAK, SPEED)
 
 
 class Telemetry:
-    """Follows one training run on rank 0 by the events of Ultralytics' trainer."""
+    """Records one training run on rank 0; a method for each event of Ultralytics' trainer that matters.
+
+    Each line of `flash.jsonl` is one JSON object. Memory and speed also go to results.csv and to Ultralytics' loggers.
+    `FlashRun.tell` catches errors: telemetry neither fails a run nor changes its result.
+    """
 
     def __init__(self, config: FlashConfig, dispatcher: Dispatcher) -> None:
-        """Follow a run that has these settings and decisions."""
         self._config = config
         self._dispatcher = dispatcher
         self._machine: Machine | None = None
-        self._rows: list[PlanRow] = []
+        self._decisions: list[Decision] = []  # of the layers in training
         self._file: Path | None = None
-        self._profile: profile | None = None
-        self._profiled = False
+        self._profile = StepProfile()
         self._images = 0
         self._since = 0.0
         self._profiled_speed = 0.0
-        self._eager_kernels: Counter[str] = Counter()
-        self._replays: dict[str, Any] = {}  # of this epoch, see `GraphPolicy.end_epoch`
-        self._pool_gib: float | None = None  # memory of the graphs that steps run from; None while they run eager
+        self._pool_gib: float | None = None  # memory of the graphs that steps run from; None while steps run eager
 
     def plan(self, trainer: Any, rows: list[PlanRow], machine: Machine) -> None:
-        """Log and write the plan; called again when the batch was halved, which also discards a profile under way."""
-        self._rows, self._machine = rows, machine
+        """Record the plan; a new one, after the batch was halved, also discards a profile under way."""
+        self._decisions, self._machine = [row.decision for row in rows if row.mode == "train"], machine
         self._pool_gib = None  # graphs of another batch are gone
-        self._stop_profile()
+        self._profile.stop()
         LOGGER.info(describe(rows, machine))
         if self._file is None:
             if self._dispatcher.memory_limited and trainer.device.type == "cuda" and (avoided := self._avoided()):
@@ -70,13 +65,7 @@ class Telemetry:
                     f"stock attention, {readable(avoided // images)} of score matrices an image: the batch may be "
                     f"larger than without the plugin."
                 )
-            self._file = Path(trainer.save_dir) / "flash.jsonl"
-            if not trainer.resume:
-                self._file.unlink(missing_ok=True)
-            elif self._file.is_file():
-                whole, end, torn = self._file.read_bytes().rpartition(b"\n")
-                if torn:  # the run was killed while it wrote
-                    write_file(self._file, whole + end)
+            self._file = _begin_file(trainer)
             self._write(
                 "run",
                 yolo_flash=__version__,
@@ -89,99 +78,59 @@ class Telemetry:
             self._write("plan", **plan_entry(row))
 
     def graphs(self, trainer: Any, facts: dict[str, Any]) -> None:
-        """Say whether steps run from CUDA graphs, why not, or what they gain; their first step is profiled too."""
+        """Record whether steps run from CUDA graphs: why not, or the gain; the first such step is profiled too."""
         self._write("graphs", **facts)
         if why_not := facts["why_not"]:
             self._pool_gib = None
             LOGGER.info(f"yolo-flash: no CUDA graphs: {why_not}")
             return
         self._pool_gib = facts["pool_bytes"] / GIB
+        seconds = f"{facts['capture_seconds']:.1f} s"
         if again := facts.get("again"):
-            LOGGER.info(f"yolo-flash: CUDA graphs captured again in {facts['capture_seconds']:.1f} s: {again}")
+            LOGGER.info(f"yolo-flash: CUDA graphs captured again in {seconds}: {again}")
             return
-        gain = "steps run from CUDA graphs"
+        gain = ""
         if "graph_ms" in facts:
             eager, replayed = facts["eager_ms"], facts["graph_ms"]
-            gain += f": {eager:.1f} -> {replayed:.1f} ms a step ({eager / replayed:.2f}x)"
-        cost = f"captured in {facts['capture_seconds']:.1f} s, they hold {readable(facts['pool_bytes'])}"
+            gain = f": {eager:.1f} -> {replayed:.1f} ms a step ({eager / replayed:.2f}x)"
         outside = facts.get("loss_outside")
-        LOGGER.info(f"yolo-flash: {gain}; {cost}" + (f"; the loss stays outside of them: {outside}" if outside else ""))
-        self._profiled = self._profiled and not profiler_lets_go()  # replays are kernels, without operators
+        LOGGER.info(
+            f"yolo-flash: steps run from CUDA graphs{gain}; captured in {seconds}, they hold "
+            f"{readable(facts['pool_bytes'])}" + (f"; the loss stays outside of them: {outside}" if outside else "")
+        )
+        self._profile.profile_graphs()
 
-    def replays(self, trainer: Any, facts: dict[str, Any]) -> None:
-        """Keep for the end of the epoch how many of its steps came from CUDA graphs."""
-        self._replays = facts
-
-    def saw_images(self, count: int) -> None:
-        """Count the images of a batch on their way to the model."""
+    def saw_images(self, trainer: Any, count: int) -> None:
+        """Count the images of a batch."""
         self._images += count
 
     def on_train_epoch_start(self, trainer: Any) -> None:
-        """Begin the clock and the peak memory of an epoch."""
+        """Start the clock and the peak memory of an epoch."""
         if trainer.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.device)
         self._restart_clock()
 
     def on_train_batch_start(self, trainer: Any) -> None:
-        """Profile one step: the first, or the second under `compile`, whose first one compiles."""
-        if self._profiled or self._profile is not None or (trainer.args.compile and not self._images):
-            return
-        activities = [ProfilerActivity.CPU]
-        if trainer.device.type == "cuda" and profiler_lets_go():
-            activities.append(ProfilerActivity.CUDA)
-        profiler = profile(activities=activities)  # which may fail: before there is a lock to give back
-        # The user's own profiler, or that of a training in another thread: a later step will do.
-        if torch.autograd._profiler_enabled() or not PROFILER.acquire(blocking=False):
-            return
-        self._profile = profiler  # from here on `_stop_profile` gives the lock back
-        with hushed():
-            self._profile.start()
-        self._restart_clock()
+        """Profile one step: the first, or with `compile` the second, since the first one compiles."""
+        compiles = trainer.args.compile and not self._images
+        if not compiles and self._profile.start(trainer.device):
+            self._restart_clock()
 
     def on_train_batch_end(self, trainer: Any) -> None:
-        """Read the profile of the step, if there is one, and compare it with the plan."""
-        if self._profile is None:
+        """Record the attention of a profiled step."""
+        if self._profile.running is None:
             return
         self._profiled_speed = self._speed(trainer)
-        events = self._stop_profile()
-        operators, kernels = attention_kernels(events)
-        self._profiled = True
-        replayed = self._pool_gib is not None  # operators are Python's, kernels the GPU's
-        observed = any(event.device_type == DeviceType.CUDA for event in events) if replayed else bool(events)
-        counts = dict(operators | kernels)
-        self._write("kernels", counts=counts, graphs=replayed, observed=observed)
-        if not observed:
-            LOGGER.info(
-                f"yolo-flash: what one step {'from graphs ' if replayed else ''}ran could not be observed here: the "
-                f"profile has no event of {'the GPU' if replayed else 'any kind'}. Another profiler may hold it."
-            )
-            self._restart_clock()
-            return
-        names: Counter[str] = Counter()
-        for name, count in counts.items():
-            names[short_name(name)] += count
-        ran = ", ".join(f"{count} x {name}" for name, count in names.items()) or "no fused attention"
-        if replayed:
-            LOGGER.info(f"yolo-flash: one step from graphs ran {ran}")
-            if missing := self._eager_kernels.keys() - kernels.keys():
-                LOGGER.warning(
-                    f"yolo-flash: the step before the graphs also ran {', '.join(map(short_name, missing))}."
-                )
-            self._restart_clock()
-            return
-        LOGGER.info(f"yolo-flash: one step ran {ran}")
-        self._eager_kernels = kernels
-        for backend, layers in self._in_force().items():
-            calls = sum(operators[name] for name in BACKENDS[backend].operators)
-            if BACKENDS[backend].operators and calls < layers:
-                LOGGER.warning(
-                    f"yolo-flash: the plan says {backend} for {layers} layers, but the profiled step called it "
-                    f"{calls} times. Please report this with flash.jsonl of the run folder."
-                )
+        facts = self._profile.finish(replayed=self._pool_gib is not None)
+        self._write("kernels", **facts)
+        self._profile.compare(facts, self._in_force())
         self._restart_clock()
 
-    def on_train_epoch_end(self, trainer: Any) -> None:
-        """Close the epoch, before the loggers and results.csv read `trainer.lr`, which carries our numbers to them."""
+    def on_train_epoch_end(self, trainer: Any, replays: dict[str, Any]) -> None:
+        """Record an epoch with what `GraphPolicy.end_epoch` counted.
+
+        `trainer.lr` carries our numbers to the loggers and to results.csv, which read it next.
+        """
         alone = not self._images  # an epoch of one step, which was profiled
         speed = self._profiled_speed if alone else self._speed(trainer)
         allocated, reserved = peak_memory_gib(trainer.device)
@@ -198,7 +147,7 @@ class Telemetry:
             backends=dict(backends),
             fallbacks=dict(failed),
             unplanned=len(self._dispatcher.unplanned),
-            graphs=self._replays,
+            graphs=replays,
         )
         used = f"peak {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved"
         ran = ", ".join(f"{name} x {count}" for name, count in backends.items())
@@ -206,31 +155,26 @@ class Telemetry:
             f"yolo-flash: {speed:.1f} images/s{' (the profiled step alone)' if alone else ''}, {used}"
             + (f"; {ran}; attention: {readable(self._avoided())} of score matrices avoided" if ran else "")
             + (f"; failed: {', '.join(failed)}" if failed else "")
-            + _replays_text(self._replays)
+            + _replays_text(replays)
         )
 
     def on_train_end(self, trainer: Any) -> None:
         """Draw flash.png beside Ultralytics' own plots."""
-        if self._file is None or not trainer.args.plots or (picture := draw_run(self._file)) is None:
-            return
-        write_file(self._file.with_name("flash.png"), picture)
+        if self._file is not None and trainer.args.plots and (picture := draw_run(self._file)) is not None:
+            write_file(self._file.with_name("flash.png"), picture)
 
     def teardown(self, trainer: Any) -> None:
-        """Leave no profiler behind when a run ends in the middle of a step."""
-        self._stop_profile()
-
-    def _training_rows(self) -> list[PlanRow]:
-        return [row for row in self._rows if row.mode == "train"]
+        """Stop the profiler of a run that ends in the middle of a step."""
+        self._profile.stop()
 
     def _avoided(self) -> int:
         """Bytes of score matrices that stock blocks would keep in a step, and the planned backends do not."""
-        return score_bytes(row.decision.spec for row in self._training_rows() if BACKENDS[row.decision.backend].fused)
+        return score_bytes(decision.spec for decision in self._decisions if BACKENDS[decision.backend].fused)
 
     def _in_force(self) -> Counter[str]:
         """Backend -> training layers, after what failed since the plan."""
         backends: Counter[str] = Counter()
-        for row in self._training_rows():
-            decision = row.decision
+        for decision in self._decisions:
             if decision.backend in self._dispatcher.failed and self._machine is not None:
                 decision = self._dispatcher.select(decision.spec, "auto", self._machine)
             backends[decision.backend] += 1
@@ -245,22 +189,31 @@ class Telemetry:
             torch.cuda.synchronize(trainer.device)
         return self._images * max(trainer.world_size, 1) / (time.perf_counter() - self._since)
 
-    def _stop_profile(self) -> Any:
-        running, self._profile = self._profile, None
-        if running is None:
-            return []
-        try:
-            with hushed():
-                stop_profiler(running)
-        finally:
-            PROFILER.release()
-        return running.events() or []
-
     def _write(self, event: str, **facts: Any) -> None:
-        if self._file is None:
-            return
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **facts}) + "\n")
+        if self._file is not None:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"event": event, **facts}) + "\n")
+
+
+def known_columns(csv: Path, metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that fit into an existing results.csv: a run that began without the plugin lacks our columns."""
+    if not csv.is_file():
+        return dict(metrics)
+    with csv.open(encoding="utf-8") as file:
+        header = {column.strip() for column in file.readline().split(",")}
+    return {name: value for name, value in metrics.items() if name not in COLUMNS or name in header}
+
+
+def _begin_file(trainer: Any) -> Path:
+    """The flash.jsonl of a run: absent for a new run, whole lines alone for a resumed one."""
+    file = Path(trainer.save_dir) / "flash.jsonl"
+    if not trainer.resume:
+        file.unlink(missing_ok=True)
+    elif file.is_file():
+        whole, end, torn = file.read_bytes().rpartition(b"\n")
+        if torn:  # the run was killed while it wrote
+            write_file(file, whole + end)
+    return file
 
 
 def _replays_text(facts: dict[str, Any]) -> str:
@@ -269,12 +222,3 @@ def _replays_text(facts: dict[str, Any]) -> str:
         return ""
     eager = "".join(f", {count} not: {reason}" for reason, count in facts["eager"].items())
     return f"; {facts['replayed']} of {facts['steps']} steps from CUDA graphs{eager}"
-
-
-def known_columns(csv: Path, metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics that fit into an existing results.csv: a run that was begun without us has no column for ours."""
-    if not csv.is_file():
-        return dict(metrics)
-    with csv.open(encoding="utf-8") as file:
-        header = {column.strip() for column in file.readline().split(",")}
-    return {name: value for name, value in metrics.items() if name not in COLUMNS or name in header}
