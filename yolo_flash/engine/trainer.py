@@ -145,11 +145,11 @@ class FlashTrainerMixin(_TrainerBase):
 
     def preprocess_batch(self, batch: Any) -> Any:
         """Count the images of each step, and let its forward be a replay: the last call before it, inside autocast."""
-        self._flash_graphs.before_transfer(self, batch)
+        boxes = self._flash_graphs.before_transfer(self, batch)
         batch = super().preprocess_batch(batch)
         if self._flash_telemetry is not None:
             self._flash_telemetry.saw_images(len(batch["img"]))
-        self._tell_graphs(self._flash_graphs.before_forward(self, batch))
+        self._tell_graphs(self._flash_graphs.before_forward(self, batch, boxes))
         return batch
 
     def optimizer_step(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..utils.errors import first_line, is_out_of_memory
 from ..utils.numerics import relative_error
 from . import fixed_loss
 from .fixed_loss import Capacity, FixedShapeLoss
-from .graphed_step import Answer, GraphedStep, no_trace, without_cached_casts
+from .graphed_step import GraphedStep, no_trace, without_cached_casts
 
 LABELS = ("batch_idx", "cls", "bboxes")  # of a batch, what the loss reads beside the images
 
@@ -61,13 +62,13 @@ def capture_step(
     return capture(model, images, None, ()), why_not
 
 
-def answer_step(
+def replay_next_call(
     model: Any,
     step: GraphedStep,
     batch: dict[str, Any],
     targets: Tensor | None,
     ended: Callable[[str], object] = bool,
-) -> Answer | None:
+) -> NextCall | None:
     """Let the coming forward with a batch be a replay, if it has the captured shape and boxes.
 
     Args:
@@ -96,7 +97,7 @@ def answer_step(
             ended("")
             return step(x)
 
-        return Answer(model, "predict", predict)
+        return NextCall(model, "predict", predict)
     if targets is None:
         return None
     names = step.loss.names
@@ -114,7 +115,48 @@ def answer_step(
         losses, items = step(images, *extra)
         return losses, dict(zip(names, items.clone(), strict=True))
 
-    return Answer(model, "loss", loss)
+    return NextCall(model, "loss", loss)
+
+
+class NextCall:
+    """Takes the place of a method of a model, on the instance, for its next call.
+
+    No copy, checkpoint or callback of the trainer meets it. Whoever has kept it calls the model's own method.
+    """
+
+    def __init__(self, model: Any, name: str, answer: Callable[..., Any]) -> None:
+        """Take its place.
+
+        Args:
+            model: Of Ultralytics, whose instance has no method of that name.
+            name: Of the method, `predict` or `loss`.
+            answer: Takes what the method takes; gives NotImplemented where the method shall answer itself.
+        """
+        self._model, self._name, self._answer = model, name, answer
+        vars(model)[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The answer, or what the method gives."""
+        answer = self._answer
+        self.withdraw()
+        given = answer(*args, **kwargs) if torch.is_grad_enabled() else NotImplemented
+        own = getattr(type(self._model), self._name)
+        return own(self._model, *args, **kwargs) if given is NotImplemented else given
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MethodType:
+        """The copied model's own method."""
+        return MethodType(getattr(type(self._model), self._name), memo.get(id(self._model), self._model))
+
+    def withdraw(self) -> bool:
+        """Leave the model as it was, whatever somebody else has put there since; whether that is news."""
+        answer, self._answer = self._answer, _no_answer
+        if vars(self._model).get(self._name) is self:
+            del vars(self._model)[self._name]
+        return answer is not _no_answer
+
+
+def _no_answer(*args: Any, **kwargs: Any) -> Any:
+    return NotImplemented
 
 
 def loss_error(model: Any, loss: FixedShapeLoss, batch: dict[str, Any], targets: Tensor) -> float:

@@ -17,7 +17,6 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import MethodType
 from typing import Any
 
 import torch
@@ -68,9 +67,7 @@ class GraphedStep:
         start = time.perf_counter()
         self.loss = loss
         self.through_autograd = False
-        self._tensors = _tensors(model)
-        self._modules = list(model.modules())
-        self._signature = self._sign()
+        self._signature = Signature.of_model(model)
         self._replays = 0
         self._inputs = [images.detach().clone(), *(tensor.to(images.device, copy=True) for tensor in extra)]
         self._handle = torch.zeros((), device=images.device, requires_grad=True)
@@ -117,7 +114,6 @@ class GraphedStep:
         """Whether the model is no longer what was captured: memory, modes, numbers, functions, layers and hooks."""
         return self._signature.changed()
 
-    # Capture ----------------------------------------------------------------------------------------------------------
     def _warm_up(self, forward: Callable[[], Any], aliases: list[Tensor]) -> None:
         self._side = torch.cuda.Stream()
         self._side.wait_stream(torch.cuda.current_stream())
@@ -152,11 +148,6 @@ class GraphedStep:
         self._leaves = [_OUTPUT if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         return [gradient is not None for gradient in gradients]
 
-    def _sign(self) -> Signature:
-        """What the kernels of the graphs depend on beyond the images."""
-        return Signature(self._modules, self._tensors)
-
-    # Replay -----------------------------------------------------------------------------------------------------------
     def replay_forward(self, inputs: Sequence[Tensor]) -> int:
         """Run the captured forward; the number of this replay."""
         for mine, given in zip(self._inputs, inputs, strict=True):
@@ -241,47 +232,6 @@ def _hooked(parameter: Tensor) -> bool:
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
-class Answer:
-    """Stands in for the next call of a method of a model, on the instance, and lets go of it with that call.
-
-    No copy, checkpoint or callback of the trainer meets it. Whoever has kept it calls the model's own method.
-    """
-
-    def __init__(self, model: Any, name: str, answer: Callable[..., Any]) -> None:
-        """Stand in.
-
-        Args:
-            model: Of Ultralytics, whose instance has no method of that name.
-            name: Of the method, `predict` or `loss`.
-            answer: Takes what the method takes; gives NotImplemented where the method shall answer itself.
-        """
-        self._model, self._name, self._answer = model, name, answer
-        vars(model)[name] = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The answer, or what the method gives."""
-        answer = self._answer
-        self.withdraw()
-        given = answer(*args, **kwargs) if torch.is_grad_enabled() else NotImplemented
-        own = getattr(type(self._model), self._name)
-        return own(self._model, *args, **kwargs) if given is NotImplemented else given
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MethodType:
-        """The copied model's own method."""
-        return MethodType(getattr(type(self._model), self._name), memo.get(id(self._model), self._model))
-
-    def withdraw(self) -> bool:
-        """Leave the model as it was, whatever somebody else has put there since; whether that is news."""
-        answer, self._answer = self._answer, _no_answer
-        if vars(self._model).get(self._name) is self:
-            del vars(self._model)[self._name]
-        return answer is not _no_answer
-
-
-def _no_answer(*args: Any, **kwargs: Any) -> Any:
-    return NotImplemented
-
-
 class EarlyCopy:
     """Numbers on their way from the device to the CPU, behind what is in the stream by now, not what comes later."""
 
@@ -332,10 +282,6 @@ def mended_generator(device: torch.device) -> Iterator[None]:
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
         raise
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
 
 
 def without_cached_casts(device: torch.device) -> Any:

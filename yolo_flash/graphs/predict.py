@@ -82,8 +82,7 @@ class PredictGraphs:
             LOGGER.warning(f"yolo-flash: prediction goes on without CUDA graphs: {self.why_not}")
             return None
         if not self._graphs:
-            self._network, tensors = inner, [*inner.parameters(), *inner.buffers()]
-            self._signature = Signature(inner.modules(), tensors, apart=_head(inner))
+            self._network, self._signature = inner, Signature.of_model(inner, apart=_head(inner))
         self._graphs[key] = graph
         if len(self._graphs) > _KEPT:
             self._graphs.popitem(last=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -46,7 +46,8 @@ class Signature:
             tensors: Parameters and buffers, which the step reads and writes where they lie.
             apart: An object whose numbers and words do not count, see `plain_values`.
         """
-        objects, self._tensors = list(objects), list(tensors)
+        objects = self._objects = list(objects)  # held, for no other object to get the id of one of them
+        self._tensors = list(tensors)
         modules = [obj for obj in objects if isinstance(obj, nn.Module)]
         self._apart = {} if apart is None else vars(apart)
         self._states = [vars(obj) for obj in objects if not _writes(obj) and obj is not apart]
@@ -57,13 +58,17 @@ class Signature:
         self._classes = [vars(cls) for cls in classes]
         self._helpers = helpers(objects)
         self._aside = [
-            (state, name)
+            (vars(obj), name)
             for obj in objects
-            for state in (vars(obj),)
-            for name, value in _unwritten(state, obj)
-            if isinstance(value, Tensor)
+            for name, value in vars(obj).items()
+            if isinstance(value, Tensor) and not (name in _WRITTEN and _writes(obj))
         ]
         self._values = self._read()
+
+    @classmethod
+    def of_model(cls, model: nn.Module, apart: Any = None) -> Signature:
+        """What the kernels of a model depend on beyond its inputs."""
+        return cls(model.modules(), [*model.parameters(), *model.buffers()], apart)
 
     def changed(self) -> bool:
         """Whether anything is no longer what it was; some 0.3 ms for a small YOLO."""
@@ -136,11 +141,6 @@ def _writes(obj: Any) -> bool:
     if not type(obj).__module__.startswith("ultralytics."):
         return False
     return type(obj).__module__.startswith("ultralytics.utils.") or any(hasattr(obj, name) for name in _WRITTEN)
-
-
-def _unwritten(state: dict[str, Any], obj: Any) -> Iterator[tuple[str, Any]]:
-    skipped = _WRITTEN if _writes(obj) else frozenset()
-    return ((name, value) for name, value in state.items() if name not in skipped)
 
 
 def _memory(value: Any) -> Any:
