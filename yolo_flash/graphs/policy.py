@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -23,12 +24,12 @@ from .ddp import RankAverage, everywhere
 from .fixed_loss import Capacity, FixedShapeLoss
 from .graphed_step import FlashGraphError, GraphedStep
 from .limits import boxes_stay, not_supported_reasons, own_loop
-from .tally import REPLAYED, Tally
 
 _TIMED = 3  # steps of each kind that `auto` compares
 _GAIN = 1.05  # below it graphs do not pay for their memory
 _CAPTURES = 3  # in a run for a changed model, and as many for more boxes: after that, steps run eager
 _CHANGED = "the model changed"
+_REPLAYED = "replayed"
 _NOTHING_KNOWN = BatchBoxes()
 
 
@@ -54,7 +55,7 @@ class GraphPolicy:
         mode: `off`, `on` or `auto`, see FlashConfig.
         phase: Of the last full batch; GIVEN_UP as long as there is a `why_not`.
         step: What was captured; None while steps run eager.
-        why_not: Why no step runs from graphs; empty while it is open, or while graphs run.
+        why_not: Why no step runs from graphs; empty before that is decided, and while steps run from graphs.
     """
 
     def __init__(self, mode: str, capture: Callable[..., GraphedStep] = GraphedStep) -> None:
@@ -71,9 +72,11 @@ class GraphPolicy:
         self._ranks: RankAverage | None = None  # of all ranks, also of one that has lost its graphs
         self._leaving = False  # DDP averages again behind the next optimizer step: not with gradients of both
         self._changes = self._growths = self._short = 0  # captures for changed models, more boxes, out of memory
-        self._room, self._tally = BoxRoom(), Tally()
+        self._room = BoxRoom()
         self._next_call: NextCall | None = None
         self._lost = self._ever = False  # graphs were lost for a changed model; some step of the run was replayed
+        self._outcome: str | None = None  # of the step under way: `_REPLAYED`, or why it runs eager; None between steps
+        self._counts: Counter[str] = Counter()  # the outcomes of this epoch's steps
         self._begin_again()
 
     def prepare(self, trainer: Any) -> str:
@@ -102,7 +105,9 @@ class GraphPolicy:
         if self.phase is Phase.GIVEN_UP or outside or not self._room.is_full(batch["img"]):
             return _NOTHING_KNOWN
         criterion = getattr(unwrap_model(trainer.model), "criterion", None)
-        if criterion is None or not self._known_loss(criterion) or not boxes_stay(trainer):
+        if criterion is None or not boxes_stay(trainer):
+            return _NOTHING_KNOWN
+        if not self._holds(criterion) and fixed_loss.not_supported_reason(criterion):
             return _NOTHING_KNOWN
         return self._room.look(batch, criterion, trainer.device, captured=self.step is not None)
 
@@ -123,22 +128,23 @@ class GraphPolicy:
         self._close_step()
         self._started: float | None = None
         if self.phase is Phase.GIVEN_UP:
-            self._tally.outcome = self.why_not
+            self._outcome = self.why_not
             return {}
         if not self._room.is_full(batch["img"]):
-            self._tally.outcome = f"images of another shape than {list(self._room.shape)}"
+            self._outcome = f"images of another shape than {list(self._room.shape)}"
             return {}
         # Ranks have to count the same steps, see `_votes`; and where all batches are like that, the loss stays outside.
         if boxes.too_many and trainer.world_size <= 1 and (self.step is not None or self._room.refused <= _CAPTURES):
-            self._tally.outcome = boxes.too_many
+            self._outcome = boxes.too_many
             return {}
         self._enter_phase()
         model = unwrap_model(trainer.model)
-        self._tally.outcome = "before there were graphs"
+        self._outcome = "before there were graphs"
         facts: dict[str, Any] = {}
         again, stale = "", False
         if self.step is not None:
-            stale = self.step.stale() or self._another_loss(model)
+            inside = isinstance(self.step.loss, FixedShapeLoss)
+            stale = self.step.stale() or (inside and not self._holds(model.criterion))
             again = self._why_again(trainer, self.step, boxes, stale)
         if again or (self.step is None and self.phase in (Phase.TIMING_REPLAY, Phase.RUNNING)):
             boxes, stale = self._room.grow(batch, boxes), False
@@ -183,14 +189,16 @@ class GraphPolicy:
                 model changes all the time.
         """
         self._close_step()
-        facts = self._tally.close_epoch()
+        counts, self._counts = self._counts, Counter()
+        replayed = counts.pop(_REPLAYED, 0)
+        facts: dict[str, Any] = {"steps": counts.total() + replayed, "replayed": replayed, "eager": dict(counts)}
         if self.mode == "off":
             return {}
         still = self._seen == 1 or 0 < self._short < _CAPTURES  # a run's first full batch is eager
-        self._ever = self._ever or facts["replayed"] > 0
-        if facts["replayed"] or not facts["steps"] or (still and self.step is None):
+        self._ever = self._ever or replayed > 0
+        if replayed or not facts["steps"] or (still and self.step is None):
             return facts
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in facts["eager"].items())
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in counts.items())
         none = f"none of {facts['steps']} steps of the epoch ran from CUDA graphs ({reasons})"
         if self.mode == "on" and self._asked:
             if not self._ever or self._lost:
@@ -233,7 +241,7 @@ class GraphPolicy:
         self._eager: list[float] = []  # milliseconds of timed steps
         self._replayed: list[float] = []
         self._loss_outside = ""
-        self._tally.outcome = None
+        self._outcome = None
 
     def _enter_phase(self) -> None:
         """Enter the phase of one more full batch: the two that come first last for a number of batches."""
@@ -260,13 +268,16 @@ class GraphPolicy:
         return call is not None and call.withdraw()
 
     def _end_step(self, why_not: str) -> None:
-        self._tally.outcome = why_not or REPLAYED
+        self._outcome = why_not or _REPLAYED
 
     def _close_step(self) -> bool:
         """Count the step under way, if there is one; whether it was replayed."""
         if self._withdraw():
             self._end_step("the loss was not asked of the model with the batch that preprocess_batch gave")
-        return self._tally.close_step()
+        outcome, self._outcome = self._outcome, None
+        if outcome is not None:
+            self._counts[outcome] += 1
+        return outcome == _REPLAYED
 
     def _close_ranks(self) -> None:
         ranks, self._ranks, self._leaving = self._ranks, None, False
@@ -279,14 +290,10 @@ class GraphPolicy:
         if self.step is not None and before != self._epoch:
             self.step.through_autograd = own_loop(trainer)
 
-    def _known_loss(self, criterion: Any) -> bool:
+    def _holds(self, criterion: Any) -> bool:
+        """Whether a loss in fixed shapes is captured, and still that of the criterion."""
         loss = None if self.step is None else self.step.loss
-        held = isinstance(loss, FixedShapeLoss) and loss.holds(criterion)
-        return held or not fixed_loss.not_supported_reason(criterion)
-
-    def _another_loss(self, model: Any) -> bool:
-        loss = None if self.step is None else self.step.loss
-        return isinstance(loss, FixedShapeLoss) and not loss.holds(model.criterion)
+        return isinstance(loss, FixedShapeLoss) and loss.holds(criterion)
 
     def _votes(self, trainer: Any) -> bool:
         """Whether ranks have still to decide together, all in the same step: none of them may take longer to it."""
@@ -295,14 +302,14 @@ class GraphPolicy:
     def _why_again(self, trainer: Any, step: GraphedStep, boxes: BatchBoxes, stale: bool) -> str:
         """Why to capture again on this batch; empty if a replay is possible, or if the step is to run eager."""
         if stale:
-            self._tally.outcome = _CHANGED
+            self._outcome = _CHANGED
             if self._votes(trainer):
                 return ""
             LOGGER.warning("yolo-flash: the model changed since its CUDA graphs were captured: capturing again.")
             return _CHANGED
         if not isinstance(step.loss, FixedShapeLoss) or boxes.targets is not None:
             return ""
-        self._tally.outcome = "more boxes than the graphs have room for"
+        self._outcome = "more boxes than the graphs have room for"
         if self._votes(trainer) or boxes.needed is None or self._growths >= _CAPTURES:
             return ""
         self._growths += 1
@@ -338,18 +345,16 @@ class GraphPolicy:
             self._stop(trainer, why_not or "another rank cannot")
             if not again:
                 self._close_ranks()
-            self._tally.outcome = self.why_not
+            self._outcome = self.why_not
             self._lost = again == _CHANGED
             if self.mode == "on" and not again:  # later, a whole epoch without is an error
                 raise FlashGraphError(f"flash.graphs=on: {self.why_not}. flash.graphs=auto goes on without graphs.")
         return facts | {"why_not": self.why_not}
 
     def _too_little_memory(self, trainer: Any, held: int, device: torch.device) -> str:
-        """Why there is no memory for graphs that hold so many bytes; empty if the batches beside them have room.
-
-        The last batch of an epoch and validation run beside the graphs, whose memory they cannot use. Ranks cannot free
-        them in the middle of a validation, whose batches are twice as large.
-        """
+        """Why there is no memory for graphs that hold so many bytes; empty if the batches beside them have room."""
+        # The last batch of an epoch and validation run beside the graphs, whose memory they cannot use.
+        # Ranks cannot free them in the middle of a validation, whose batches are twice as large.
         beside, room = held * (2 if trainer.world_size > 1 else 1), free_bytes(device)
         if room >= beside:
             return ""
@@ -362,7 +367,7 @@ class GraphPolicy:
         if trainer.world_size > 1 or self._short >= _CAPTURES:
             return False
         self._room.capacity = Capacity()
-        self._tally.outcome = "too little memory to capture with its boxes"
+        self._outcome = "too little memory to capture with its boxes"
         trainer._clear_memory()
         return True
 
