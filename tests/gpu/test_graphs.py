@@ -19,7 +19,7 @@ from tests.engine.test_telemetry import events
 from tests.patching.test_patch import load_without_plugin, patched_layers
 from yolo_flash import FlashConfig, patch_model
 from yolo_flash.engine.predictor import FlashPredictorMixin
-from yolo_flash.graphs.capture import answer_step, capture_step
+from yolo_flash.graphs.capture import capture_step, replay_next_call
 from yolo_flash.graphs.fixed_loss import Capacity, needed, pad_targets
 from yolo_flash.graphs.graphed_step import EarlyCopy, GraphedStep
 from yolo_flash.graphs.policy import FlashGraphError
@@ -232,7 +232,7 @@ def with_loss(model: Any, dtype: torch.dtype) -> tuple[Callable[[dict[str, Any],
 
     def run(boxes: dict[str, Any], batch: dict[str, Any]) -> Any:
         assert capacity.holds(needed(boxes, 4, (128, 128), model.criterion))
-        answer_step(model, captured, batch, pad_targets(boxes, 4, capacity.boxes))
+        replay_next_call(model, captured, batch, pad_targets(boxes, 4, capacity.boxes))
         return model(batch)
 
     return run, captured

@@ -14,7 +14,7 @@ from ultralytics.nn.tasks import BaseModel
 from tests.engine.test_telemetry import events, of
 from tests.graphs.test_user_changes import CHANGES
 from yolo_flash import patch_model
-from yolo_flash.graphs import policy as graphed_step_module
+from yolo_flash.graphs import policy as policy_module
 from yolo_flash.graphs.capture import _labelled, loss_error
 from yolo_flash.graphs.fixed_loss import Capacity, FixedShapeLoss, needed_bytes, pad_targets
 from yolo_flash.graphs.graphed_step import FlashGraphError
@@ -158,7 +158,7 @@ def test_the_memory_of_many_boxes_is_forecast() -> None:
 
 def test_what_is_shipped_is_stock_on_the_card(tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` takes graphs for a patched model: nothing of ours counts as somebody else's."""
-    monkeypatch.setattr(graphed_step_module, "_GAIN", 0.0)
+    monkeypatch.setattr(policy_module, "_GAIN", 0.0)
     seen: list[str] = []
     model = patch_model(YOLO("yolo12n.yaml"), graphs="auto")
     model.add_callback("on_train_batch_end", lambda trainer: seen.append(foreign(trainer.model.modules())))

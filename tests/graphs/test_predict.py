@@ -108,7 +108,7 @@ def test_what_predict_sets_in_the_head_belongs_to_the_graph(replays: list[Replay
             for _ in range(2):
                 assert graphs(network, images)[0].shape[1] == max_det
     assert len(replays) == 2
-    assert predict._inner(network) is model
+    assert predict._model_of(network) is model
 
 
 class Network(nn.Module):

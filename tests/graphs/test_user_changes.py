@@ -21,14 +21,17 @@ from ultralytics.utils.loss import v8DetectionLoss
 from ultralytics.utils.torch_utils import unwrap_model
 
 from tests.engine.test_telemetry import events, of
-from tests.graphs.test_graphed_step import Replay, a_trainer, losses_of, with_criterion
+from tests.graphs.test_limits import a_trainer
+from tests.graphs.test_policy import Replay, losses_of, with_criterion
 from tests.versions import loss_in_graphs
 from yolo_flash import patch_model
+from yolo_flash.graphs import boxes as boxes_module
 from yolo_flash.graphs import capture as capture_module
 from yolo_flash.graphs import fixed_loss
-from yolo_flash.graphs import policy as graphed_step_module
+from yolo_flash.graphs import policy as policy_module
+from yolo_flash.graphs.capture import NextCall
 from yolo_flash.graphs.fixed_loss import Capacity, FixedShapeLoss
-from yolo_flash.graphs.graphed_step import Answer, FlashGraphError, _Replay
+from yolo_flash.graphs.graphed_step import FlashGraphError, _Replay
 from yolo_flash.graphs.limits import not_supported_reasons
 from yolo_flash.graphs.policy import GraphPolicy
 from yolo_flash.graphs.predict import PredictGraphs
@@ -53,15 +56,15 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Replay]:
     """Every run is on a card, for all that forbids graphs but the card; the graphs that there were."""
     monkeypatch.setattr(GraphPolicy.__init__, "__defaults__", (Signed,))
     on_card = lambda trainer, mode: [r for r in not_supported_reasons(trainer, mode) if "NVIDIA" not in r]  # noqa: E731
-    monkeypatch.setattr(graphed_step_module, "not_supported_reasons", on_card)
-    monkeypatch.setattr(graphed_step_module, "free_bytes", lambda device: 2**31)
+    monkeypatch.setattr(policy_module, "not_supported_reasons", on_card)
+    for module in (policy_module, boxes_module):
+        monkeypatch.setattr(module, "free_bytes", lambda device: 2**31)
     monkeypatch.setattr(Replay, "made", [])
     return Replay.made
 
 
 def step(graphs: GraphPolicy, trainer: Any, batch: dict[str, Any]) -> None:
-    graphs.before_transfer(trainer, batch)
-    graphs.before_forward(trainer, batch)
+    graphs.before_forward(trainer, batch, graphs.before_transfer(trainer, batch))
 
 
 def mine(self: Any, batch: Any, preds: Any = None) -> Any:
@@ -205,7 +208,7 @@ def test_a_loss_that_a_callback_puts_on_the_model_trains_it(graphs: str, tiny_ar
 def test_auto_says_in_one_line_whose_loss_it_leaves_alone(
     tiny_args: dict[str, Any], made: list[Replay], log: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphed_step_module, "_TIMED", 0)
+    monkeypatch.setattr(policy_module, "_TIMED", 0)
     model, losses = losses_of("on_train_batch_end", graphs="auto")
     model.add_callback("on_train_start", lambda trainer: CHANGES["the model's loss"](trainer.model, None))
     with pytest.raises(RuntimeError, match="does not require grad"):  # the user's loss is a constant
@@ -305,7 +308,7 @@ def test_a_loop_that_never_replays_is_told(
         FlashGraphError, match=r"none of 2 steps of the epoch ran from CUDA graphs .*for something else"
     ):
         patch_model(YOLO("tiny.yaml"), graphs="on").train(trainer=OwnLoop, **args)
-    monkeypatch.setattr(graphed_step_module, "_TIMED", 0)
+    monkeypatch.setattr(policy_module, "_TIMED", 0)
     model = patch_model(YOLO("tiny.yaml"), graphs="auto")
     with pytest.raises(FileNotFoundError):  # the loop saves nothing
         model.train(trainer=OwnLoop, **args)
@@ -379,7 +382,7 @@ def test_a_batch_with_too_many_boxes_for_the_memory_runs_eager_and_the_others_fr
     model, graphs, trainer, batch = with_criterion("on")
     need = fixed_loss.needed_bytes(Capacity().grown(Capacity(1500, 1500, 1)), 2, (32, 32), model.criterion)
     assert need > 2 * 1500 * 21 * 4  # of 21 anchors
-    monkeypatch.setattr(graphed_step_module, "free_bytes", lambda device: 3 * need)
+    monkeypatch.setattr(boxes_module, "free_bytes", lambda device: 3 * need)
     given = [batch, crowded(batch, 1500), batch, crowded(batch, 1500), batch, crowded(batch, 1500), batch]
     for now in given:  # the second would have been the one to capture on
         step(graphs, trainer, now)
@@ -432,7 +435,7 @@ def test_batches_that_all_have_too_many_boxes_leave_the_loss_outside(
     made: list[Replay], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, graphs, trainer, batch = with_criterion("on")
-    monkeypatch.setattr(graphed_step_module, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(boxes_module, "free_bytes", lambda device: 1000)
     for _ in range(6):
         step(graphs, trainer, crowded(batch, 50))
         model(crowded(batch, 50))
@@ -501,7 +504,7 @@ def test_a_hook_on_all_modules_is_called(kind: str) -> None:
 # The seam -------------------------------------------------------------------------------------------------------------
 def test_who_keeps_or_copies_what_stands_in_gets_the_models_own() -> None:
     model, _, _, batch = with_criterion("auto")
-    answer = Answer(model, "predict", lambda x: "a replay")
+    call = NextCall(model, "predict", lambda x: "a replay")
     twin = copy.deepcopy(model)
     assert twin.predict(batch["img"])["boxes"].shape[0] == 2
     assert "predict" in vars(model)
@@ -509,14 +512,14 @@ def test_who_keeps_or_copies_what_stands_in_gets_the_models_own() -> None:
     assert model.predict(batch["img"]) == "a replay"
     assert "predict" not in vars(model)
     assert kept(batch["img"])["boxes"].shape[0] == 2
-    assert not answer.withdraw()
+    assert not call.withdraw()
 
 
 def test_what_a_user_puts_in_its_place_stays() -> None:
     model, *_ = with_criterion("auto")
-    answer = Answer(model, "loss", lambda batch: "a replay")
+    call = NextCall(model, "loss", lambda batch: "a replay")
     model.loss = "the user's"
-    assert answer.withdraw()
+    assert call.withdraw()
     assert model.loss == "the user's"
 
 

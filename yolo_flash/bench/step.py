@@ -19,7 +19,7 @@ from ultralytics.utils.torch_utils import ModelEMA, init_seeds
 from ..assets.models import open_model
 from ..config import FlashConfig
 from ..graphs import fixed_loss
-from ..graphs.capture import answer_step, capture_step
+from ..graphs.capture import capture_step, replay_next_call
 from ..graphs.fixed_loss import Capacity
 from ..graphs.graphed_step import GraphedStep
 from ..patching.patch import patch_modules
@@ -123,7 +123,7 @@ class Step:
             capacity = Capacity().grown(fixed_loss.needed(boxes, count, tuple(side), self.model.criterion))
             self.targets = fixed_loss.pad_targets(boxes, count, capacity.boxes)
             self.graphed, _ = capture_step(self.model, batch, self.targets, capacity)
-        answer_step(self.model, self.graphed, batch, self.targets)
+        replay_next_call(self.model, self.graphed, batch, self.targets)
 
     def network(self, batch: dict[str, Any]) -> None:
         """Forward, loss and backward, and no trace of them."""

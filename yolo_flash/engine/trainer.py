@@ -120,10 +120,10 @@ class FlashTrainerMixin(_TrainerBase):
     def preprocess_batch(self, batch: Any) -> Any:
         """Let the forward of the batch be a replay: this is the last call before the forward, and inside autocast."""
         run = self.flash_run
-        run.graphs.before_transfer(self, batch)
+        boxes = run.graphs.before_transfer(self, batch)
         batch = super().preprocess_batch(batch)
         run.tell(self, "saw_images", len(batch["img"]))
-        run.tell_graphs(self, run.graphs.before_forward(self, batch))
+        run.tell_graphs(self, run.graphs.before_forward(self, batch, boxes))
         return batch
 
     def optimizer_step(self) -> None:

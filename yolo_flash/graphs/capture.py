@@ -1,8 +1,9 @@
-"""One training step of an Ultralytics model from graphs: its network with its loss where that can be, else alone."""
+"""One training step of an Ultralytics model from graphs: the network, with the loss if graphs can hold it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from ..utils.errors import first_line, is_out_of_memory
 from ..utils.numerics import relative_error
 from . import fixed_loss
 from .fixed_loss import Capacity, FixedShapeLoss
-from .graphed_step import Answer, GraphedStep, no_trace, without_cached_casts
+from .graphed_step import GraphedStep, no_trace, without_cached_casts
 
-LABELS = ("batch_idx", "cls", "bboxes")  # of a batch, what the loss reads beside the images
+LABELS = ("batch_idx", "cls", "bboxes")  # keys of a batch that the loss reads
 
-_LOSS_ERROR = 1e-3  # of the loss in fixed shapes and of its gradients; 0 where sums take the same order
+_LOSS_ERROR = 1e-3  # of the loss in fixed shapes and its gradients, at most; 0 where sums take the same order
 
 
 def capture_step(
@@ -27,17 +28,17 @@ def capture_step(
     capacity: Capacity,
     capture: Callable[..., GraphedStep] = GraphedStep,
 ) -> tuple[GraphedStep, str]:
-    """Capture a step.
+    """Capture the forward and backward of a model.
 
     Args:
-        model: In training, with its criterion; on a CUDA device.
+        model: In training mode, with a criterion; on a CUDA device.
         batch: On that device.
         targets: The boxes of the batch, padded to the capacity; None if they are not known on the CPU.
         capacity: Of the loss.
-        capture: Gives the graphs.
+        capture: Makes the graphs, as `GraphedStep`.
 
     Returns:
-        The graphs, and why the loss is not in them; empty if it is.
+        The graphs, and why they do not hold the loss; empty if they do.
 
     Raises:
         torch.OutOfMemoryError: There is too little memory.
@@ -61,24 +62,24 @@ def capture_step(
     return capture(model, images, None, ()), why_not
 
 
-def answer_step(
+def replay_next_call(
     model: Any,
     step: GraphedStep,
     batch: dict[str, Any],
     targets: Tensor | None,
     ended: Callable[[str], object] = bool,
-) -> Answer | None:
-    """Let the coming forward with a batch be a replay, if it has the captured shape and boxes.
+) -> NextCall | None:
+    """Let the next forward of a model be a replay, if the batch has the captured shape and the loss room for its boxes.
 
     Args:
-        model: That was captured.
-        step: The graphs.
+        model: The captured model.
+        step: Its graphs.
         batch: On the model's device.
-        targets: Its boxes on the CPU, padded to the capacity; None if they do not fit.
-        ended: Told of the forward: empty if it was a replay, else why it was none.
+        targets: The boxes of the batch on the CPU, padded to the capacity; None if the loss has no room for them.
+        ended: Called with why the forward was no replay; with an empty string if it was one.
 
     Returns:
-        What stands in for the model's method; None if nothing does.
+        What takes the place of the model's method; None if the next forward is eager.
     """
     images = batch["img"]
     if own := {"forward", "predict", "loss"} & vars(model).keys():
@@ -96,7 +97,7 @@ def answer_step(
             ended("")
             return step(x)
 
-        return Answer(model, "predict", predict)
+        return NextCall(model, "predict", predict)
     if targets is None:
         return None
     names = step.loss.names
@@ -114,17 +115,55 @@ def answer_step(
         losses, items = step(images, *extra)
         return losses, dict(zip(names, items.clone(), strict=True))
 
-    return Answer(model, "loss", loss)
+    return NextCall(model, "loss", loss)
+
+
+class NextCall:
+    """Takes the place of a method of a model, on the instance, for its next call.
+
+    No copy, checkpoint or callback of the trainer meets it. Whoever has kept it calls the model's own method.
+    """
+
+    def __init__(self, model: Any, name: str, answer: Callable[..., Any]) -> None:
+        """Take its place.
+
+        Args:
+            model: Of Ultralytics; the instance has no method of that name.
+            name: Of the method, `predict` or `loss`.
+            answer: Takes the arguments of the method; returns NotImplemented to have the method called.
+        """
+        self._model, self._name = model, name
+        self._answer: Callable[..., Any] | None = answer
+        vars(model)[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The result of `answer`, or of the method."""
+        answer = self._answer
+        self.withdraw()
+        given = answer(*args, **kwargs) if answer is not None and torch.is_grad_enabled() else NotImplemented
+        own = getattr(type(self._model), self._name)
+        return own(self._model, *args, **kwargs) if given is NotImplemented else given
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MethodType:
+        """The copied model's own method."""
+        return MethodType(getattr(type(self._model), self._name), memo.get(id(self._model), self._model))
+
+    def withdraw(self) -> bool:
+        """Give the model its method back, but leave what others have put there; whether the call was still to come."""
+        answer, self._answer = self._answer, None
+        if vars(self._model).get(self._name) is self:
+            del vars(self._model)[self._name]
+        return answer is not None
 
 
 def loss_error(model: Any, loss: FixedShapeLoss, batch: dict[str, Any], targets: Tensor) -> float:
-    """How far a loss in fixed shapes is from its criterion: the largest relative error of values and gradients.
+    """The largest relative error of a loss in fixed shapes, and of its gradients, against the model's criterion.
 
     Args:
-        model: In training; nothing of it changes.
-        loss: To be compared.
+        model: In training mode; unchanged afterwards.
+        loss: In fixed shapes.
         batch: On the model's device.
-        targets: Its boxes, padded.
+        targets: The boxes of the batch, padded.
     """
     device = batch["img"].device
     with no_trace(model, device), without_cached_casts(device), torch.no_grad():
@@ -141,7 +180,7 @@ def loss_error(model: Any, loss: FixedShapeLoss, batch: dict[str, Any], targets:
 
 
 def _labelled(batch: dict[str, Any], targets: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """A batch with its padded boxes; where it has none, which would compare 0 with 0, with one in some images."""
+    """A batch and its padded boxes; a batch without boxes gets some, for a comparison of more than zeros."""
     if len(batch["bboxes"]):
         return batch, targets
     images = batch["img"]
@@ -169,5 +208,5 @@ def _with_gradients(loss: Callable[[Any], tuple[Tensor, Tensor]], outputs: Any) 
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    """In memory from which a copy to the device goes on while the host does."""
+    """A tensor in memory from which copies to the device are asynchronous."""
     return tensor.pin_memory() if torch.cuda.is_initialized() else tensor

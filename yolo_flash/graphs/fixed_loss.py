@@ -1,10 +1,10 @@
-"""Ultralytics' detection loss in shapes that do not depend on the data, so that CUDA graphs can hold it.
+"""Ultralytics' detection loss in shapes that do not depend on the data, as CUDA graphs need them.
 
-What it computes, and with whose code, stays Ultralytics': decoding, overlaps, top candidates, targets and the three
-losses are calls of the run's own criterion. Replaced are the places that make the host wait for the GPU: boxes come
-padded to a fixed number an image, pairs of boxes and anchors and the foreground are compacted to a fixed number, and
-constants are made once. Padding is assigned nothing and weighs nothing, so that assignments are the same to the bit and
-losses up to the order of their sums; `capture.loss_error` measures it on a batch of the run.
+Decoding, overlaps, top candidates, targets and the three losses are calls of the run's own criterion. Replaced are the
+places that make the host wait for the GPU: boxes come padded to a fixed number an image, pairs of boxes and anchors and
+the foreground are compacted to a fixed number, and constants are made once. Padding is assigned nothing and weighs
+nothing: assignments are the same to the bit, and losses up to the order of their sums; `capture.loss_error` measures
+the difference on a batch of the run.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from .signature import Signature
 
 _NO_PARTS = (Tensor, dict, type, FunctionType, MethodType)
 _EPS = 1e-9  # of TaskAlignedAssigner.select_candidates_in_gts
-_ROOM = 1.5  # of what was seen, for the batches that come
-_BYTES_A_CELL = 32  # of each image, box and anchor, at the peak of the assignment; 27 on an H200
+_ROOM = 1.5  # capacity for what a batch needs, as a multiple: later batches may need more
+_BYTES_A_CELL = 32  # for each image, box and anchor, at the peak of the assignment; measured: 27 on an H200
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """How much of each a batch may have.
+    """The most that a batch may have.
 
     Attributes:
         boxes: Boxes of one image.
@@ -44,11 +44,11 @@ class Capacity:
     pairs: int = 0
 
     def holds(self, other: Capacity) -> bool:
-        """Whether a batch that has as much as `other` fits."""
+        """Whether a batch that needs `other` fits."""
         return self.boxes >= other.boxes and self.total >= other.total and self.pairs >= other.pairs
 
     def grown(self, other: Capacity) -> Capacity:
-        """With room above both."""
+        """A capacity that holds both, with room for more than `other`."""
 
         def up(mine: int, others: int, step: int) -> int:
             return max(mine, math.ceil(others * _ROOM / step) * step, step)
@@ -59,7 +59,7 @@ class Capacity:
 
 
 def not_supported_reason(criterion: Any) -> str:
-    """Why a criterion stays outside of the graphs; empty if it need not."""
+    """Why a criterion stays outside of the graphs; empty if the graphs can hold it."""
     parts = _parts(criterion)
     for part in parts:
         for value, known in (
@@ -79,7 +79,7 @@ def not_supported_reason(criterion: Any) -> str:
 
 
 def needed_bytes(capacity: Capacity, images: int, side: tuple[int, int], criterion: Any) -> int:
-    """Memory of the assignment of boxes to anchors, whose tensors are `[images, boxes, anchors]`.
+    """Bytes of the assignment of boxes to anchors, whose tensors are `[images, boxes, anchors]`.
 
     Args:
         capacity: Of the loss.
@@ -93,10 +93,10 @@ def needed_bytes(capacity: Capacity, images: int, side: tuple[int, int], criteri
 
 
 def needed(batch: dict[str, Any], images: int, side: tuple[int, int], criterion: Any) -> Capacity:
-    """What a batch asks for, at most; on the CPU, before the batch goes to the device.
+    """The capacity that a batch needs at most; computed on the CPU, before the batch goes to the device.
 
     Args:
-        batch: With `batch_idx` and `bboxes`, as the loader gives them.
+        batch: As the loader gives it, with `batch_idx` and `bboxes`.
         images: Images in the batch.
         side: Their height and width in pixels.
         criterion: Of the run.
@@ -111,14 +111,14 @@ def needed(batch: dict[str, Any], images: int, side: tuple[int, int], criterion:
     sizes = sizes.clamp(min=part.assigner.stride_val)
     pairs = 0
     for stride in part.assigner.stride:
-        across = (sizes / stride).floor() + 2  # one more than there can be: rounding
+        across = (sizes / stride).floor() + 2  # one more than is possible, for rounding
         limit = torch.tensor([math.ceil(width / stride), math.ceil(height / stride)])
         pairs += int(torch.minimum(across, limit).prod(1).sum())
     return Capacity(int(counts.max()), len(index), pairs)
 
 
 def pad_targets(batch: dict[str, Any], images: int, boxes: int) -> Tensor:
-    """Classes and boxes of a batch `[images, boxes, 5]`, class and normalised xywh; image after image, as it comes."""
+    """Targets of a batch, padded to `[images, boxes, 5]`: class and normalised xywh, in the order of the batch."""
     index = batch["batch_idx"].long().view(-1)
     padded = torch.zeros(images, boxes, 5)
     if len(index):
@@ -129,22 +129,23 @@ def pad_targets(batch: dict[str, Any], images: int, boxes: int) -> Tensor:
 
 
 def gains(criterion: Any) -> Tensor:
-    """What may change from step to step: gains of box, class and dfl losses, and weights of the parts `[5]`."""
+    """Numbers that may change from step to step `[5]`: gains of box, class and dfl loss, and weights of the parts."""
     hyp = _parts(criterion)[0].hyp
     weights = (criterion.o2m, criterion.o2o) if type(criterion) is E2ELoss else (1.0, 0.0)
     return torch.tensor([hyp.box, hyp.cls, hyp.dfl, *weights], dtype=torch.float32)
 
 
 class FixedShapeLoss:
-    """A criterion's loss of the network's outputs.
+    """The loss of a criterion, in fixed shapes.
 
     Attributes:
+        criterion: Ultralytics' loss, whose code is called.
         names: Of the loss items.
-        capacity: What a batch may have.
+        capacity: The most that a batch may have.
     """
 
     def __init__(self, criterion: Any, capacity: Capacity) -> None:
-        """Hold the criterion, whose type `not_supported_reason` has looked at."""
+        """Hold a criterion for which `not_supported_reason` is empty."""
         self.criterion, self.capacity = criterion, capacity
         self._parts = _parts(criterion)
         self.names: tuple[str, ...] = tuple(self._parts[-1].loss_names)
@@ -155,9 +156,9 @@ class FixedShapeLoss:
         """The loss.
 
         Args:
-            outputs: What the network gives in training.
-            targets: Padded to `capacity.boxes`, as `pad_targets` gives them, on the device.
-            gains: As `gains` gives them, on the device.
+            outputs: Of the network in training.
+            targets: From `pad_targets`, padded to `capacity.boxes`, on the device.
+            gains: From `gains`, on the device.
 
         Returns:
             The losses times the number of images, for the backward, and the loss items: `[3]` each.
@@ -173,11 +174,11 @@ class FixedShapeLoss:
         return many * len(targets) * gains[3] + one * len(targets) * gains[4], one.detach()
 
     def holds(self, criterion: Any) -> bool:
-        """Whether a criterion still is the one, with the numbers and functions that it had."""
+        """Whether this is the loss of a criterion, whose numbers and functions have not changed since."""
         return criterion is self.criterion and _one_hyp(criterion) and not self._signature.changed()
 
     def _one(self, part: Any, outputs: dict[str, Any], targets: Tensor, gains: Tensor) -> Tensor:
-        """Losses of one set of outputs: v8DetectionLoss.get_assigned_targets_and_loss."""
+        """Losses of one set of outputs, as v8DetectionLoss.get_assigned_targets_and_loss."""
         distances = outputs["boxes"].permute(0, 2, 1).contiguous()
         scores = outputs["scores"].permute(0, 2, 1).contiguous()
         anchors, strides, size, scale = self._constants_of(part, outputs["feats"], scores.dtype)
@@ -196,7 +197,7 @@ class FixedShapeLoss:
             )
             target_scores_sum = target_scores.sum().clamp_(min=1)
             rows, spare = self._foreground(foreground, part.assigner.topk2)
-        # Nothing trains the box of the spare row: if it had no height, its gradient would be NaN, in spite of weight 0.
+        # The spare row's box is not trained: without height it would have a gradient of NaN, in spite of weight 0.
         unit = torch.cat((anchors - 0.5, anchors + 0.5), 1).to(predicted.dtype)
         predicted = torch.where(spare, unit, predicted)
         cross_entropy = part.bce(scores, target_scores.to(scores.dtype))
@@ -209,7 +210,7 @@ class FixedShapeLoss:
         return torch.stack([box.float(), (cross_entropy.sum() / target_scores_sum).float(), dfl.float()]) * gains[:3]
 
     def _constants_of(self, part: Any, features: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Anchors, their strides, the image size and the scale of boxes, which come from the host: made once."""
+        """Anchors, their strides, the image size and the scale of boxes: made once, since they come from the host."""
         key = (*(tuple(feature.shape[2:]) for feature in features), features[0].dtype, dtype)
         if key not in self._constants:
             anchors, strides = make_anchors(features, part.stride, 0.5)
@@ -227,7 +228,7 @@ class FixedShapeLoss:
         boxes: Tensor,
         exists: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes `[images, anchors, 4]` and scores `[images, anchors, classes]` to be predicted, and the foreground."""
+        """Target boxes `[images, anchors, 4]`, target scores `[images, anchors, classes]` and the foreground mask."""
         assigner.bs, assigner.n_max_boxes = len(boxes), boxes.shape[1]
         inside = _inside(centres, boxes, exists, assigner.stride_val)
         candidates = inside & exists.bool()
@@ -252,9 +253,9 @@ class FixedShapeLoss:
         return target_boxes, target_scores * metrics.amax(-2).unsqueeze(-1), foreground.bool()
 
     def _foreground(self, mask: Tensor, per_box: int) -> tuple[_Rows, Tensor]:
-        """As many rows as there can be; those beyond the foreground are a spare one.
+        """The rows of the foreground, filled up to a fixed number with a spare row.
 
-        That is one of the background, which weighs nothing: the second result `[images, anchors, 1]` marks it.
+        The spare row is one of the background, which weighs nothing; the second result `[images, anchors, 1]` marks it.
         """
         flat = mask.flatten()
         spare = flat.to(torch.int32).argmin()
@@ -266,7 +267,7 @@ class FixedShapeLoss:
 
 @dataclass(frozen=True)
 class _Rows:
-    """In the place of the foreground mask, of which BboxLoss asks the indices and nothing else."""
+    """Takes the place of the foreground mask, of which BboxLoss asks only the indices."""
 
     indices: tuple[Tensor, Tensor]
 
@@ -275,7 +276,7 @@ class _Rows:
 
 
 def _inside(centres: Tensor, boxes: Tensor, exists: Tensor, least: int) -> Tensor:
-    """Which anchors lie in which boxes `[images, boxes, anchors]`: TaskAlignedAssigner.select_candidates_in_gts."""
+    """Which anchors lie in which boxes `[images, boxes, anchors]`, as TaskAlignedAssigner.select_candidates_in_gts."""
     xywh = xyxy2xywh(boxes)
     small = (xywh[..., 2:] < least) & exists.bool()
     xywh[..., 2:] = torch.where(small, float(least), xywh[..., 2:])
@@ -285,19 +286,19 @@ def _inside(centres: Tensor, boxes: Tensor, exists: Tensor, least: int) -> Tenso
 
 
 def _one_hyp(criterion: Any) -> bool:
-    """Whether all parts share their hyperparameters, whose gains are an input of the graphs."""
+    """Whether all parts share one set of hyperparameters: its gains are an input of the graphs."""
     return len({id(part.hyp) for part in _parts(criterion)}) == 1
 
 
 def _objects(criterion: Any) -> list[Any]:
-    """A criterion and all that it is made of: its parts, their assigners and modules."""
+    """A criterion and all objects within, such as parts, assigners and modules."""
     found: dict[int, Any] = {}
     stack = [criterion]
     while stack:
         obj = stack.pop()
         if id(obj) not in found:
             found[id(obj)] = obj
-            held = [value for name, value in vars(obj).items() if name != "hyp"]  # whose gains are an input
+            held = [value for name, value in vars(obj).items() if name != "hyp"]  # the gains are an input
             held += obj.modules() if isinstance(obj, nn.Module) else []
             stack += [value for value in held if hasattr(value, "__dict__") and not isinstance(value, _NO_PARTS)]
     return list(found.values())

@@ -1,13 +1,13 @@
 """Forward and backward of a training step as CUDA graphs, replayed in the place of their Python.
 
-Captured is the network for one shape of images and, where it has shapes that do not depend on the data, its loss. As
-`torch.cuda.make_graphed_callables` does it, with four differences that a trainer needs:
+A network is captured for one shape of images, with its loss if the shapes in the loss do not depend on the data. The
+capture is that of `torch.cuda.make_graphed_callables`, with four differences that a trainer needs:
 
-- gradients are copied or added to `.grad`, all in a few launches: `.grad` would take over what it is given, and the
-  next replay would overwrite it while it is accumulated (pytorch issue 181723);
-- the parameters that are captured are aliases, leaves of their own over the same memory: hooks stay with the real ones,
+- gradients are copied or added to `.grad`, all in a few launches: autograd would put the memory of the graph into
+  `.grad`, and the next replay would overwrite gradients that are being accumulated (pytorch issue 181723);
+- the captured parameters are aliases, leaves of their own over the same memory: hooks stay with the model's parameters,
   and no gradient is accumulated on a stream of somebody else;
-- capturing leaves no trace: buffers, which BatchNorm changes, and random generators are as before, to the bit;
+- a capture leaves no trace: buffers, which BatchNorm changes, and random generators are as before, to the bit;
 - a replay is refused when the model is no longer the one that was captured, see `signature.py`.
 """
 
@@ -17,7 +17,6 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import MethodType
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from torch.utils import _pytree as pytree  # as torch's own graphed callables
 
 from .signature import Signature, tensors_aside
 
-_OUTPUT = object()  # the place of a tensor among what the network gives
+_OUTPUT = object()  # marks the place of a tensor among the outputs
 _WARM_UPS = 3  # kernels are chosen, compiled and given their workspaces before the capture
 
 
@@ -39,11 +38,11 @@ class GraphedStep:
     """A network in training, and its loss, captured for images of one shape under the autocast of the moment.
 
     Attributes:
-        loss: What was captured behind the network; None if its outputs are what a call gives.
-        through_autograd: Whether gradients reach the parameters through autograd, one by one, and not straight away:
-            a training loop of a user's own may ask for them (`torch.autograd.grad`).
-        seconds: What the capture took.
-        pool_bytes: Memory that belongs to the graphs: eager work cannot use it.
+        loss: The loss that was captured behind the network; None if a call gives the outputs of the network.
+        through_autograd: Whether autograd hands gradients to the parameters one by one, for a user's own training loop
+            that may ask for gradients (`torch.autograd.grad`); else they are added to `.grad` all at once.
+        seconds: Duration of the capture.
+        pool_bytes: Memory of the graphs, which eager work cannot use.
     """
 
     def __init__(
@@ -58,19 +57,17 @@ class GraphedStep:
         Args:
             model: Takes a tensor of images; parameters and buffers on a CUDA device.
             images: `[batch, channels, height, width]`, on that device.
-            loss: Takes what the network gives and the extra tensors; never waits for the device.
-            extra: Tensors of the loss, of any device; each call brings others of the same shapes.
+            loss: Takes the outputs of the network and the extra tensors; never waits for the device.
+            extra: Inputs of the loss, on any device; each call brings others of the same shapes.
 
         Raises:
             RuntimeError: The network does something that cannot be captured, such as a synchronisation; or there is too
-                little memory. Nothing of the model has changed.
+                little memory. The model is unchanged.
         """
         start = time.perf_counter()
         self.loss = loss
         self.through_autograd = False
-        self._tensors = _tensors(model)
-        self._modules = list(model.modules())
-        self._signature = self._sign()
+        self._signature = Signature.of_model(model)
         self._replays = 0
         self._inputs = [images.detach().clone(), *(tensor.to(images.device, copy=True) for tensor in extra)]
         self._handle = torch.zeros((), device=images.device, requires_grad=True)
@@ -93,15 +90,15 @@ class GraphedStep:
         self.seconds = time.perf_counter() - start
 
     def __call__(self, images: Tensor, *extra: Tensor) -> Any:
-        """What the network, or its loss, gives for the images, by replay; its backward is replayed too.
+        """The outputs of the network, or its loss, by replay; the backward is replayed too.
 
-        The outputs are the graph's own memory: they hold until the next call.
+        The outputs lie in the memory of the graph: the next call overwrites them.
 
         Args:
             images: Of the captured shape, see `fits`.
-            *extra: Tensors of the loss.
+            *extra: Inputs of the loss.
         """
-        # Hooks on a parameter want to see its gradient on its way; else it goes straight to `.grad`, with all others.
+        # A hook on a parameter wants to see its gradient; without hooks, all gradients go to `.grad` at once.
         through = self.through_autograd or any(map(_hooked, self._parameters))
         parameters = self._parameters if through else [self._handle]
         outputs = iter(_Replay.apply(self, through, (images, *extra), *parameters))
@@ -109,15 +106,14 @@ class GraphedStep:
         return pytree.tree_unflatten(leaves, self._structure)
 
     def fits(self, images: Tensor) -> bool:
-        """Whether images have the shape, dtype and device that were captured."""
+        """Whether images have the captured shape, dtype and device."""
         mine = self._inputs[0]
         return images.shape == mine.shape and images.dtype == mine.dtype and images.device == mine.device
 
     def stale(self) -> bool:
-        """Whether the model is no longer what was captured: memory, modes, numbers, functions, layers and hooks."""
+        """Whether memory, modes, numbers, functions, layers or hooks of the model are not as they were captured."""
         return self._signature.changed()
 
-    # Capture ----------------------------------------------------------------------------------------------------------
     def _warm_up(self, forward: Callable[[], Any], aliases: list[Tensor]) -> None:
         self._side = torch.cuda.Stream()
         self._side.wait_stream(torch.cuda.current_stream())
@@ -133,9 +129,9 @@ class GraphedStep:
     def _capture(self, forward: Callable[[], Any], aliases: list[Tensor]) -> list[bool]:
         """Capture both directions; whether each parameter takes part in the outputs."""
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Other threads, which pin the memory of the next batch, may go on with what a capture forbids in its own.
+        # Other threads, such as those that pin the next batch, may make calls that a capture forbids in its thread.
         how: dict[str, Any] = {"stream": self._side, "capture_error_mode": "thread_local"}
-        with torch.cuda.stream(self._side):  # gives back the stream after a capture that failed, which torch does not
+        with torch.cuda.stream(self._side):  # restores the stream after a failed capture, which torch does not
             with torch.cuda.graph(self._forward, **how):
                 captured = forward()
             self._leaves, self._structure = pytree.tree_flatten(captured)
@@ -152,13 +148,8 @@ class GraphedStep:
         self._leaves = [_OUTPUT if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         return [gradient is not None for gradient in gradients]
 
-    def _sign(self) -> Signature:
-        """What the kernels of the graphs depend on beyond the images."""
-        return Signature(self._modules, self._tensors)
-
-    # Replay -----------------------------------------------------------------------------------------------------------
     def replay_forward(self, inputs: Sequence[Tensor]) -> int:
-        """Run the captured forward; the number of this replay."""
+        """Copy the inputs and run the captured forward; returns the number of this replay."""
         for mine, given in zip(self._inputs, inputs, strict=True):
             mine.copy_(given, non_blocking=True)
         self._forward.replay()
@@ -169,14 +160,14 @@ class GraphedStep:
         """Run the captured backward.
 
         Args:
-            number: Of the replay that it belongs to.
-            gradients: Of the outputs; None where the loss does not use one.
+            number: Of the forward's replay.
+            gradients: Of the outputs; None for an output that the loss does not use.
 
         Returns:
-            Gradients of the parameters that take part, in the memory of the graph: they hold until the next call.
+            Gradients of the parameters that take part, in the memory of the graph: the next call overwrites them.
 
         Raises:
-            FlashGraphError: The activations are gone, since the forward was replayed again.
+            FlashGraphError: The forward was replayed again since, and the activations are gone.
         """
         if number != self._replays:
             raise FlashGraphError("the network was replayed again before this backward: flash.graphs=off avoids it.")
@@ -204,7 +195,7 @@ class GraphedStep:
 
 
 class _Replay(torch.autograd.Function):
-    """The step as one node."""
+    """A graphed step as one node of autograd."""
 
     @staticmethod
     def forward(
@@ -223,7 +214,7 @@ class _Replay(torch.autograd.Function):
             raise FlashGraphError(
                 "a step from CUDA graphs has no gradient of its gradient (create_graph=True): flash.graphs=off has."
             )
-        step, ctx.step = ctx.step, None  # the trainer keeps its last loss, which keeps this node: not the graphs too
+        step, ctx.step = ctx.step, None  # the trainer keeps its last loss, and so this node: the graphs shall be free
         if step is None:
             raise FlashGraphError("the network was differentiated twice: flash.graphs=off avoids it.")
         found = step.replay_backward(ctx.number, gradients)
@@ -241,52 +232,11 @@ def _hooked(parameter: Tensor) -> bool:
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
-class Answer:
-    """Stands in for the next call of a method of a model, on the instance, and lets go of it with that call.
-
-    No copy, checkpoint or callback of the trainer meets it. Whoever has kept it calls the model's own method.
-    """
-
-    def __init__(self, model: Any, name: str, answer: Callable[..., Any]) -> None:
-        """Stand in.
-
-        Args:
-            model: Of Ultralytics, whose instance has no method of that name.
-            name: Of the method, `predict` or `loss`.
-            answer: Takes what the method takes; gives NotImplemented where the method shall answer itself.
-        """
-        self._model, self._name, self._answer = model, name, answer
-        vars(model)[name] = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The answer, or what the method gives."""
-        answer = self._answer
-        self.withdraw()
-        given = answer(*args, **kwargs) if torch.is_grad_enabled() else NotImplemented
-        own = getattr(type(self._model), self._name)
-        return own(self._model, *args, **kwargs) if given is NotImplemented else given
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MethodType:
-        """The copied model's own method."""
-        return MethodType(getattr(type(self._model), self._name), memo.get(id(self._model), self._model))
-
-    def withdraw(self) -> bool:
-        """Leave the model as it was, whatever somebody else has put there since; whether that is news."""
-        answer, self._answer = self._answer, _no_answer
-        if vars(self._model).get(self._name) is self:
-            del vars(self._model)[self._name]
-        return answer is not _no_answer
-
-
-def _no_answer(*args: Any, **kwargs: Any) -> Any:
-    return NotImplemented
-
-
 class EarlyCopy:
-    """Numbers on their way from the device to the CPU, behind what is in the stream by now, not what comes later."""
+    """A copy of scalars to the CPU that waits for the work in the stream by now, not for work that comes later."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
-        """Begin the copy of tensors without dimensions, which `possible` has looked at."""
+        """Begin the copy of scalars for which `possible` is true."""
         self._names = list(values)
         self._copy = torch.stack([value.detach() for value in values.values()]).to("cpu", non_blocking=True)
         self._done = torch.cuda.Event()
@@ -294,13 +244,13 @@ class EarlyCopy:
 
     @staticmethod
     def possible(values: Any) -> bool:
-        """Whether these are scalars on one device, of one dtype."""
+        """Whether the values are scalars on one device, of one dtype."""
         tensors = list(values.values()) if isinstance(values, dict) else []
         plain = all(isinstance(value, Tensor) and value.is_cuda and not value.ndim for value in tensors)
         return plain and len({(value.device, value.dtype) for value in tensors}) == 1
 
     def read(self) -> dict[str, Tensor]:
-        """The values, once they are there."""
+        """The values; waits for the copy."""
         self._done.synchronize()
         return dict(zip(self._names, self._copy, strict=True))
 
@@ -311,7 +261,7 @@ def _trains(leaf: Any) -> bool:
 
 @contextlib.contextmanager
 def no_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Buffers and the random generators of the CPU and the device as they were, to the bit."""
+    """Leave buffers and the random generators of the CPU and the device as they were, to the bit."""
     kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     with torch.random.fork_rng([device] if device.type == "cuda" else []), mended_generator(device):
         try:
@@ -324,7 +274,7 @@ def no_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def mended_generator(device: torch.device) -> Iterator[None]:
-    """A device whose random numbers can be drawn even if a capture fails, which leaves them in its state."""
+    """Keep the device's random generator usable after a failed capture, which leaves the generator in capture mode."""
     try:
         yield
     except BaseException:
@@ -334,12 +284,8 @@ def mended_generator(device: torch.device) -> Iterator[None]:
         raise
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
-
-
 def without_cached_casts(device: torch.device) -> Any:
-    """The autocast of the moment; weights that it has cast and kept would be captured as they are now."""
+    """The autocast of the moment without its cache: a capture would hold cached casts of weights as constants."""
     kind = device.type
     dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
     return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)

@@ -1,4 +1,4 @@
-"""What forbids CUDA graphs in a run: code of a user's, which a replay would not run, and what changes in every step."""
+"""What forbids CUDA graphs in a run: a user's code, which a replay would not run, and what changes in every step."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _ENTRANCES = ("forward", "predict", "loss")
 
 
 def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
-    """What forbids CUDA graphs in a run, as far as it is known by now; empty if nothing does.
+    """What forbids CUDA graphs in a run, as far as known by now; empty if nothing does.
 
     Args:
         trainer: Ultralytics' trainer, whose model is set up.
-        mode: `auto` also refuses what would only seldom find its shape again, and code that it does not know.
+        mode: `auto` also refuses runs whose batches seldom have one shape, and modules of a user's.
     """
     args, model = trainer.args, unwrap_model(trainer.model)
     reasons = []
@@ -62,7 +62,7 @@ def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
             reasons.append("a training loop or optimizer step of a user's own may not average the gradients of ranks")
     if torch.is_anomaly_enabled():
         reasons.append("torch's anomaly detection reads every operator")
-    if args.multi_scale and (mode == "auto" or trainer.world_size > 1):  # of every rank by itself
+    if args.multi_scale and (mode == "auto" or trainer.world_size > 1):  # each rank has its own size
         reasons.append(f"multi_scale={args.multi_scale} changes the image size in every step")
     if args.rect and (mode == "auto" or trainer.world_size > 1):
         reasons.append("rect=True gives batches of many shapes")
@@ -75,5 +75,5 @@ def boxes_stay(trainer: Any) -> bool:
 
 
 def own_loop(trainer: Any) -> bool:
-    """Whether the training loop is a user's own, which may ask autograd for gradients as it likes."""
+    """Whether the training loop is a user's own, which may ask autograd for gradients."""
     return bool(foreign([trainer], ("_do_train",)))

@@ -17,42 +17,42 @@ from .graphed_step import mended_generator
 from .signature import Signature, has_hooks, plain_values, tensors_aside
 
 _KEPT = 4  # graphs at once, those used last: each holds the memory of a forward
-_CAPTURES = 2 * _KEPT  # of one network: shapes that take turns would be captured in every call
-_ERROR = 1e-3  # of a replay against the network itself; 0 where it chooses the same kernels
+_CAPTURES = 2 * _KEPT  # at most: shapes that take turns would be captured in every call
+_ERROR = 1e-3  # of a replay against the network itself; 0 where both choose the same kernels
 
 
 class PredictGraphs:
     """Graphs of one network in inference, by the shape of the images; a shape is captured when it comes a second time.
 
     Attributes:
-        why_not: Why nothing is captured any more; empty while it is.
+        why_not: Why nothing is captured any more; empty as long as shapes are captured.
     """
 
     def __init__(self, capture: Callable[..., CapturedForward] | None = None) -> None:
         """Start without graphs.
 
         Args:
-            capture: Gives what is called in the place of a network, for images.
+            capture: Makes the graph of a network for images; called with images, the graph gives the network's outputs.
         """
         self.why_not = ""
         self._capture = capture or CapturedForward
         self._captures = 0
         self._seen: set[Any] = set()
         self._graphs: OrderedDict[Any, CapturedForward] = OrderedDict()
-        self._network: nn.Module | None = None  # that the graphs are of
+        self._network: nn.Module | None = None  # which the graphs were captured of
         self._signature: Signature | None = None
 
     def __call__(self, network: nn.Module, images: Tensor) -> Any:
-        """What the network gives, by replay where there is a graph."""
-        inner = _inner(network)
+        """The outputs of the network, by replay where there is a graph."""
+        inner = _model_of(network)
         if self._graphs and (inner is not self._network or self._signature is None or self._signature.changed()):
-            self._graphs.clear()  # other weights, classes, head, precision, hooks: captured anew, if it may be
-        key = (*images.shape, images.dtype, images.device, *plain_values(_head(inner)))
+            self._graphs.clear()  # of other weights, classes, precision or hooks: shapes may be captured anew
+        key = (*images.shape, images.dtype, images.device, *plain_values(_head_of(inner)))
         graph = self._graphs.get(key)
         if graph is None and not self.why_not:
             if key in self._seen:
                 graph = self._add(key, network, inner, images)
-            elif len(self._seen) < 1024:  # a folder of images of all shapes
+            elif len(self._seen) < 1024:  # a folder may have images of all shapes
                 self._seen.add(key)
         if graph is None:
             return network(images)
@@ -60,9 +60,9 @@ class PredictGraphs:
         return graph(images)
 
     def _add(self, key: Any, network: nn.Module, inner: nn.Module, images: Tensor) -> CapturedForward | None:
-        if any(map(has_hooks, inner.modules())):  # a tracker's, say, which reads features
+        if any(map(has_hooks, inner.modules())):  # such as a tracker's, which reads features
             return None
-        if self._captures >= _CAPTURES:  # shapes, or weights, that change all the time
+        if self._captures >= _CAPTURES:  # shapes or weights change all the time
             self.why_not = f"{self._captures} captures have been made: those {len(self._graphs)} that are held stay"
             LOGGER.info(f"yolo-flash: no more CUDA graphs for prediction: {self.why_not}")
             return None
@@ -82,8 +82,7 @@ class PredictGraphs:
             LOGGER.warning(f"yolo-flash: prediction goes on without CUDA graphs: {self.why_not}")
             return None
         if not self._graphs:
-            self._network, tensors = inner, [*inner.parameters(), *inner.buffers()]
-            self._signature = Signature(inner.modules(), tensors, apart=_head(inner))
+            self._network, self._signature = inner, Signature.of_model(inner, apart=_head_of(inner))
         self._graphs[key] = graph
         if len(self._graphs) > _KEPT:
             self._graphs.popitem(last=False)
@@ -109,22 +108,22 @@ class CapturedForward:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                 self._outputs = network(self._images)
-        self._read = tensors_aside(_inner(network))
+        self._read = tensors_aside(_model_of(network))
 
     def __call__(self, images: Tensor) -> Any:
-        """Outputs in memory of their own."""
+        """The outputs for images of the captured shape, in memory of their own."""
         self._images.copy_(images)
         self._graph.replay()
         return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self._outputs)
 
 
-def _inner(network: Any) -> nn.Module:
-    """The model in Ultralytics' AutoBackend, which is none of its submodules."""
+def _model_of(network: Any) -> nn.Module:
+    """The model in Ultralytics' AutoBackend, of which the model is no submodule; any other network itself."""
     model = getattr(network, "model", None)
     return model if isinstance(model, nn.Module) else network
 
 
-def _head(model: Any) -> Any:
-    """The model's head, some of whose settings a call of `predict` sets, such as `max_det`; else the model."""
+def _head_of(model: Any) -> Any:
+    """A YOLO's head, whose settings such as `max_det` a call of `predict` may set; any other model itself."""
     layers = getattr(model, "model", None)
     return layers[-1] if isinstance(layers, nn.Sequential) else model

@@ -1,8 +1,8 @@
-"""What a captured step stands for, beyond its inputs: every function and number that its code would read again."""
+"""Whether the functions and numbers that a captured step read are still the same."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..utils.numerics import arithmetic
 from ..utils.stock_code import helpers
 
-# Attributes that Ultralytics' code writes itself while it runs, or that a captured loss is given anew in every step.
+# Attributes that Ultralytics' code writes while it runs, or that are inputs of a captured loss.
 _WRITTEN = frozenset(
     {"anchors", "strides", "shape", "shapes", "valid_mask"}  # of heads in prediction, for images of the last shape
     | {"bs", "n_max_boxes", "_oom_warned"}  # TaskAlignedAssigner
@@ -32,21 +32,22 @@ _requires_grad = attrgetter("requires_grad")
 
 
 class Signature:
-    """The attributes of some objects, of their classes and of what these call by name, as they were.
+    """A snapshot of objects: their attributes, those of their classes, and the functions that the classes call by name.
 
-    Tensors stand for their memory and, outside of parameters and buffers, for its version: what is computed from them
-    may have been computed once. What lies within other containers than those of `nn.Module` is not looked at.
+    A tensor counts by its memory and, unless it is a parameter or buffer, by its version: graphs may hold constants
+    made from the tensor. Containers are not looked into, but for those of `nn.Module`.
     """
 
     def __init__(self, objects: Iterable[Any], tensors: Iterable[Tensor] = (), apart: Any = None) -> None:
-        """Keep what there is now.
+        """Take the snapshot.
 
         Args:
             objects: Modules, or other objects with attributes, such as a criterion.
-            tensors: Parameters and buffers, which the step reads and writes where they lie.
-            apart: An object whose numbers and words do not count, see `plain_values`.
+            tensors: Parameters and buffers, which the step reads and writes in place.
+            apart: An object whose `plain_values` do not count.
         """
-        objects, self._tensors = list(objects), list(tensors)
+        objects = self._objects = list(objects)  # held, for no other object to get the id of one of them
+        self._tensors = list(tensors)
         modules = [obj for obj in objects if isinstance(obj, nn.Module)]
         self._apart = {} if apart is None else vars(apart)
         self._states = [vars(obj) for obj in objects if not _writes(obj) and obj is not apart]
@@ -57,16 +58,20 @@ class Signature:
         self._classes = [vars(cls) for cls in classes]
         self._helpers = helpers(objects)
         self._aside = [
-            (state, name)
+            (vars(obj), name)
             for obj in objects
-            for state in (vars(obj),)
-            for name, value in _unwritten(state, obj)
-            if isinstance(value, Tensor)
+            for name, value in vars(obj).items()
+            if isinstance(value, Tensor) and not (name in _WRITTEN and _writes(obj))
         ]
         self._values = self._read()
 
+    @classmethod
+    def of_model(cls, model: nn.Module, apart: Any = None) -> Signature:
+        """What the kernels of a model depend on beyond its inputs."""
+        return cls(model.modules(), [*model.parameters(), *model.buffers()], apart)
+
     def changed(self) -> bool:
-        """Whether anything is no longer what it was; some 0.3 ms for a small YOLO."""
+        """Whether anything has changed since the snapshot; takes some 0.3 ms for a small YOLO."""
         try:
             return self._read() != self._values
         except Exception:  # two tensors or arrays were compared, element by element
@@ -99,12 +104,12 @@ class Signature:
 
 
 def plain_values(obj: Any) -> tuple[Any, ...]:
-    """The numbers and words among the attributes of an object, by their names."""
+    """Names and values of an object's attributes that are numbers or strings."""
     return tuple(item for item in vars(obj).items() if isinstance(item[1], _PLAIN))
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to be called in the module's forward or backward: a replay would not call."""
+    """Whether a module has hooks on its forward or backward, which a replay would not call."""
     return any(_GLOBAL_HOOKS) or any(_hooks(module))
 
 
@@ -113,14 +118,14 @@ def _hooks(module: nn.Module) -> tuple[Any, ...]:
 
 
 def tensors_aside(model: nn.Module) -> list[Tensor]:
-    """Tensors that modules hold as attributes, such as anchors, and may let go of: a graph still reads them."""
+    """Tensors that modules hold as plain attributes, such as anchors: a graph still reads those that a module drops."""
     return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
 
 
 def kept_graph(model: nn.Module) -> str:
-    """Where a module holds a tensor of the step that just ran, such as a loss of its own; empty if none does.
+    """The first attribute of a module that holds a tensor of the last step, such as an auxiliary loss; empty if none.
 
-    A replay would leave it without a gradient.
+    A replay would leave such a tensor without a gradient.
     """
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
@@ -136,11 +141,6 @@ def _writes(obj: Any) -> bool:
     if not type(obj).__module__.startswith("ultralytics."):
         return False
     return type(obj).__module__.startswith("ultralytics.utils.") or any(hasattr(obj, name) for name in _WRITTEN)
-
-
-def _unwritten(state: dict[str, Any], obj: Any) -> Iterator[tuple[str, Any]]:
-    skipped = _WRITTEN if _writes(obj) else frozenset()
-    return ((name, value) for name, value in state.items() if name not in skipped)
 
 
 def _memory(value: Any) -> Any:

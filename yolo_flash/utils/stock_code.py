@@ -1,7 +1,7 @@
-"""Whether functions are the ones that the installed torch and Ultralytics define: a user's replacement has to run.
+"""Whether functions are those that the installed torch and Ultralytics define, or a user's, which have to run.
 
-A function is a class's own when its code stands in the file of that class, under the qualified name that it has there,
-without a wrapper but a decorator that stands there too. What merely bears the names of the original, as
+A function is a class's own if its code stands in the file of the class, under the same qualified name, and without a
+wrapper other than a decorator in that file. A replacement that merely bears the names of the original, as
 `functools.wraps` gives them, comes from another file.
 """
 
@@ -48,15 +48,15 @@ _NO_FUNCTIONS = (
 def foreign(objects: Iterable[Any], names: Iterable[str] | None = None) -> str:
     """The first function of some objects that is not its class's own, on an instance, on a class, or called by name.
 
-    Classes of packages other than `PACKAGES` are foreign as a whole, unless `names` are given. What the functions of
-    Ultralytics call by its name is followed within Ultralytics (`bbox_iou`) and to torch's functions (`F.softplus`).
+    Classes of packages other than `PACKAGES` are foreign as a whole, unless `names` are given. Calls by name of
+    Ultralytics' functions are followed within Ultralytics (`bbox_iou`) and to torch's functions (`F.softplus`).
 
     Args:
         objects: With attributes, such as modules, a criterion or a trainer.
-        names: Functions to look at; all of them, and what they call, if None.
+        names: Functions to look at; None for all of them and the functions that they call.
 
     Returns:
-        `Class.function`, or `Class` for a class of somebody else; empty if all is torch's, Ultralytics' or ours.
+        `Class.function`, or `Class` for a class of another package; empty if nothing is foreign.
     """
     objects = list(objects)
     wanted = None if names is None else set(names)
@@ -75,12 +75,12 @@ def foreign(objects: Iterable[Any], names: Iterable[str] | None = None) -> str:
 
 
 def helpers(objects: Iterable[Any]) -> list[tuple[dict[str, Any], str]]:
-    """Where the functions of objects find what they call by name: namespaces of Ultralytics and torch, and the names.
+    """The functions that objects call by name, each as the namespace of Ultralytics or torch, and the name in there.
 
-    Of a module, from its forward on; of anything else, such as a criterion, from all of its functions.
+    Calls are followed from the forward of a module, and from all functions of another object, such as a criterion.
 
     Args:
-        objects: Whose classes are looked through, and the functions that their functions call, and so on.
+        objects: The code of their classes is read, and that of all functions called from there.
     """
     found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
     seen: set[int] = set()
@@ -113,24 +113,12 @@ def helpers(objects: Iterable[Any]) -> list[tuple[dict[str, Any], str]]:
     return list(found.values())
 
 
-def is_own_class(cls: type) -> bool:
-    """Whether a class comes from `PACKAGES` by its name; `foreign` looks at what it is made of."""
-    return _package(cls.__module__) in PACKAGES
-
-
 def _package(module: str | None) -> str:
     return (module or "").partition(".")[0]
 
 
 def _shadows(obj: Any, name: str, value: Any, is_function: bool = False) -> bool:
-    """Whether an instance attribute takes the place of a function, or is one of somebody else.
-
-    Args:
-        obj: The instance.
-        name: Of the attribute.
-        value: Of the attribute.
-        is_function: Whether the name is known to be that of a function.
-    """
+    """Whether an instance attribute takes the place of a function, whose name it may be known to be."""
     if isinstance(value, MethodType):  # a fused Conv has its `forward_fuse` as forward
         function = value.__func__
         return value.__self__ is not obj or not any(
@@ -143,7 +131,7 @@ def _shadows(obj: Any, name: str, value: Any, is_function: bool = False) -> bool
 
 def _foreign_in_class(cls: type, wanted: set[str] | None) -> str:
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    known = is_own_class(cls)
+    known = _package(cls.__module__) in PACKAGES
     if wanted is None and not known:
         return cls.__name__
     for name, function in _functions(cls, vars(cls) if wanted is None else wanted):
@@ -156,7 +144,7 @@ def _foreign_in_class(cls: type, wanted: set[str] | None) -> str:
 
 
 def _functions(cls: type, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """What a class defines under names to be called, or to be bound: functions, and whatever stands in for one."""
+    """The functions that a class defines under names, and whatever takes the place of one."""
     for name in names:
         value = vars(cls).get(name)
         if isinstance(value, (staticmethod, classmethod)):
@@ -169,14 +157,14 @@ def _functions(cls: type, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _is_function(value: Any) -> bool:
-    """Whether a value is called like a function: a wrapper or a descriptor of a user's is too; a class is not."""
+    """Whether a value is called like a function, as are wrappers and descriptors of a user's; classes do not count."""
     if isinstance(value, FunctionType):
         return True
     return not isinstance(value, _NO_FUNCTIONS) and (callable(value) or hasattr(type(value), "__get__"))
 
 
 def _is_own(function: Any, file: str | None, qualified_name: str) -> bool:
-    """Whether a function stands in a file under a name; None: the file of the module that it says it is from."""
+    """Whether a function stands in a file, by default that of its `__module__`, under a qualified name."""
     inner = function
     while (wrapped := getattr(inner, "__wrapped__", None)) is not None:
         ours = isinstance(inner, FunctionType) and inner.__code__.co_filename.startswith(_WRAPPERS)
@@ -190,7 +178,7 @@ def _is_own(function: Any, file: str | None, qualified_name: str) -> bool:
         return False
     if inner is function:
         return True
-    # A wrapper is the class's own where it is a decorator, with which the code of the function then begins.
+    # A wrapper is the class's own if it is a decorator: then the code of the function begins with it.
     first = linecache.getline(inner.__code__.co_filename, inner.__code__.co_firstlineno)
     return first.lstrip().startswith("@")
 
@@ -215,7 +203,7 @@ def _in_file_of(function: FunctionType, module: str | None) -> bool:
 
 @functools.lru_cache(maxsize=2048)
 def _read_by(code: types.CodeType) -> tuple[frozenset[str], tuple[tuple[str, ...], ...]]:
-    """All names in some code, and what it reads from its module: `("torch", "nn", "functional", "relu")`."""
+    """All names in some code, and the chains that it reads from its module: `("torch", "nn", "functional", "relu")`."""
     names, chains = set(code.co_names), set()
     chain: list[str] = []
     for instruction in dis.get_instructions(code):
