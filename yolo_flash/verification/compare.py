@@ -117,7 +117,7 @@ def run_block(block: nn.Module, given: Given, upstream: Tensor, mode: Mode, *, e
 
     Args:
         block: Stock or patched, with float32 weights.
-        given: Its input, as `layer_inputs` found it in the model.
+        given: Its input, as `block_inputs` found it in the model.
         upstream: Gradient of its output, of the same shape.
         mode: How the model runs.
         exact: In float64.
@@ -184,7 +184,7 @@ def run_model(model: nn.Module, images: Tensor, mode: Mode, *, exact: bool = Fal
     dtype = torch.float64 if exact else torch.float32 if mode.training else mode.dtype
     images = images.to(dtype).contiguous(memory_format=_format(mode.nhwc and not exact))
     with _as_run(mode, images.device, exact):
-        results = dict(_tensors(twin(images), "outputs"))
+        results = dict(_named_tensors(twin(images), "outputs"))
         if not mode.training:
             return results
         loss = torch.stack([_distance(out) for out in results.values()]).sum()
@@ -193,7 +193,7 @@ def run_model(model: nn.Module, images: Tensor, mode: Mode, *, exact: bool = Fal
     return {name: out.detach() for name, out in results.items()} | {"loss": loss.detach(), "gradients": gradients}
 
 
-def layer_inputs(model: nn.Module, images: Tensor, mode: Mode) -> dict[str, Given]:
+def block_inputs(model: nn.Module, images: Tensor, mode: Mode) -> dict[str, Given]:
     """Layer name -> what reaches its attention block in a forward of a copy of the stock model.
 
     In training, RT-DETR's decoder gets a mask as labels would give it; its first queries count as denoising ones.
@@ -275,13 +275,13 @@ def _distance(out: Tensor) -> Tensor:
     return (wide - target).square().sum() / (2 * out.numel() ** 0.5)
 
 
-def _tensors(out: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(out: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a nest of tuples, lists and dicts, each with its way through the nest as its name."""
     if isinstance(out, Tensor) and out.is_floating_point():
         yield name, out
     elif isinstance(out, (list, tuple, dict)):
         for key, part in out.items() if isinstance(out, dict) else enumerate(out):
-            yield from _tensors(part, f"{name}.{key}")
+            yield from _named_tensors(part, f"{name}.{key}")
 
 
 def head_of(model: Any) -> Any:
