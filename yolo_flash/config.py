@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import typing
 from collections.abc import Mapping
@@ -13,6 +12,8 @@ from typing import Any, Literal
 
 from ultralytics.cfg import smart_value
 from ultralytics.utils import YAML
+
+from .utils.errors import did_you_mean
 
 ENV = "YOLO_FLASH"
 _OTHER_ENV = {"YOLO_FLASH_DATASETS"}  # names a folder of data sets, see offline.py; not a setting of the plugin
@@ -103,7 +104,7 @@ def read_config_file(name: str | Path) -> dict[str, Any]:
     path = shipped.get(str(name), Path(str(name)))
     if not path.is_file():
         raise FlashConfigError(
-            f"flash.config={name}: no such file, and not a shipped one.{_did_you_mean(str(name), shipped)}"
+            f"flash.config={name}: no such file, and not a shipped one.{did_you_mean(str(name), shipped)}"
         )
     try:
         values = YAML.load(path)
@@ -150,13 +151,8 @@ def known_keys(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     valid = [*_keys(), "config"]
     for key in values:
         if key not in valid:
-            raise FlashConfigError(f"{source}: there is no setting {key!r}.{_did_you_mean(str(key), valid)}")
+            raise FlashConfigError(f"{source}: there is no setting {key!r}.{did_you_mean(str(key), valid)}")
     return dict(values)
-
-
-def _did_you_mean(word: str, valid: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(valid), n=1)
-    return (f" Did you mean {close[0]!r}?" if close else "") + f" Valid: {', '.join(valid)}."
 
 
 def _coerce(key: str, value: Any, kind: Any) -> Any:
@@ -169,7 +165,7 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         if isinstance(value, bool) and "on" in valid:  # as YAML reads a bare on or off
             value = "on" if value else "off"
         if value not in valid:
-            raise FlashConfigError(f"{key}={value!r} is not valid.{_did_you_mean(str(value), valid)}")
+            raise FlashConfigError(f"{key}={value!r} is not valid.{did_you_mean(str(value), valid)}")
         return value
     if typing.get_origin(kind) is dict:
         if isinstance(value, str):

@@ -7,7 +7,6 @@ switches of the whole process, and two threads would see each other's. The price
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..machine import Machine
+from ..utils.errors import did_you_mean
 from . import limits, packed
 from .spec import AttentionSpec
 
@@ -122,7 +122,5 @@ def check_name(name: str) -> str:
     """
     valid = ["auto", *BACKENDS]
     if name not in valid:
-        close = difflib.get_close_matches(name, valid, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise BackendNotSupportedError(f"there is no backend {name!r}.{hint} Valid: {', '.join(valid)}.")
+        raise BackendNotSupportedError(f"there is no backend {name!r}.{did_you_mean(name, valid)}")
     return name

@@ -7,7 +7,6 @@ take turns within every repeat, and the result of each is held against float64 i
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from ultralytics.utils import LOGGER, TQDM
 from .._version import __version__
 from ..backends.registry import BACKENDS, BackendNotSupportedError
 from ..machine import Machine, cudnn_release, detect
-from ..utils.errors import first_line
+from ..utils.errors import did_you_mean, first_line
 from ..utils.files import Row, as_csv, from_csv, write_file
 from .op_table import ARMS, COLUMNS, CPU_SHAPES, GPU_SHAPES, MODES, NUMBERS, PEER, SHAPES, notes, plot, table
 from .op_timing import load_peer, measure
@@ -52,9 +51,7 @@ class OpJob:
         for kind, names, valid in (("shape", self.shapes, SHAPES), ("arm", self.arms, ARMS)):
             for name in names:
                 if name not in valid:
-                    close = difflib.get_close_matches(name, valid, n=1)
-                    hint = f" Did you mean {close[0]!r}?" if close else ""
-                    raise ValueError(f"there is no {kind} {name!r}.{hint} Valid: {', '.join(valid)}.")
+                    raise ValueError(f"there is no {kind} {name!r}.{did_you_mean(name, valid)}")
         if not isinstance(self.repeats, int) or self.repeats < 1:
             raise ValueError(f"repeats must be a whole number of at least 1, found {self.repeats!r}.")
         if self.dtype not in ("", "float16", "bfloat16", "float32"):

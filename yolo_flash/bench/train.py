@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import itertools
 import statistics
 import tempfile
@@ -24,6 +23,7 @@ from ultralytics.utils.checks import check_file
 from ..assets import offline
 from ..assets.models import open_model
 from ..engine.model import patch_model
+from ..utils.errors import did_you_mean
 from ..utils.memory import peak_memory_gib
 from .process import UNPATCHED, BaseJob, take_turn
 from .rounds import bench
@@ -103,9 +103,7 @@ class TrainJob(BaseJob):
             ValueError: It does not, with the nearest valid name.
         """
         if arm not in ARMS:
-            close = difflib.get_close_matches(arm, ARMS, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"there is no arm {arm!r}.{hint} Valid: {', '.join(ARMS)}.")
+            raise ValueError(f"there is no arm {arm!r}.{did_you_mean(arm, ARMS)}")
 
 
 def bench_train(job: TrainJob) -> list[dict[str, Any]]:

@@ -17,15 +17,17 @@ from ultralytics.cfg import MODES, TASK2MODEL, TASKS, entrypoint
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML
 from ultralytics.utils.checks import check_yaml
 
+from .._version import __version__
 from ..assets import offline
 from ..backends.registry import check_name
 from ..config import FlashConfig
-from ..engine.model import patch_from_sources
 from .arguments import UsageError, merge, read, refuse_missing, split_settings
 
 
-def _run_yolo(args: list[str]) -> None:
+def run_yolo(args: list[str]) -> None:
     """Hand the arguments to Ultralytics' own entry point, without ours and with a model that is there."""
+    if args[0].lstrip("-").lower() in ("version", "v"):
+        LOGGER.info(f"yolo-flash {__version__}, ultralytics:")
     settings, rest = split_settings(merge(args))
     with _without_section(rest) as (rest, section):
         sources = {"cli": settings, "section": section}
@@ -157,6 +159,8 @@ def _patched_classes(sources: dict[str, Any], solutions: bool) -> Iterator[None]
 
     def factory(cls: Any) -> Any:
         def build(*args: Any, **kwargs: Any) -> Any:
+            from ..engine.model import patch_from_sources
+
             undo()
             return patch_from_sources(cls(*args, **kwargs), sources)
 
