@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import typing
 from collections.abc import Mapping
@@ -124,10 +123,6 @@ def config_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 
 
-def _keys() -> list[str]:
-    return [f.name for f in dataclasses.fields(FlashConfig)]
-
-
 def _from_environment() -> tuple[dict[str, Any], dict[str, Any]]:
     """`YOLO_FLASH_<KEY>` values, and `{"enabled": False}` when `YOLO_FLASH` itself switches all off."""
     prefix = f"{ENV}_"
@@ -148,7 +143,7 @@ def known_keys(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     Raises:
         FlashConfigError: One does not, with the nearest valid name.
     """
-    valid = [*_keys(), "config"]
+    valid = [*FlashConfig.__dataclass_fields__, "config"]
     for key in values:
         if key not in valid:
             raise FlashConfigError(f"{source}: there is no setting {key!r}.{did_you_mean(str(key), valid)}")

@@ -32,7 +32,7 @@ from yolo_flash.patching.patch import patch_modules
 from yolo_flash.planning import autotune
 from yolo_flash.utils.numerics import allowed_error, relative_error
 from yolo_flash.verification import compare, detections, executed, run
-from yolo_flash.verification.inputs import is_fresh, load_images
+from yolo_flash.verification.case import is_fresh, load_images
 
 Run = Callable[[Tensor, AttentionSpec], tuple[Tensor, Tensor]]
 FORCED = ["imgsz=64", "device=cpu", "flash.backend=sdpa_flash"]

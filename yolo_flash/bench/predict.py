@@ -25,12 +25,12 @@ from ..graphs.predict import PredictGraphs
 from ..machine import Machine, detect
 from ..patching.patch import patch_modules
 from ..planning.plan import RunInput, make_plan
-from .process import GRAPHS, UNPATCHED, Job, serve
+from .process import GRAPHS, UNPATCHED, TimedJob, serve
 from .rounds import bench
 
 
 @dataclass(frozen=True)
-class PredictJob(Job):
+class PredictJob(TimedJob):
     """What `bench predict` measures: a model of any task.
 
     Without `arms`, `unpatched`, which is stock Ultralytics, and all backends that can run the model here, and `auto`.

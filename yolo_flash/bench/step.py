@@ -23,13 +23,13 @@ from ..graphs.capture import answer_step, capture_step
 from ..graphs.fixed_loss import Capacity
 from ..graphs.graphed_step import GraphedStep
 from ..patching.patch import patch_modules
-from .process import GRAPHS, UNPATCHED, Job, serve
+from .process import GRAPHS, UNPATCHED, TimedJob, serve
 
 NCHW = "nchw"  # an arm without the plugin and without channels_last, in which Ultralytics trains on CUDA
 
 
 @dataclass(frozen=True)
-class StepJob(Job):
+class StepJob(TimedJob):
     """What `bench step` measures: a detection model in training.
 
     `arms` may have `unpatched`, which is stock Ultralytics, and `nchw`: the same without channels_last, to see what
@@ -57,7 +57,7 @@ class StepJob(Job):
         """Refuse what cannot be measured.
 
         Raises:
-            ValueError: As in `Job`, or there is no arm.
+            ValueError: As in `TimedJob`, or there is no arm.
         """
         super().__post_init__()
         if not self.arms:

@@ -30,7 +30,7 @@ from .rounds import bench
 
 COMPILE = "compile"  # an arm without the plugin, by Ultralytics' own compile=True
 PLUGIN: dict[str, dict[str, Any]] = {"eager": {"graphs": "off"}, "graphs": {"graphs": "on"}, "auto": {"graphs": "auto"}}
-ARMS = (UNPATCHED, COMPILE, *PLUGIN)
+TRAIN_ARMS = (UNPATCHED, COMPILE, *PLUGIN)
 WARMUP_EPOCHS = 2  # in which caches fill, kernels are compiled, the plugin profiles a step and graphs are captured
 _IN_MEMORY = 16  # batches at most
 
@@ -102,8 +102,8 @@ class TrainJob(BaseJob):
         Raises:
             ValueError: It does not, with the nearest valid name.
         """
-        if arm not in ARMS:
-            raise ValueError(f"there is no arm {arm!r}.{did_you_mean(arm, ARMS)}")
+        if arm not in TRAIN_ARMS:
+            raise ValueError(f"there is no arm {arm!r}.{did_you_mean(arm, TRAIN_ARMS)}")
 
 
 def bench_train(job: TrainJob) -> list[dict[str, Any]]:

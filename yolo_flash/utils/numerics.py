@@ -13,13 +13,8 @@ from .memory import free_bytes
 
 Results = tuple[Tensor, ...]
 
-
 _BACKENDS: Any = torch.backends  # torch's stubs lack the newer switches
-
-
 _SCORES_AT_ONCE = 2**26  # half a GiB in float64
-
-
 _BYTES_A_SCORE = 128  # four matrices in float64, in a quarter of the free memory
 
 

@@ -110,10 +110,11 @@ def stop_profiler(running: profile) -> None:
 
 @contextlib.contextmanager
 def kernels_profiled() -> Iterator[profile]:
-    """Profile kernels of the GPU; the events are there behind the block."""
-    running = profile(activities=[ProfilerActivity.CUDA])
-    running.start()
-    try:
-        yield running
-    finally:
-        stop_profiler(running)
+    """Profile kernels of the GPU, and write nothing to the terminal; the events are there after the block."""
+    with hushed():
+        running = profile(activities=[ProfilerActivity.CUDA])
+        running.start()
+        try:
+            yield running
+        finally:
+            stop_profiler(running)
