@@ -15,7 +15,7 @@ from ultralytics.utils import YAML
 from .utils.errors import did_you_mean
 
 ENV = "YOLO_FLASH"
-_OTHER_ENV = {"YOLO_FLASH_DATASETS"}  # names a folder of data sets, see offline.py; not a setting of the plugin
+_OTHER_ENV = {"YOLO_FLASH_DATASETS"}  # the folder of data sets, see assets/offline.py; no setting
 
 
 class FlashConfigError(ValueError):
@@ -34,7 +34,7 @@ class FlashConfig:
         autotune: Choose by measuring the backends on this machine, before the first step; False chooses by rules.
         graphs: Run the training step from CUDA graphs: `on`, `off`, or `auto`, where it pays.
         graphs_predict: Run the network of `predict` from CUDA graphs, for image shapes that come again.
-        log: Say what runs: plan, kernels, memory and speed, in the log and in the run folder.
+        log: Report plan, kernels, memory and speed in the log and in the run folder.
 
     Raises:
         FlashConfigError: A value has the wrong type or is not among the valid ones.
@@ -50,7 +50,7 @@ class FlashConfig:
     log: bool = True
 
     def __post_init__(self) -> None:
-        """Bring every value to its type, or say what was expected."""
+        """Convert every value to its type, or raise."""
         for key, kind in typing.get_type_hints(type(self)).items():
             object.__setattr__(self, key, _coerce(key, getattr(self, key), kind))
 
@@ -138,10 +138,10 @@ def _from_environment() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def known_keys(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The settings of a source, every key of which must exist.
+    """The settings of a source as a dict.
 
     Raises:
-        FlashConfigError: One does not, with the nearest valid name.
+        FlashConfigError: A key is no setting; the message names the nearest valid one.
     """
     valid = [*FlashConfig.__dataclass_fields__, "config"]
     for key in values:

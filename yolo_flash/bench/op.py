@@ -1,7 +1,7 @@
 """`yolo-flash bench op`: the attention core alone, every fused backend and a peer, side by side in one process.
 
 Packed qkv goes in, attention and a contiguous copy of v come out (`Backend.run`), so all layout work counts. The arms
-take turns within every repeat, and the result of each is held against float64 in the very run that times it.
+take turns within every repeat, and each result is compared with float64 in the run that times it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rows of `bench op` and what is made of them: tables, notes and a plot."""
+"""The rows of `bench op`, and tables, notes and a plot of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Shape(NamedTuple):
     head_dim_v: int
 
     def spec(self, dtype: torch.dtype, mode: str) -> AttentionSpec:
-        """The same for the backends."""
+        """The problem as the backends know it."""
         sizes = (self.groups, self.heads, self.tokens, self.tokens, self.head_dim, self.head_dim_v)
         return AttentionSpec(*sizes, dtype, "nhwc", training=mode == BOTH)
 
@@ -99,7 +99,7 @@ def mode_table(rows: list[Row], mode: str) -> str:
 
 
 def error_notes(rows: list[Row]) -> str:
-    """The largest error of each arm, and for what was not measured, or otherwise than the rest, why."""
+    """The largest error of each arm, and the notes of all rows, equal ones in one line."""
     lines = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
         errors = [

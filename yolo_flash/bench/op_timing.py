@@ -1,6 +1,6 @@
 """How `bench op` measures an arm: error against float64, memory, time on the GPU and from Python.
 
-The arms take turns within every repeat. What goes wrong with one becomes a note in its row.
+The arms take turns within every repeat. An arm that raises gets a note in its row.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Timer:
 
 
 def measure_shape(rows: list[Row], repeats: int, device: torch.device) -> None:
-    """Fill in the rows of one shape; what goes wrong becomes a note."""
+    """Fill in the rows of one shape; an exception becomes a note."""
     rows = [row for row in rows if not row["note"]]
     if not rows:
         return
@@ -65,7 +65,7 @@ def measure_shape(rows: list[Row], repeats: int, device: torch.device) -> None:
 
 
 def _right_calls(rows: list[Row], packed: Tensor, upstream: list[Tensor]) -> list[tuple[Row, Call]]:
-    """The calls whose results are right; fills in errors and memory."""
+    """The calls whose results are right; their rows get errors and memory."""
     out, grad = reference(packed, *upstream, head_dim=rows[0]["head_dim"])
     right = []
     for row in rows:
@@ -116,7 +116,7 @@ def _timer(row: Row, call: Call, device: torch.device) -> _Timer:
     try:
         sample = graph_ms(call, _CALLS)
         return _Timer(row, call, lambda: sample() * 1e3, "graph")
-    except Exception as error:  # an extension may synchronise, allocate, or compile
+    except Exception as error:  # an extension may synchronize, allocate or compile
         note = f"kernels summed by the profiler, as no CUDA graph could be made: {first_line(error)}"
     with contextlib.suppress(RuntimeError):
         torch.cuda.synchronize(device)  # takes what is left of the error

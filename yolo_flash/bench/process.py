@@ -34,7 +34,7 @@ _READY, _GO = "ready", "go\n"  # what a process says that has warmed up, and wha
 
 @dataclass(frozen=True)
 class BaseJob:
-    """What all benches of rounds share.
+    """Settings that `bench step`, `predict` and `train` share.
 
     Attributes:
         model: A model, YAML or checkpoint.
@@ -103,7 +103,7 @@ class BaseJob:
 
 @dataclass(frozen=True)
 class TimedJob(BaseJob):
-    """What `bench step` and `bench predict` share: they time calls.
+    """Settings that `bench step` and `bench predict` share: both time calls.
 
     Attributes:
         steps: Calls timed in each process.
@@ -164,7 +164,7 @@ def answer_of(process: subprocess.Popen[str], before: list[str]) -> dict[str, An
 
     Args:
         process: Of `start`.
-        before: What it said until it was ready, see `until_ready`.
+        before: What the process wrote until it was ready, see `until_ready`.
     """
     lines = before + process.communicate(_GO)[0].splitlines()
     answers = [line for line in lines if line.startswith("{")]
@@ -175,7 +175,7 @@ def answer_of(process: subprocess.Popen[str], before: list[str]) -> dict[str, An
 
 
 def until_ready(process: subprocess.Popen[str]) -> list[str]:
-    """What a process says before it is ready, or before it ends."""
+    """The lines that a process writes until it is ready or ends."""
     lines: list[str] = []
     while line := process.stdout.readline() if process.stdout else "":
         if line.strip() == _READY:
@@ -254,7 +254,7 @@ def _measure(subject: Subject, job: TimedJob, imgsz: int, device: torch.device) 
 
 
 def _kernel_ms(parts: list[Callable[[], None]], calls: int = 4) -> list[float]:
-    """Mean time of all GPU kernels of each part; it varies by 1 %, and not with the speed of Python.
+    """Mean milliseconds of all GPU kernels of each part; they vary by 1 %, and not with the speed of Python.
 
     One profile for all, since a profiler takes seconds to start and stop: a pause tells the parts apart.
     """

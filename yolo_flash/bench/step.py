@@ -113,7 +113,7 @@ class Step:
         self.scaler.scale(loss).backward()
 
     def _replay(self, batch: dict[str, Any]) -> None:
-        """Let the coming forward be a replay, of graphs that are captured for the first batch of its size."""
+        """Have the next forward replay graphs, which are captured for the first batch of each size."""
         if self.graphed is None or not self.graphed.fits(batch["img"]):
             self.graphed = None  # frees the other size first
             if getattr(self.model, "criterion", None) is None:
@@ -126,7 +126,7 @@ class Step:
         answer_step(self.model, self.graphed, batch, self.targets)
 
     def network(self, batch: dict[str, Any]) -> None:
-        """Forward, loss and backward, and no trace of them."""
+        """Forward, loss and backward; the gradients are dropped."""
         self.forward_to_backward(batch)
         self.optimizer.zero_grad()
 

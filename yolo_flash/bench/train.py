@@ -221,7 +221,7 @@ class InMemory:
     """A data loader whose batches are its first ones, again and again, without its work."""
 
     def __init__(self, loader: Any) -> None:
-        """Take them."""
+        """Take the first batches."""
         self._loader = loader
         self._batches = list(itertools.islice(iter(loader), min(len(loader), _IN_MEMORY)))
 
@@ -234,7 +234,7 @@ class InMemory:
         return (dict(batch) for batch in self._batches)
 
     def __getattr__(self, name: str) -> Any:
-        """What else the trainer asks of a loader."""
+        """Anything else that the trainer asks of a loader."""
         return getattr(self._loader, name)
 
 

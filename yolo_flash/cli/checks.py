@@ -1,4 +1,4 @@
-"""`yolo-flash checks` and `yolo-flash plan`: what a device can run and a model would run, and why not the rest."""
+"""`yolo-flash checks`: which backends a device can run, and why not the others."""
 
 from __future__ import annotations
 

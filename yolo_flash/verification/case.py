@@ -120,9 +120,9 @@ def _norms(model: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 def is_fresh(model: nn.Module) -> bool:
-    """Whether the model comes from a YAML: no BatchNorm has seen a batch. A fused model has none, and was trained.
+    """Whether no BatchNorm has seen a batch, as after a YAML. A fused model has no BatchNorm, and was trained.
 
-    Its statistics say so, and not its count of batches, which stays at 0 in the EMA that Ultralytics saves.
+    The statistics tell, and not the count of batches, which stays at 0 in the EMA that Ultralytics saves.
     """
     means = [norm.running_mean for norm in _norms(model) if norm.running_mean is not None]
     variances = [norm.running_var for norm in _norms(model) if norm.running_var is not None]
@@ -146,7 +146,7 @@ def settle(model: nn.Module, images: Tensor) -> None:
 
 
 def load_images(source: str | Path | None, channels: int, imgsz: int, batch: int) -> tuple[Tensor, str]:
-    """Images `[batch, channels, imgsz, imgsz]` from 0 to 1, and what they are."""
+    """Images `[batch, channels, imgsz, imgsz]` from 0 to 1, and a description."""
     if source is None:
         random = torch.Generator().manual_seed(0)
         sizes = [max(imgsz // scale, 1) for scale in (1, 8, 32)]

@@ -1,7 +1,7 @@
 """Stock against ours against float64: runs of one attention block and of a whole model, and the rule that judges them.
 
-No tolerance is absolute. Float64 is the truth; how far the stock model lies from it says what rounding does in this
-layer, with these weights and images; and ours may lie at most twice as far, plus rounding.
+No tolerance is absolute. Float64 is the truth; the error of stock shows what rounding does in this layer, with these
+weights and images; the error of ours may be at most twice that, plus rounding.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Mode:
 
     Attributes:
         name: `train` or `predict`.
-        dtype: That convolutions compute in: by autocast in training, by weights of that dtype in prediction.
+        dtype: What convolutions compute in: by autocast in training, by the dtype of the weights in prediction.
         nhwc: Whether images and weights are channels_last.
-        deterministic: Whether torch is asked for deterministic algorithms, as a trainer does by default: it warns where
-            there is none, and goes on.
+        deterministic: Whether torch is asked for deterministic algorithms, as a trainer does by default; torch warns
+            where there is none.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        """Whether ours is as exact as stock; where one of them is not finite, it is not."""
+        """Whether ours is as exact as stock; False where a number is not finite."""
         return self.used <= 1
 
     @property
@@ -81,16 +81,16 @@ class Comparison:
 def compare(truth: Outputs, stock: Outputs, ours: Outputs, dtype: torch.dtype, pixels: int = 0) -> list[Comparison]:
     """Judge every quantity of `truth`.
 
-    A gradient that is zero in exact arithmetic (of a bias in front of BatchNorm) has no relative error: it is measured
+    A gradient that is zero in exact arithmetic (of a bias in front of BatchNorm) has no relative error, and is measured
     against the largest gradient.
 
     Args:
         truth: Outputs in float64.
         stock: Of the stock module.
         ours: Of the patched module.
-        dtype: That convolutions computed in.
-        pixels: Of all images, where a single block is compared. Sums over them are kept in float32 at best, and tiled
-            in another way than stock's: their rounding, which grows with the root of the number of terms, is allowed.
+        dtype: What convolutions computed in.
+        pixels: Of all images, where a single block is compared. Sums over pixels are kept in float32 at best, and in
+            another order than stock's: rounding that grows with the root of their number is allowed.
     """
     largest = max((float(t.norm()) for name, t in truth.items() if name.startswith("gradient")), default=0.0)
     sums = math.sqrt(pixels) * torch.finfo(torch.float32).eps
@@ -107,7 +107,7 @@ def compare(truth: Outputs, stock: Outputs, ours: Outputs, dtype: torch.dtype, p
 
 
 def forgive_loss(rows: list[Comparison]) -> list[Comparison]:
-    """The loss is one number, which stock may hit by luck: it may be off as much as the outputs that it is made of."""
+    """Allow the loss the error of the outputs that it is made of: stock may hit that single number by luck."""
     allowed = max((row.allowed for row in rows if row.what.startswith("outputs")), default=0.0)
     return [replace(row, allowed=max(row.allowed, allowed)) if row.what == "loss" else row for row in rows]
 
