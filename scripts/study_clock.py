@@ -2,10 +2,10 @@
 
     python scripts/study_clock.py data.yaml model.yaml imgsz batch [arm ...]      arms: unpatched, eager, graphs
 
-Each phase on the host's clock, without waiting for the GPU: a phase that waits for it has its time. Medians of the
-steps of three epochs but the first of each, whose batches are the loader's first ones from memory, in one process for
-each arm, with an optimizer step in every one. From graphs the loss is part of the network. Then ten steps under
-torch's profiler: what the GPU was busy, and how often the host waited for it.
+Each phase is timed by the host's clock, without waiting for the GPU: GPU time counts in the phase that waits. Medians
+over the steps of three epochs but the first step of each, in one process for each arm; the batches are the loader's
+first ones, from memory, and every step has an optimizer step. With graphs, the loss is part of the network. Then ten
+steps run under torch's profiler: how long the GPU was busy, and how often the host waited for the GPU.
 """
 
 from __future__ import annotations

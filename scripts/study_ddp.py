@@ -5,9 +5,9 @@
 An arm is `1:eager` or `2:graphs`, all six without.
 
 All arms get ready side by side and train one after the other: epochs with the loader, whose losses are compared, then
-as many whose batches are the loader's first ones from memory, then one under torch's profiler, for what of the
-all-reduce runs beside other kernels. A rank that comes first waits in it, so the rank counts where it took less.
-Milliseconds are an epoch's divided by its iterations, of which two GPUs have half as many.
+as many whose batches are the loader's first ones from memory, then one under torch's profiler, to see how
+much of the all-reduce overlaps other kernels. The rank that comes first waits in the all-reduce, so that the shorter of
+the two times counts. Milliseconds are those of an epoch divided by its iterations; two GPUs have half as many.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Time `nn.MultiheadAttention` as RT-DETR has it, stock against every backend that runs here: behind its rules.
+"""Time RT-DETR's `nn.MultiheadAttention`, stock against every backend that runs here: the numbers behind its rules.
 
     python scripts/study_multihead.py [cpu|cuda] > docs/results/multihead-<device>.md
 
@@ -25,18 +25,14 @@ from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.machine import detect
 from yolo_flash.patching.multihead import denoising_mask
 from yolo_flash.patching.patch import patch_modules
+from yolo_flash.utils.timing import clock_ms
 
 MODES = ("predict", "train", "train, masked")
 SECONDS = 2.0
 
 
 def sample(call: Callable[[], None], device: torch.device) -> float:
-    start = time.perf_counter()
-    for _ in range(10 if device.type == "cuda" else 1):
-        call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3 / (10 if device.type == "cuda" else 1)
+    return clock_ms(call, device, 10 if device.type == "cuda" else 1)
 
 
 def arm(owner: TransformerLayer, inputs: list[Tensor], mask: Tensor | None, mode: str) -> Callable[[], None]:

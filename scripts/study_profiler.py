@@ -1,4 +1,4 @@
-"""What torch's profiler leaves behind: steps that wait for the host, before and after it, for docs/results/ddp-h100.md.
+"""Time steps that wait for the host before and after torch's profiler ran, for docs/results/ddp-h100.md.
 
 python scripts/study_profiler.py keep|let-go        keep: the profiler stays attached to the driver, as by default
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
@@ -15,20 +14,14 @@ from torch import nn
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
 from yolo_flash.utils.profiler import stop_profiler
+from yolo_flash.utils.timing import clock_ms
 
 STEPS, REPEATS = 30, 5
 
 
 def timed(label: str, call: Callable[[], object]) -> None:
     """Print the median milliseconds of a call."""
-    found = []
-    for _ in range(REPEATS + 1):  # the first one warms up
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(STEPS):
-            call()
-        torch.cuda.synchronize()
-        found.append((time.perf_counter() - start) / STEPS * 1e3)
+    found = [clock_ms(call, torch.device("cuda"), STEPS) for _ in range(REPEATS + 1)]  # the first one warms up
     print(f"| {label} | {statistics.median(found[1:]):.2f} |", flush=True)
 
 

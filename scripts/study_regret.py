@@ -4,8 +4,8 @@
 
 Layers of YOLO12, YOLO26 and YOLO11, n to x, at several image sizes, in training (deterministic and not) and
 in prediction. The plan is made as a run makes it, with an empty cache; another process then measures every backend
-again, with three times the samples. Regret is what the planned backend takes there above the fastest one. One size
-after the other: what is printed so far stands when the run is cut off.
+again, with three times the samples. Regret is the excess time of the planned backend there over the fastest one.
+Sizes are printed one after the other, so that a run that is cut off leaves its rows.
 """
 
 from __future__ import annotations

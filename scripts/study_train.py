@@ -2,9 +2,9 @@
 
     python scripts/study_train.py path/to/bccd/data.yaml results.jsonl [row ...]      rows: see ROWS
 
-As `yolo-flash bench train` measures them, one row after the other, but that the processes of all rows load their
-libraries at once, before the first is measured. The images are the first so many of the data set, so that every batch
-is full, and a few others are validated. One line of JSON a process; a table at the end.
+Measured as by `yolo-flash bench train`, one row after the other, except that the processes of all rows load their
+libraries side by side before the first is measured. The images are the first ones of the data set, as many as fill
+every batch; a few others are validated. One line of JSON a process; a table at the end.
 """
 
 from __future__ import annotations

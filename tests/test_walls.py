@@ -18,10 +18,10 @@ WALLS: dict[str, set[str]] = {  # not even what lies below
     "graphs": {"utils"},  # models without attention run from graphs too
     "utils": set(),  # no attention in there
     "assets": set(),
-    "config": set(),
+    "config": {"utils"},
     "machine": set(),
     "kernels": {"machine"},
-    "backends": {"kernels", "machine"},
+    "backends": {"kernels", "machine", "utils"},
     "engine": set(ORDER) - {"cli", "bench", "verification"},  # a run needs no proof
     "verification": set(ORDER) - {"cli", "bench", "engine", "graphs"},  # the plan of this machine, and nothing of a run
 }

@@ -6,10 +6,11 @@ import sys
 
 def main() -> None:
     """Run the command line of this process."""
-    # At its very first import Ultralytics greets on standard output, where `checks --json` promises JSON alone. Its
-    # logger keeps the stream that it finds now.
-    with contextlib.redirect_stdout(sys.stderr) if "--json" in sys.argv else contextlib.nullcontext():
-        from .cli.main import main as run
+    if "--json" in sys.argv:  # JSON alone shall reach standard output
+        with contextlib.redirect_stdout(sys.stderr):
+            import ultralytics  # noqa: F401  greets when first imported; its logger keeps the stream that it finds
+    from .cli.main import main as run
+
     run()
 
 

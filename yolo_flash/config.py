@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import os
 import typing
 from collections.abc import Mapping
@@ -14,8 +12,10 @@ from typing import Any, Literal
 from ultralytics.cfg import smart_value
 from ultralytics.utils import YAML
 
+from .utils.errors import did_you_mean
+
 ENV = "YOLO_FLASH"
-_OTHER_ENV = {"YOLO_FLASH_DATASETS"}  # names a folder of data sets, see offline.py; not a setting of the plugin
+_OTHER_ENV = {"YOLO_FLASH_DATASETS"}  # the folder of data sets, see assets/offline.py; no setting
 
 
 class FlashConfigError(ValueError):
@@ -34,7 +34,7 @@ class FlashConfig:
         autotune: Choose by measuring the backends on this machine, before the first step; False chooses by rules.
         graphs: Run the training step from CUDA graphs: `on`, `off`, or `auto`, where it pays.
         graphs_predict: Run the network of `predict` from CUDA graphs, for image shapes that come again.
-        log: Say what runs: plan, kernels, memory and speed, in the log and in the run folder.
+        log: Report plan, kernels, memory and speed in the log and in the run folder.
 
     Raises:
         FlashConfigError: A value has the wrong type or is not among the valid ones.
@@ -50,7 +50,7 @@ class FlashConfig:
     log: bool = True
 
     def __post_init__(self) -> None:
-        """Bring every value to its type, or say what was expected."""
+        """Convert every value to its type, or raise."""
         for key, kind in typing.get_type_hints(type(self)).items():
             object.__setattr__(self, key, _coerce(key, getattr(self, key), kind))
 
@@ -103,7 +103,7 @@ def read_config_file(name: str | Path) -> dict[str, Any]:
     path = shipped.get(str(name), Path(str(name)))
     if not path.is_file():
         raise FlashConfigError(
-            f"flash.config={name}: no such file, and not a shipped one.{_did_you_mean(str(name), shipped)}"
+            f"flash.config={name}: no such file, and not a shipped one.{did_you_mean(str(name), shipped)}"
         )
     try:
         values = YAML.load(path)
@@ -123,10 +123,6 @@ def config_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 
 
-def _keys() -> list[str]:
-    return [f.name for f in dataclasses.fields(FlashConfig)]
-
-
 def _from_environment() -> tuple[dict[str, Any], dict[str, Any]]:
     """`YOLO_FLASH_<KEY>` values, and `{"enabled": False}` when `YOLO_FLASH` itself switches all off."""
     prefix = f"{ENV}_"
@@ -142,21 +138,16 @@ def _from_environment() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def known_keys(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The settings of a source, every key of which must exist.
+    """The settings of a source as a dict.
 
     Raises:
-        FlashConfigError: One does not, with the nearest valid name.
+        FlashConfigError: A key is no setting; the message names the nearest valid one.
     """
-    valid = [*_keys(), "config"]
+    valid = [*FlashConfig.__dataclass_fields__, "config"]
     for key in values:
         if key not in valid:
-            raise FlashConfigError(f"{source}: there is no setting {key!r}.{_did_you_mean(str(key), valid)}")
+            raise FlashConfigError(f"{source}: there is no setting {key!r}.{did_you_mean(str(key), valid)}")
     return dict(values)
-
-
-def _did_you_mean(word: str, valid: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(valid), n=1)
-    return (f" Did you mean {close[0]!r}?" if close else "") + f" Valid: {', '.join(valid)}."
 
 
 def _coerce(key: str, value: Any, kind: Any) -> Any:
@@ -169,7 +160,7 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         if isinstance(value, bool) and "on" in valid:  # as YAML reads a bare on or off
             value = "on" if value else "off"
         if value not in valid:
-            raise FlashConfigError(f"{key}={value!r} is not valid.{_did_you_mean(str(value), valid)}")
+            raise FlashConfigError(f"{key}={value!r} is not valid.{did_you_mean(str(value), valid)}")
         return value
     if typing.get_origin(kind) is dict:
         if isinstance(value, str):

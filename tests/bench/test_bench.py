@@ -1,4 +1,4 @@
-"""`yolo-flash bench step`: fresh processes in turns, medians with their range, errors told in the table."""
+"""`yolo-flash bench step`: fresh processes in turns, medians with their range, errors told in the size_table."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch
 import ultralytics
 
 from yolo_flash.bench import rounds
-from yolo_flash.bench.rounds import COLUMNS, bench, summary, table
+from yolo_flash.bench.rounds import COLUMNS, bench, size_table, summary
 from yolo_flash.bench.step import Step, StepJob
-from yolo_flash.cli import commands, main
+from yolo_flash.cli import main
 from yolo_flash.patching.patch import targets
 
 TINY: dict[str, Any] = {"imgsz": (64,), "batch": 2, "rounds": 1, "steps": 1, "device": "cpu"}
@@ -141,8 +141,9 @@ def test_a_bench_in_which_every_arm_failed_ends_with_the_reason() -> None:
     ],
 )
 def test_the_others_do_too(command: str, result: list[Any], told: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, command, lambda job: result)
-    what = command.removeprefix("bench").strip("_") or "step"
+    module = command.removeprefix("bench_") if command != "bench" else "rounds"
+    monkeypatch.setattr(f"yolo_flash.bench.{module}.{command}", lambda job: result)
+    what = module if command != "bench" else "step"
     if told is None:
         main.main(["bench", what])
         return
@@ -158,7 +159,7 @@ def test_speed_up_is_by_gpu_time_where_there_is_one() -> None:
 
     job = dataclasses.asdict(StepJob(arms=("unpatched", "auto")))
     arms = {"unpatched": arm(60.0), "auto": arm(40.0)}
-    text = table({"yolo_flash": "1", "job": job, "machine": {}, "arms": arms}, StepJob.columns)
+    text = size_table({"yolo_flash": "1", "job": job, "machine": {}, "arms": arms}, StepJob.columns)
     assert "| auto | 39.00 (39.00..39.00) | 40.00 (40.00..40.00) | 100.00 (100.00..100.00) |" in text
     assert text.splitlines()[-1].endswith("| 1.50x |")
 

@@ -21,8 +21,20 @@ from yolo_flash.backends.registry import BACKENDS, BackendNotSupportedError
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.bench import op, op_timing
 from yolo_flash.bench.op import OpJob
-from yolo_flash.bench.op_table import ARMS, BOTH, COLUMNS, FORWARD, GPU_SHAPES, MODES, OURS, SHAPES, notes, plot, table
-from yolo_flash.cli import commands, main
+from yolo_flash.bench.op_table import (
+    BOTH,
+    FORWARD,
+    GPU_SHAPES,
+    MODES,
+    OP_ARMS,
+    OP_COLUMNS,
+    OURS,
+    SHAPES,
+    draw_op,
+    error_notes,
+    mode_table,
+)
+from yolo_flash.cli import main
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about what is measured on a CPU")
 
@@ -51,11 +63,11 @@ def made_up_rows() -> list[dict[str, Any]]:
     rows = []
     for shape in GPU_SHAPES:
         for mode in MODES:
-            for i, arm in enumerate(ARMS):
+            for i, arm in enumerate(OP_ARMS):
                 us = 5.0 if arm == OURS else 10.0 * (i + 1)
                 numbers = {"us": us, "us_low": us - 1, "us_high": us + 1, "repeats": 20, "method": "graph"}
                 known = {"shape": shape, "mode": mode, "arm": arm, "dtype": "float16", "device": "a card", "note": ""}
-                rows.append(dict.fromkeys(COLUMNS) | known | {"torch": "2.11.0", "yolo_flash": "1.0"} | numbers)
+                rows.append(dict.fromkeys(OP_COLUMNS) | known | {"torch": "2.11.0", "yolo_flash": "1.0"} | numbers)
     return rows
 
 
@@ -66,9 +78,9 @@ def test_the_command_writes_numbers_and_a_plot_and_logs_tables(tmp_path: Path, l
     assert sorted(file.name for file in folder.iterdir()) == ["op.csv", "op.png"]
     with (folder / "op.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == COLUMNS
+    assert tuple(rows[0]) == OP_COLUMNS
     assert [(row["shape"], row["mode"], row["arm"]) for row in rows] == [
-        (shape, mode, arm) for shape in ("tiny-area", "tiny-psa") for mode in MODES for arm in ARMS
+        (shape, mode, arm) for shape in ("tiny-area", "tiny-psa") for mode in MODES for arm in OP_ARMS
     ]
     measured = [row for row in rows if row["arm"] == "sdpa_flash"]
     assert len(measured) == 4
@@ -97,7 +109,7 @@ def test_the_command_writes_numbers_and_a_plot_and_logs_tables(tmp_path: Path, l
 
 def test_settings_come_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[OpJob] = []
-    monkeypatch.setattr(commands, "bench_op", jobs.append)
+    monkeypatch.setattr(op, "bench_op", jobs.append)
     typed = "bench op shapes=one-group,tiny-psa arms=sdpa_flash repeats=3 dtype=bfloat16 folder=2024"
     main.main(typed.split())
     assert jobs == [OpJob(("one-group", "tiny-psa"), ("sdpa_flash",), 3, "bfloat16", "2024")]
@@ -255,7 +267,7 @@ def test_the_table_marks_the_best_and_gives_our_speed_up() -> None:
     for row in rows:
         if row["shape"] == "one-group" and row["arm"] == OURS:
             row |= {"us": None, "note": "OutOfMemoryError: 80 GiB"}
-    lines = table(rows, FORWARD).splitlines()
+    lines = mode_table(rows, FORWARD).splitlines()
     assert (
         lines[0] == "forward, GPU microseconds, median (low..high) of 20; float16, a card; torch 2.11.0, yolo_flash 1.0"
     )
@@ -267,26 +279,26 @@ def test_the_table_marks_the_best_and_gives_our_speed_up() -> None:
     assert lines[-1].startswith("| one-group (1, 400, 2, 32, 32) | **10.0** (9.0..11.0) |")
     assert lines[-1].endswith("| - |")
     assert len({line.count("|") for line in lines[2:]}) == 1
-    assert notes(rows) == "- triton_area (one-group): OutOfMemoryError: 80 GiB"
+    assert error_notes(rows) == "- triton_area (one-group): OutOfMemoryError: 80 GiB"
 
 
 @pytest.mark.parametrize("keep", [lambda row: True, lambda row: row["arm"] == OURS, lambda row: row["mode"] == BOTH])
 def test_the_plot_has_room_for_all_shapes(keep: Callable[[dict[str, Any]], bool]) -> None:
     rows = [row for row in made_up_rows() if keep(row)]
-    with Image.open(io.BytesIO(plot(rows))) as image:
+    with Image.open(io.BytesIO(draw_op(rows))) as image:
         assert image.width > 100 * len(GPU_SHAPES)
         assert image.height > 300 * len({row["mode"] for row in rows})
 
 
 def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill = op.measure
+    fill = op.measure_shape
 
     def interrupted(rows: list[dict[str, Any]], *args: Any) -> None:
         if rows[0]["shape"] == "tiny-psa":
             raise KeyboardInterrupt
         fill(rows, *args)
 
-    monkeypatch.setattr(op, "measure", interrupted)
+    monkeypatch.setattr(op, "measure_shape", interrupted)
     with pytest.raises(KeyboardInterrupt):
         measure(folder=str(tmp_path))
     with (tmp_path / "op.csv").open(newline="") as file:

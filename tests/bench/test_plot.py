@@ -227,9 +227,9 @@ def test_the_command_draws_what_the_files_hold(tmp_path: Path) -> None:
 
 def test_the_plot_of_bench_op_is_drawn_again_from_its_csv(tmp_path: Path) -> None:
     rows = made_up_rows()
-    (tmp_path / "op.csv").write_bytes(as_csv(op_table.COLUMNS, rows))
+    (tmp_path / "op.csv").write_bytes(as_csv(op_table.OP_COLUMNS, rows))
     main.main(["bench", "plot", "op.csv"])
-    assert (tmp_path / "op.png").read_bytes() == op_table.plot(rows)
+    assert (tmp_path / "op.png").read_bytes() == op_table.draw_op(rows)
 
 
 def test_rows_come_back_from_csv_as_they_were() -> None:

@@ -20,7 +20,7 @@ from tests.versions import ULTRALYTICS
 from yolo_flash.bench import predict, process
 from yolo_flash.bench.predict import Prediction, PredictJob
 from yolo_flash.bench.process import serve
-from yolo_flash.cli import commands, main
+from yolo_flash.cli import main
 from yolo_flash.patching.patch import targets
 
 Captured = pytest.CaptureFixture[str]
@@ -104,7 +104,7 @@ def test_on_a_gpu_the_precision_decides_which(amp: str, halves: list[str]) -> No
 # The command ----------------------------------------------------------------------------------------------------------
 def test_settings_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[PredictJob] = []
-    monkeypatch.setattr(commands, "bench_predict", jobs.append)
+    monkeypatch.setattr("yolo_flash.bench.predict.bench_predict", jobs.append)
     for imgsz in ("imgsz=640,1280", "imgsz=[640, 1280]"):
         main.main(["bench", "predict", imgsz, "batch=4", "amp=fp16", "device=0", "csv=7"])
     assert jobs == [PredictJob(imgsz=(640, 1280), batch=4, amp="fp16", device="0", csv="7")] * 2

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from yolo_flash.bench import train
-from yolo_flash.bench.rounds import COLUMNS, summary, table
-from yolo_flash.bench.train import ARMS, Clocks, TrainJob, get_ready, train_arguments
-from yolo_flash.cli import commands, main
+from yolo_flash.bench.rounds import COLUMNS, size_table, summary
+from yolo_flash.bench.train import TRAIN_ARMS, Clocks, TrainJob, get_ready, train_arguments
+from yolo_flash.cli import main
 
 
 def test_a_training_is_measured_from_the_command_line(coco8: str, tmp_path: Path, log: list[str]) -> None:
@@ -132,7 +132,7 @@ def test_speed_up_is_by_the_iteration() -> None:
     job = {"model": "m.yaml", "data": "d.yaml", "imgsz": 64, "batch": 2, "rounds": 1, "epochs": 5, "amp": "fp16"}
     arms = {"unpatched": arm(60.0), "graphs": arm(40.0)}
     results = {"yolo_flash": "1", "job": job | {"arms": list(arms)}, "machine": {}, "arms": arms}
-    assert table(results, TrainJob.columns).splitlines()[-1].endswith("| 1.50x |")
+    assert size_table(results, TrainJob.columns).splitlines()[-1].endswith("| 1.50x |")
 
 
 # Arms -----------------------------------------------------------------------------------------------------------------
@@ -206,14 +206,14 @@ def test_without_arms_the_plugin_is_compared_with_stock(
     monkeypatch.setattr(train, "bench", measured.append)
     monkeypatch.setattr(TrainJob, "torch_device", lambda job: torch.device(device))
     train.bench_train(TrainJob(data=coco8))
-    train.bench_train(TrainJob(data=coco8, arms=ARMS))
-    assert [job.arms for job in measured] == [arms, ARMS]
+    train.bench_train(TrainJob(data=coco8, arms=TRAIN_ARMS))
+    assert [job.arms for job in measured] == [arms, TRAIN_ARMS]
 
 
 # The command ----------------------------------------------------------------------------------------------------------
 def test_settings_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[TrainJob] = []
-    monkeypatch.setattr(commands, "bench_train", jobs.append)
+    monkeypatch.setattr(train, "bench_train", jobs.append)
     typed = "bench train data=coco128.yaml imgsz=320 arms=unpatched,auto device=0 cache=False mosaic=0.5 amp=bf16 csv=7"
     main.main(typed.split())
     arms = ("unpatched", "auto")

@@ -59,7 +59,7 @@ class Yolo:
 @pytest.fixture
 def yolo(monkeypatch: pytest.MonkeyPatch) -> Yolo:
     yolo = Yolo()
-    monkeypatch.setattr(main, "entrypoint", yolo)
+    monkeypatch.setattr("yolo_flash.cli.yolo.entrypoint", yolo)
     return yolo
 
 
@@ -99,9 +99,11 @@ def never() -> bool:
 
 # Help ----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("args", [[], ["help"], ["--help"], ["-h"]])
-def test_alone_and_help_explain_in_one_screen_with_examples(args: list[str], yolo: Yolo, log: list[str]) -> None:
+def test_alone_and_help_explain_in_one_screen_with_examples(
+    args: list[str], yolo: Yolo, capsys: pytest.CaptureFixture[str]
+) -> None:
     main.main(args)
-    (text,) = log
+    text = capsys.readouterr().out
     lines = text.strip().splitlines()
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 120
@@ -112,16 +114,34 @@ def test_alone_and_help_explain_in_one_screen_with_examples(args: list[str], yol
     assert yolo.argv == []
 
 
+@pytest.mark.parametrize(
+    ("command", "unneeded"),
+    [
+        ("help", ("torch", "ultralytics")),
+        ("version", ("torch._dynamo", "yolo_flash.bench", "yolo_flash.engine", "yolo_flash.verification")),
+        ("checks device=cpu", ("torch._dynamo", "yolo_flash.bench", "yolo_flash.engine", "yolo_flash.verification")),
+    ],
+)
+def test_a_command_imports_only_what_it_needs(command: str, unneeded: tuple[str, ...]) -> None:
+    code = "import sys; from yolo_flash.__main__ import main; main(); print('imported', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True, check=True)
+    imported = done.stdout.split("imported ")[-1].split()
+    assert "yolo_flash.cli.main" in imported
+    assert not [name for name in imported if name.startswith(unneeded)]
+
+
 def test_what_help_shows_can_be_pasted_into_a_shell() -> None:
     for line in main.HELP.splitlines():
         if "*" in line:  # zsh refuses an unquoted pattern that matches no file
             assert re.search(r"'[^']*\*[^']*'", line), line
 
 
-def test_alone_means_the_arguments_of_the_process(yolo: Yolo, log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alone_means_the_arguments_of_the_process(
+    yolo: Yolo, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/bin/yolo-flash"])
     main.main()
-    assert "Examples" in log[0]
+    assert "Examples" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["/usr/bin/yolo-flash", "cfg"])
     main.main()
     assert yolo.args == ["cfg"]
@@ -548,7 +568,10 @@ def test_both_classes_make_patched_objects_and_get_all_arguments(
 ) -> None:
     made: list[Any] = []
     monkeypatch.setitem(vars(ultralytics), name, lambda *args, **kwargs: (args, kwargs))
-    monkeypatch.setattr(main, "patch_from_sources", lambda model, sources: SimpleNamespace(model=model, **sources))
+    monkeypatch.setattr(
+        "yolo_flash.engine.model.patch_from_sources",
+        lambda model, sources: SimpleNamespace(model=model, **sources),
+    )
     yolo.action = lambda: made.append(getattr(ultralytics, name)("a.pt", task="detect"))
     main.main([*TRAIN, "flash.log=false"])
     assert made == [SimpleNamespace(model=(("a.pt",), {"task": "detect"}), cli={"log": False}, section=None)]

@@ -208,13 +208,13 @@ def test_files_of_the_user_with_the_names_of_ours_are_not_imported(tiny_model: s
 
     But for triton.py, which torch itself imports, with or without us: see the test below.
     """
-    shadows = sorted(file.stem for file in SOURCE.glob("*.py") if not file.stem.startswith("_"))
+    files = [*SOURCE.rglob("*.py"), *(file.parent for file in SOURCE.glob("*/__init__.py"))]
+    shadows = sorted({file.stem for file in files if not file.stem.startswith("_")})
     assert {"config", "graphs", "trainer"} <= set(shadows)
-    for name in [*shadows, "area", "area_triton"]:
+    for name in shadows:
         (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name}.py of the user was imported')\n")
-    for name in ("configs", "kernels"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text(f"raise RuntimeError('{name} of the user was imported')\n")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").write_text("raise RuntimeError('configs of the user was imported')\n")
     (tmp_path / "configs" / "strict.yaml").write_text("deterministic: prefer\n")
     (tmp_path / "strict").write_text("no YAML")
     (tmp_path / "tests_of_shadows.py").write_text(f"LAYERS = {LAYERS}\n")

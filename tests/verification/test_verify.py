@@ -31,8 +31,8 @@ from yolo_flash.machine import detect
 from yolo_flash.patching.patch import patch_modules
 from yolo_flash.planning import autotune
 from yolo_flash.utils.numerics import allowed_error, relative_error
-from yolo_flash.verification import compare, detections, executed
-from yolo_flash.verification.inputs import is_fresh, load_images
+from yolo_flash.verification import compare, detections, executed, run
+from yolo_flash.verification.case import is_fresh, load_images
 
 Run = Callable[[Tensor, AttentionSpec], tuple[Tensor, Tensor]]
 FORCED = ["imgsz=64", "device=cpu", "flash.backend=sdpa_flash"]
@@ -505,6 +505,6 @@ def test_too_little_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(verify, "run_model", fail)
+    monkeypatch.setattr(run, "run_model", fail)
     with pytest.raises(ValueError, match=r"out of memory on .*smaller imgsz= or batch="):
         verify("yolo26n.yaml", imgsz=64, device="cpu")

@@ -7,7 +7,6 @@ switches of the whole process, for other threads too. The price is that torch's 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..machine import Machine
+from ..utils.errors import did_you_mean
 from . import limits, packed, separate
 from .separate import Inputs
 from .spec import AttentionSpec
@@ -133,7 +133,5 @@ def check_name(name: str) -> str:
     """
     valid = ["auto", *BACKENDS]
     if name not in valid:
-        close = difflib.get_close_matches(name, valid, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise BackendNotSupportedError(f"there is no backend {name!r}.{hint} Valid: {', '.join(valid)}.")
+        raise BackendNotSupportedError(f"there is no backend {name!r}.{did_you_mean(name, valid)}")
     return name

@@ -1,1 +1,1 @@
-"""Measuring for the reader: stock against ours, in fresh processes."""
+"""Benchmarks: stock against ours."""

@@ -9,11 +9,7 @@ from ..utils.memory import free_bytes
 from .step import Step, StepJob
 
 _BATCHES = (2, 6)  # small enough for any card, far enough apart for a slope
-
-
 _PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-
-
 _FILLED = 0.95  # of the memory: the rest is lost between blocks of the allocator
 
 

@@ -1,13 +1,12 @@
 """`yolo-flash bench op`: the attention core alone, every fused backend and a peer, side by side in one process.
 
 Packed qkv goes in, attention and a contiguous copy of v come out (`Backend.run`), so all layout work counts. The arms
-take turns within every repeat, and the result of each is held against float64 in the very run that times it.
+take turns within every repeat, and each result is compared with float64 in the run that times it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ from ultralytics.utils import LOGGER, TQDM
 from .._version import __version__
 from ..backends.registry import BACKENDS, BackendNotSupportedError
 from ..machine import Machine, cudnn_release, detect
-from ..utils.errors import first_line
+from ..utils.errors import did_you_mean, first_line
 from ..utils.files import Row, as_csv, from_csv, write_file
-from .op_table import ARMS, COLUMNS, CPU_SHAPES, GPU_SHAPES, MODES, NUMBERS, PEER, SHAPES, notes, plot, table
-from .op_timing import load_peer, measure
+from . import op_table
+from .op_table import CPU_SHAPES, GPU_SHAPES, MODES, OP_ARMS, OP_COLUMNS, OP_NUMBERS, PEER, SHAPES
+from .op_timing import load_peer, measure_shape
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class OpJob:
 
     Attributes:
         shapes: Names from `SHAPES`; if empty, those of the models on a GPU and tiny ones on a CPU.
-        arms: Names from `ARMS`; if empty, all that run on this machine.
+        arms: Names from `OP_ARMS`; if empty, all that run on this machine.
         repeats: Samples of each arm; a sample is 10 calls.
         dtype: `float16`, `bfloat16` or `float32`; if empty, float16 on a GPU and float32 on a CPU.
         folder: Where op.csv and op.png go; made if it is not there.
@@ -49,12 +49,10 @@ class OpJob:
         Raises:
             ValueError: A shape, an arm or a dtype that does not exist, or a count below 1.
         """
-        for kind, names, valid in (("shape", self.shapes, SHAPES), ("arm", self.arms, ARMS)):
+        for kind, names, valid in (("shape", self.shapes, SHAPES), ("arm", self.arms, OP_ARMS)):
             for name in names:
                 if name not in valid:
-                    close = difflib.get_close_matches(name, valid, n=1)
-                    hint = f" Did you mean {close[0]!r}?" if close else ""
-                    raise ValueError(f"there is no {kind} {name!r}.{hint} Valid: {', '.join(valid)}.")
+                    raise ValueError(f"there is no {kind} {name!r}.{did_you_mean(name, valid)}")
         if not isinstance(self.repeats, int) or self.repeats < 1:
             raise ValueError(f"repeats must be a whole number of at least 1, found {self.repeats!r}.")
         if self.dtype not in ("", "float16", "bfloat16", "float32"):
@@ -65,7 +63,7 @@ def bench_op(job: OpJob) -> list[Row]:
     """Measure all arms on all shapes, write op.csv and op.png, log a table for each mode.
 
     Returns:
-        The rows of the CSV: `COLUMNS` -> value, None where there is none. A row without `us` has a `note` with the why.
+        The rows of the CSV: `OP_COLUMNS` -> value, or None. A row without `us` has a `note` that says why.
 
     Raises:
         BackendNotSupportedError: An arm asked for by name, or every arm, cannot run on any of the shapes.
@@ -84,17 +82,17 @@ def bench_op(job: OpJob) -> list[Row]:
     done: list[Row] = []
     for name in TQDM(shapes, desc=f"bench op {dtype}, {job.repeats} repeats"):
         mine = [row for row in rows if row["shape"] == name]
-        measure(mine, job.repeats, device)
+        measure_shape(mine, job.repeats, device)
         with contextlib.suppress(RuntimeError):  # after a fault of a kernel every call of CUDA raises; the notes say it
             torch.cuda.empty_cache()
         done += mine
-        write_file(folder / "op.csv", as_csv(COLUMNS, done))  # after each shape: a borrowed GPU may be taken away
+        write_file(folder / "op.csv", as_csv(OP_COLUMNS, done))  # after each shape: a borrowed GPU may be taken away
     for mode in MODES:
-        LOGGER.info(table(rows, mode))
-    LOGGER.info(notes(rows))
+        LOGGER.info(op_table.mode_table(rows, mode))
+    LOGGER.info(op_table.error_notes(rows))
     if any(row["us"] is not None for row in rows):
-        drawn = from_csv(as_csv(COLUMNS, rows).decode(), NUMBERS)  # what `bench plot` reads: the same picture
-        write_file(folder / "op.png", plot(drawn))
+        drawn = from_csv(as_csv(OP_COLUMNS, rows).decode(), OP_NUMBERS)  # what `bench plot` reads: the same picture
+        write_file(folder / "op.png", op_table.draw_op(drawn))
     LOGGER.info(f"Results saved to {folder.resolve()}")
     return rows
 
@@ -113,9 +111,9 @@ def _empty_rows(name: str, dtype: str, machine: Machine, no_peer: str) -> Iterat
     sizes = {"shape": name, **SHAPES[name]._asdict(), "dtype": dtype}
     for mode in MODES:
         spec = SHAPES[name].spec(getattr(torch, dtype), mode)
-        for arm in ARMS:
+        for arm in OP_ARMS:
             note = no_peer if arm == PEER else "; ".join(BACKENDS[arm].not_supported_reasons(spec, machine))
-            yield dict.fromkeys(COLUMNS) | known | sizes | {"mode": mode, "arm": arm, "note": note}
+            yield dict.fromkeys(OP_COLUMNS) | known | sizes | {"mode": mode, "arm": arm, "note": note}
 
 
 def _without_hopeless(rows: list[Row], asked: tuple[str, ...]) -> list[Row]:
@@ -126,11 +124,11 @@ def _without_hopeless(rows: list[Row], asked: tuple[str, ...]) -> list[Row]:
     """
     able = {row["arm"] for row in rows if not row["note"]}
     why_not = {row["arm"]: row["note"] for row in rows if row["arm"] not in able}
-    if hopeless := [arm for arm in asked or ARMS if arm in why_not and (asked or not able)]:
+    if hopeless := [arm for arm in asked or OP_ARMS if arm in why_not and (asked or not able)]:
         reasons = "; ".join(f"{arm}: {why_not[arm]}" for arm in hopeless)
-        others = ", ".join(arm for arm in ARMS if arm in able) or "none"
+        others = ", ".join(arm for arm in OP_ARMS if arm in able) or "none"
         raise BackendNotSupportedError(f"cannot run on any shape: {reasons}. Arms that can: {others}.")
-    return [row for row in rows if row["arm"] in (asked or ARMS)]
+    return [row for row in rows if row["arm"] in (asked or OP_ARMS)]
 
 
 def _no_peer(machine: Machine) -> str:

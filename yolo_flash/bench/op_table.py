@@ -1,4 +1,4 @@
-"""The rows of `bench op` and what is made of them: tables, notes and a plot."""
+"""The rows of `bench op`, and tables, notes and a plot of them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..utils.plotting import COLORS, as_png, new_figure
 
 FORWARD, BOTH = MODES = ("forward", "forward+backward")
 OURS, PEER = "triton_area", "flash_attn_4"
-ARMS = (*(backend.name for backend in BACKENDS.values() if backend.fused), PEER)
-COLUMNS = (  # times in microseconds of one call: us of the GPU, wall_us from Python; exp_percent of what the SMs can do
+OP_ARMS = (*(backend.name for backend in BACKENDS.values() if backend.fused), PEER)
+OP_COLUMNS = (  # microseconds of one call: us on the GPU, wall_us from Python; exp_percent of what the SMs can do
     *("shape", "groups", "tokens", "heads", "head_dim", "head_dim_v", "dtype", "mode", "arm", "method", "repeats"),
     *("us", "us_low", "us_high", "wall_us", "tflops", "exp_percent", "peak_mib", "error_out", "error_grad", "note"),
     *("device", "torch", "triton", "cudnn", PEER, "yolo_flash"),
 )
-NUMBERS = (
+OP_NUMBERS = (
     *("groups", "tokens", "heads", "head_dim", "head_dim_v", "repeats", "us", "us_low", "us_high", "wall_us"),
     *("tflops", "exp_percent", "peak_mib", "error_out", "error_grad"),
 )
@@ -35,7 +35,7 @@ class Shape(NamedTuple):
     head_dim_v: int
 
     def spec(self, dtype: torch.dtype, mode: str) -> AttentionSpec:
-        """The same for the backends."""
+        """The problem as the backends know it."""
         sizes = (self.groups, self.heads, self.tokens, self.tokens, self.head_dim, self.head_dim_v)
         return AttentionSpec(*sizes, dtype, "nhwc", training=mode == BOTH)
 
@@ -70,7 +70,7 @@ CPU_SHAPES = {"tiny-area": Shape(4, 100, 2, 32, 32), "tiny-psa": Shape(2, 100, 2
 SHAPES = GPU_SHAPES | CPU_SHAPES
 
 
-def table(rows: list[Row], mode: str) -> str:
+def mode_table(rows: list[Row], mode: str) -> str:
     """Times of one mode as a Markdown table, ready for docs/results.
 
     The fastest arm of a shape is in bold; the last column has the speed-up of ours over the best of the others.
@@ -81,7 +81,7 @@ def table(rows: list[Row], mode: str) -> str:
     heads = ["shape (groups, tokens, heads, head dims)", *arms, *([f"speed-up of {OURS}"] if OURS in arms else [])]
     clock = "clock" if any(row["method"] == "clock" for row in measured) else "GPU"
     repeats = max((row["repeats"] for row in measured), default=0)
-    lines = [f"{mode}, {clock} microseconds, median (low..high) of {repeats}; {_conditions(rows)}", ""]
+    lines = [f"{mode}, {clock} microseconds, median (low..high) of {repeats}; {_measured_on(rows)}", ""]
     lines += [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for name in dict.fromkeys(row["shape"] for row in mine):
         us = {row["arm"]: row for row in measured if row["shape"] == name}
@@ -98,8 +98,8 @@ def table(rows: list[Row], mode: str) -> str:
     return "\n".join(lines)
 
 
-def notes(rows: list[Row]) -> str:
-    """The largest error of each arm, and for what was not measured, or otherwise than the rest, why."""
+def error_notes(rows: list[Row]) -> str:
+    """The largest error of each arm, and the notes of all rows, equal ones in one line."""
     lines = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
         errors = [
@@ -121,13 +121,13 @@ def notes(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _conditions(rows: list[Row]) -> str:
+def _measured_on(rows: list[Row]) -> str:
     """Device, dtype and versions, for the head of a table or plot."""
     versions = [f"{name} {rows[0][name]}" for name in ("torch", "triton", "cudnn", PEER, "yolo_flash") if rows[0][name]]
     return f"{rows[0]['dtype']}, {rows[0]['device']}; {', '.join(versions)}"
 
 
-def plot(rows: list[Row]) -> bytes:
+def draw_op(rows: list[Row]) -> bytes:
     """A PNG with a panel for each mode: speed of the arms on each shape, where 1 is the best arm that is not ours."""
     rows = [row for row in rows if row["us"] is not None]
     shapes, arms, modes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("shape", "arm", "mode"))
@@ -156,7 +156,7 @@ def plot(rows: list[Row]) -> bytes:
         panel.grid(axis="y", color="#dddddd", zorder=0)
         panel.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xticks(range(len(shapes)), shapes, rotation=30, ha="right", rotation_mode="anchor")
-    figure.suptitle(f"Attention alone, {_conditions(rows)}".replace("; ", "\n"), fontsize=10)
+    figure.suptitle(f"Attention alone, {_measured_on(rows)}".replace("; ", "\n"), fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(arms), frameon=False)
     return as_png(figure)

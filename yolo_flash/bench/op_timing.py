@@ -1,6 +1,6 @@
 """How `bench op` measures an arm: error against float64, memory, time on the GPU and from Python.
 
-The arms take turns within every repeat. What goes wrong with one becomes a note in its row.
+The arms take turns within every repeat. An arm that raises gets a note in its row.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +21,8 @@ from ..backends.spec import AttentionSpec
 from ..utils.errors import first_line
 from ..utils.memory import extra_bytes
 from ..utils.numerics import Results, reference, relative_error
-from ..utils.profiler import hushed, kernels_profiled
-from ..utils.timing import graph_ms, wait
+from ..utils.profiler import kernels_profiled
+from ..utils.timing import clock_ms, graph_ms
 from .op_table import BOTH, FORWARD, MODES, PEER, SHAPES, Row
 
 Call = Callable[[], Results]
@@ -44,8 +43,8 @@ class _Timer:
     note: str = ""
 
 
-def measure(rows: list[Row], repeats: int, device: torch.device) -> None:
-    """Fill in the rows of one shape; what goes wrong becomes a note."""
+def measure_shape(rows: list[Row], repeats: int, device: torch.device) -> None:
+    """Fill in the rows of one shape; an exception becomes a note."""
     rows = [row for row in rows if not row["note"]]
     if not rows:
         return
@@ -60,13 +59,13 @@ def measure(rows: list[Row], repeats: int, device: torch.device) -> None:
         dout, dimage = (random(*shape[:3], shape.head_dim_v) for _ in range(2))
         # As small as what comes through attention: else the copy of v would hide errors in the gradients of q, k and v.
         upstream = [dout, dimage * shape.tokens**-0.5]
-        calls = _checked(rows, packed, upstream)
+        calls = _right_calls(rows, packed, upstream)
         for mode in MODES:
-            _time([(row, call) for row, call in calls if row["mode"] == mode], repeats, device)
+            _time_in_turns([(row, call) for row, call in calls if row["mode"] == mode], repeats, device)
 
 
-def _checked(rows: list[Row], packed: Tensor, upstream: list[Tensor]) -> list[tuple[Row, Call]]:
-    """The calls whose results are right; fills in errors and memory."""
+def _right_calls(rows: list[Row], packed: Tensor, upstream: list[Tensor]) -> list[tuple[Row, Call]]:
+    """The calls whose results are right; their rows get errors and memory."""
     out, grad = reference(packed, *upstream, head_dim=rows[0]["head_dim"])
     right = []
     for row in rows:
@@ -86,7 +85,7 @@ def _checked(rows: list[Row], packed: Tensor, upstream: list[Tensor]) -> list[tu
     return right
 
 
-def _time(calls: list[tuple[Row, Call]], repeats: int, device: torch.device) -> None:
+def _time_in_turns(calls: list[tuple[Row, Call]], repeats: int, device: torch.device) -> None:
     """Time the arms of one shape and mode in turns, and fill in their rows."""
     timers: list[_Timer] = []
     for row, call in calls:
@@ -103,7 +102,7 @@ def _time(calls: list[tuple[Row, Call]], repeats: int, device: torch.device) -> 
         row, us = timer.row, statistics.median(mine)
         shape = SHAPES[row["shape"]]
         timer.call()  # captures have emptied the allocator's cache
-        wall_us = _clock_us(timer.call, _WALL_CALLS, device)
+        wall_us = clock_ms(timer.call, device, _WALL_CALLS) * 1e3
         row |= {"method": timer.method, "note": timer.note, "wall_us": wall_us}
         row["repeats"] = 1 if timer.method == "profiler" else repeats
         row |= {"us": us, "us_low": min(mine), "us_high": max(mine), "tflops": shape.flops(row["mode"]) / us / 1e6}
@@ -113,11 +112,11 @@ def _time(calls: list[tuple[Row, Call]], repeats: int, device: torch.device) -> 
 
 def _timer(row: Row, call: Call, device: torch.device) -> _Timer:
     if device.type == "cpu":
-        return _Timer(row, call, lambda: _clock_us(call, _CALLS, device), "clock")
+        return _Timer(row, call, lambda: clock_ms(call, device, _CALLS) * 1e3, "clock")
     try:
         sample = graph_ms(call, _CALLS)
         return _Timer(row, call, lambda: sample() * 1e3, "graph")
-    except Exception as error:  # an extension may synchronise, allocate, or compile
+    except Exception as error:  # an extension may synchronize, allocate or compile
         note = f"kernels summed by the profiler, as no CUDA graph could be made: {first_line(error)}"
     with contextlib.suppress(RuntimeError):
         torch.cuda.synchronize(device)  # takes what is left of the error
@@ -132,7 +131,7 @@ def _profiled_us(call: Call) -> float:
         RuntimeError: The profiler saw no kernel.
     """
     torch.cuda.synchronize()
-    with hushed(), kernels_profiled() as profiler:
+    with kernels_profiled() as profiler:
         for _ in range(_CALLS):
             call()
         torch.cuda.synchronize()
@@ -140,16 +139,6 @@ def _profiled_us(call: Call) -> float:
     if not (total := sum(event.self_device_time_total for event in kernels)):
         raise RuntimeError("no CUDA graph could be made, and the profiler saw no kernel")
     return total / _CALLS
-
-
-def _clock_us(call: Call, count: int, device: torch.device) -> float:
-    """Microseconds of one call from Python, over `count` calls and one wait for the GPU."""
-    wait(device)
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    wait(device)
-    return (time.perf_counter() - start) / count * 1e6
 
 
 def _exponentials(device: torch.device) -> float | None:

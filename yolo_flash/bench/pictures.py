@@ -64,13 +64,12 @@ def draw_sizes(rows: list[Row]) -> bytes | None:
     figure = new_figure(12, 0.9 + 4 * len(panels))
     grid = figure.subplots(len(panels), 2, squeeze=False)
     for (panel, mine), axes in zip(panels.items(), grid, strict=True):
-        time, unit = _time(mine)
+        time, unit = _time_figure(mine)
         _sizes(axes[0], mine, time, f"{_subject(panel)}, {unit}")
         _sizes(axes[1], mine, "peak_gib", "peak memory, GiB")
         axes[0].set_title(panel.title, loc="left", fontsize=11)
         axes[1].legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
-    _heading(figure, [row for mine in panels.values() for row in mine])
-    return as_png(figure)
+    return _with_heading(figure, panels)
 
 
 def draw_waterfall(rows: list[Row]) -> bytes | None:
@@ -84,15 +83,11 @@ def draw_waterfall(rows: list[Row]) -> bytes | None:
         return None
     figure, axes = _stacked(panels)
     for axis, (panel, mine) in zip(axes, panels.items(), strict=True):
-        time, unit = _time(mine)
+        time, unit = _time_figure(mine)
         arms = _arms(mine)
-        spans = {arm: _span(mine, arm, time) for arm in arms}
-        longest = max(span.high for span in spans.values() if span)
+        bars, longest = _bars(axis, mine, arms, time)
         before: float | None = None
-        for place, (arm, span) in enumerate(spans.items()):
-            if span is None:
-                _write(axis, 0.01 * longest, place, _error(mine, arm), color="#b00000")
-                continue
+        for place, arm, span in bars:
             axis.barh(place, span.median, height=0.62, color=COLORS.get(arm, "#009e73"), zorder=2)
             text = f"{span.median:.1f} ms"
             if before is not None:
@@ -101,14 +96,13 @@ def draw_waterfall(rows: list[Row]) -> bytes | None:
                     rest = {"left": span.median, "facecolor": "none", "edgecolor": "#909090", "linestyle": ":"}
                     axis.barh(place, saved, height=0.62, zorder=2, **rest)
                 text += f"  ({_signed(-saved, '.1f')} ms, {_signed(-100 * saved / before, '.0f')} %)"
-            _write(axis, max(span.median, before or 0) + 0.012 * longest, place, text)
+            _label(axis, max(span.median, before or 0) + 0.012 * longest, place, text)
             before = span.median
         names = [TECHNIQUES.get(arm, arm) for arm in arms]
         names[0] = names[0].removeprefix("+ ")
         _horizontal(axis, panel, names, 1.42 * longest)
         axis.set_xlabel(f"training step, {unit}; in brackets, against the bar above")
-    _heading(figure, [row for mine in panels.values() for row in mine])
-    return as_png(figure)
+    return _with_heading(figure, panels)
 
 
 def draw_predict(rows: list[Row]) -> bytes | None:
@@ -122,12 +116,8 @@ def draw_predict(rows: list[Row]) -> bytes | None:
     figure, axes = _stacked(panels)
     for axis, (panel, mine) in zip(axes, panels.items(), strict=True):
         arms = _arms(mine)
-        walls = {arm: _span(mine, arm, "wall_ms") for arm in arms}
-        longest = max(span.high for span in walls.values() if span)
-        for place, (arm, wall) in enumerate(walls.items()):
-            if wall is None:
-                _write(axis, 0.01 * longest, place, _error(mine, arm), color="#b00000")
-                continue
+        bars, longest = _bars(axis, mine, arms, "wall_ms")
+        for place, arm, wall in bars:
             color, kernels = COLORS.get(arm, "#009e73"), _span(mine, arm, "kernel_ms")
             axis.barh(place, wall.median, height=0.62, color=color, alpha=0.35 if kernels else 1, zorder=2)
             axis.plot([wall.low, wall.high], [place, place], color="black", linewidth=1, zorder=3)
@@ -137,12 +127,11 @@ def draw_predict(rows: list[Row]) -> bytes | None:
                 text += f", GPU {kernels.median:.2f} ms"
             if speed := _span(mine, arm, "images_per_second"):
                 text += f", {speed.median:,.0f} images/s" if speed.median >= 10 else f", {speed.median:.1f} images/s"
-            _write(axis, wall.high + 0.012 * longest, place, text)
+            _label(axis, wall.high + 0.012 * longest, place, text)
         _horizontal(axis, panel, arms, 1.62 * longest)
         on_gpu = any(row["kernel_ms"] is not None for row in mine)
         axis.set_xlabel("prediction, ms: wall (light), kernels on the GPU (full)" if on_gpu else "prediction, wall ms")
-    _heading(figure, [row for mine in panels.values() for row in mine])
-    return as_png(figure)
+    return _with_heading(figure, panels)
 
 
 def draw_train(rows: list[Row]) -> bytes | None:
@@ -156,12 +145,8 @@ def draw_train(rows: list[Row]) -> bytes | None:
     figure, axes = _stacked(panels)
     for axis, (panel, mine) in zip(axes, panels.items(), strict=True):
         arms = list(dict.fromkeys(row["arm"] for row in mine))
-        spans = {arm: _span(mine, arm, "iteration_ms") for arm in arms}
-        longest = max(span.high for span in spans.values() if span)
-        for place, (arm, span) in enumerate(spans.items()):
-            if span is None:
-                _write(axis, 0.01 * longest, place, _error(mine, arm), color="#b00000")
-                continue
+        bars, longest = _bars(axis, mine, arms, "iteration_ms")
+        for place, arm, span in bars:
             color, alone = COLORS.get(arm, "#009e73"), _span(mine, arm, "without_loader_ms")
             axis.barh(place, span.median, height=0.62, color=color, alpha=0.35 if alone else 1, zorder=2)
             axis.plot([span.low, span.high], [place, place], color="black", linewidth=1, zorder=3)
@@ -171,11 +156,10 @@ def draw_train(rows: list[Row]) -> bytes | None:
                 text += f", {alone.median:.1f} without the loader"
             if memory := _span(mine, arm, "peak_gib"):
                 text += f", {memory.median:.1f} GiB"
-            _write(axis, span.high + 0.012 * longest, place, text)
+            _label(axis, span.high + 0.012 * longest, place, text)
         _horizontal(axis, panel, arms, 1.62 * longest)
         axis.set_xlabel("iteration of a training, ms: with the data loader (light), without it (full)")
-    _heading(figure, [row for mine in panels.values() for row in mine])
-    return as_png(figure)
+    return _with_heading(figure, panels)
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
@@ -199,7 +183,7 @@ def _span(rows: list[Row], arm: str, figure: str) -> Span | None:
     return Span(statistics.median(values), min(values), max(values)) if values else None
 
 
-def _time(rows: list[Row]) -> tuple[str, str]:
+def _time_figure(rows: list[Row]) -> tuple[str, str]:
     """The figure for time that all rows have, and its unit: the GPU's, but graphs spare the host alone."""
     on_gpu = all(row["kernel_ms"] is not None and row["arm"] != "graphs" for row in rows if row["wall_ms"] is not None)
     return ("kernel_ms", "GPU ms") if on_gpu else ("wall_ms", "wall ms")
@@ -283,7 +267,17 @@ def _stacked(panels: dict[Panel, list[Row]]) -> tuple[Any, Any]:
     return figure, axes[:, 0]
 
 
-def _write(axis: Any, x: float, y: float, text: str, color: str = "black") -> None:
+def _bars(axis: Any, rows: list[Row], arms: list[str], figure: str) -> tuple[list[tuple[int, str, Span]], float]:
+    """Place, arm and span of every bar, and the longest span; where nothing was measured, the error stands instead."""
+    spans = [_span(rows, arm, figure) for arm in arms]
+    longest = max(span.high for span in spans if span)
+    for place, (arm, span) in enumerate(zip(arms, spans, strict=True)):
+        if span is None:
+            _label(axis, 0.01 * longest, place, _error(rows, arm), color="#b00000")
+    return [(place, arms[place], span) for place, span in enumerate(spans) if span], longest
+
+
+def _label(axis: Any, x: float, y: float, text: str, color: str = "black") -> None:
     """Text that begins at a point, readable on top of grid lines."""
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     axis.text(x, y, text, va="center", fontsize=9, color=color, bbox=box, zorder=4)
@@ -300,8 +294,9 @@ def _horizontal(axis: Any, panel: Panel, names: list[str], longest: float) -> No
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _heading(figure: Any, rows: list[Row]) -> None:
-    """Devices and versions, each of them once."""
+def _with_heading(figure: Any, panels: dict[Panel, list[Row]]) -> bytes:
+    """The finished figure as PNG, with devices and versions above, each of them once."""
+    rows = [row for mine in panels.values() for row in mine]
 
     def found(column: str) -> str:
         return " / ".join(dict.fromkeys(str(row[column]) for row in rows if row[column] is not None))
@@ -309,3 +304,4 @@ def _heading(figure: Any, rows: list[Row]) -> None:
     versions = ", ".join(f"{name} {found(name)}" for name in VERSIONS if found(name))
     figure.get_layout_engine().set(w_pad=0.1)
     figure.suptitle(f"{found('device')}\n{versions}", fontsize=9, x=0.01, ha="left")
+    return as_png(figure)

@@ -60,7 +60,7 @@ def bench_plot(job: PlotJob) -> list[Path]:
         "waterfall.png": lambda: draw_waterfall(samples),
         "predict.png": lambda: draw_predict(samples),
         "train.png": lambda: draw_train(trainings),
-        "op.png": lambda: op_table.plot(op) if any(row["us"] is not None for row in op) else None,
+        "op.png": lambda: op_table.draw_op(op) if any(row["us"] is not None for row in op) else None,
     }
     folder = Path(job.folder or Path(job.files[0]).parent)
     written = []
@@ -78,13 +78,9 @@ def bench_plot(job: PlotJob) -> list[Path]:
 def _read(file: Path, samples: list[Row], trainings: list[Row], op: list[Row]) -> None:
     """Add the rows of a file to those of its kind."""
     kinds: tuple[tuple[Sequence[str], Sequence[str], list[Row]], ...] = (
-        (
-            (*rounds.COLUMNS, *TrainJob.more_columns),
-            (*rounds.NUMBERS, *TrainJob.more_numbers),
-            trainings,
-        ),
+        ((*rounds.COLUMNS, *TrainJob.more_columns), (*rounds.NUMBERS, *TrainJob.more_numbers), trainings),
         (rounds.COLUMNS, rounds.NUMBERS, samples),
-        (op_table.COLUMNS, op_table.NUMBERS, op),
+        (op_table.OP_COLUMNS, op_table.OP_NUMBERS, op),
     )
     try:
         text, found = columns_of(file)

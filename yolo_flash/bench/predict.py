@@ -26,12 +26,12 @@ from ..machine import Machine, detect
 from ..patching.patch import patch_modules
 from ..planning.inputs import RunInput
 from ..planning.plan import make_plan
-from .process import GRAPHS, UNPATCHED, Job, serve
+from .process import GRAPHS, UNPATCHED, TimedJob, serve
 from .rounds import bench
 
 
 @dataclass(frozen=True)
-class PredictJob(Job):
+class PredictJob(TimedJob):
     """What `bench predict` measures: a model of any task.
 
     Without `arms`, `unpatched`, which is stock Ultralytics, and all backends that can run the model here, and `auto`.

@@ -24,7 +24,8 @@ from torch.profiler import DeviceType
 from ..backends.registry import check_name
 from ..machine import detect
 from ..utils.memory import GIB, peak_memory_gib
-from ..utils.profiler import hushed, kernels_profiled
+from ..utils.profiler import kernels_profiled
+from ..utils.timing import clock_ms
 
 UNPATCHED = "unpatched"  # an arm without the plugin
 GRAPHS = "graphs"  # an arm with the backends of `auto`, from CUDA graphs
@@ -33,7 +34,7 @@ _READY, _GO = "ready", "go\n"  # what a process says that has warmed up, and wha
 
 @dataclass(frozen=True)
 class BaseJob:
-    """What all benches of rounds share.
+    """Settings that `bench step`, `predict` and `train` share.
 
     Attributes:
         model: A model, YAML or checkpoint.
@@ -101,8 +102,8 @@ class BaseJob:
 
 
 @dataclass(frozen=True)
-class Job(BaseJob):
-    """What `bench step` and `bench predict` share: they time calls.
+class TimedJob(BaseJob):
+    """Settings that `bench step` and `bench predict` share: both time calls.
 
     Attributes:
         steps: Calls timed in each process.
@@ -163,7 +164,7 @@ def answer_of(process: subprocess.Popen[str], before: list[str]) -> dict[str, An
 
     Args:
         process: Of `start`.
-        before: What it said until it was ready, see `until_ready`.
+        before: What the process wrote until it was ready, see `until_ready`.
     """
     lines = before + process.communicate(_GO)[0].splitlines()
     answers = [line for line in lines if line.startswith("{")]
@@ -174,7 +175,7 @@ def answer_of(process: subprocess.Popen[str], before: list[str]) -> dict[str, An
 
 
 def until_ready(process: subprocess.Popen[str]) -> list[str]:
-    """What a process says before it is ready, or before it ends."""
+    """The lines that a process writes until it is ready or ends."""
     lines: list[str] = []
     while line := process.stdout.readline() if process.stdout else "":
         if line.strip() == _READY:
@@ -185,7 +186,7 @@ def until_ready(process: subprocess.Popen[str]) -> list[str]:
 
 # In the fresh process -------------------------------------------------------------------------------------------------
 AnyJob = TypeVar("AnyJob", bound=BaseJob)
-CallsJob = TypeVar("CallsJob", bound=Job)
+CallsJob = TypeVar("CallsJob", bound=TimedJob)
 
 
 def serve(make_job: Callable[..., CallsJob], make_subject: Callable[[CallsJob, str], Subject]) -> None:
@@ -226,7 +227,7 @@ def take_turn(
     print(f"\n{json.dumps(answer)}")
 
 
-def _measure(subject: Subject, job: Job, imgsz: int, device: torch.device) -> dict[str, Any]:
+def _measure(subject: Subject, job: TimedJob, imgsz: int, device: torch.device) -> dict[str, Any]:
     """Measure one arm in this process.
 
     Returns:
@@ -241,16 +242,8 @@ def _measure(subject: Subject, job: Job, imgsz: int, device: torch.device) -> di
     whole = list(parts.values())[-1]
     for _ in range(3 if on_gpu else 1):
         whole()
-    times = []
-    if on_gpu:
-        torch.cuda.synchronize(device)
-    for _ in range(job.steps):
-        start = time.perf_counter()
-        whole()
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        times.append((time.perf_counter() - start) * 1e3)
-    wall, peak = statistics.median(times), peak_memory_gib(device)[0]
+    wall = statistics.median(clock_ms(whole, device) for _ in range(job.steps))
+    peak = peak_memory_gib(device)[0]
     kernels = _kernel_ms(list(parts.values())) if on_gpu else [None] * len(parts)
     return {
         **dict(zip(parts, kernels, strict=True)),
@@ -261,12 +254,12 @@ def _measure(subject: Subject, job: Job, imgsz: int, device: torch.device) -> di
 
 
 def _kernel_ms(parts: list[Callable[[], None]], calls: int = 4) -> list[float]:
-    """Mean time of all GPU kernels of each part; it varies by 1 %, and not with the speed of Python.
+    """Mean milliseconds of all GPU kernels of each part; they vary by 1 %, and not with the speed of Python.
 
     One profile for all, since a profiler takes seconds to start and stop: a pause tells the parts apart.
     """
     torch.cuda.synchronize()
-    with hushed(), kernels_profiled() as profiler:
+    with kernels_profiled() as profiler:
         for part in parts:
             for _ in range(calls):
                 part()

@@ -73,7 +73,7 @@ def bench(job: BaseJob) -> list[dict[str, Any]]:
         if job.json:
             write_file(Path(job.json), (json.dumps(size, indent=2) + "\n").encode())
     for size in results.values():
-        LOGGER.info(table(size, job.columns))
+        LOGGER.info(size_table(size, job.columns))
     return list(results.values())
 
 
@@ -90,7 +90,7 @@ def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return figures
 
 
-def table(results: dict[str, Any], columns: dict[str, str]) -> str:
+def size_table(results: dict[str, Any], columns: dict[str, str]) -> str:
     """The results of one size as a Markdown table, ready for docs/results.
 
     Args:

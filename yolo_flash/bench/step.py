@@ -23,13 +23,13 @@ from ..graphs.capture import capture_step, replay_next_call
 from ..graphs.fixed_loss import Capacity
 from ..graphs.graphed_step import GraphedStep
 from ..patching.patch import patch_modules
-from .process import GRAPHS, UNPATCHED, Job, serve
+from .process import GRAPHS, UNPATCHED, TimedJob, serve
 
 NCHW = "nchw"  # an arm without the plugin and without channels_last, in which Ultralytics trains on CUDA
 
 
 @dataclass(frozen=True)
-class StepJob(Job):
+class StepJob(TimedJob):
     """What `bench step` measures: a detection model in training.
 
     `arms` may have `unpatched`, which is stock Ultralytics, and `nchw`: the same without channels_last, to see what
@@ -57,7 +57,7 @@ class StepJob(Job):
         """Refuse what cannot be measured.
 
         Raises:
-            ValueError: As in `Job`, or there is no arm.
+            ValueError: As in `TimedJob`, or there is no arm.
         """
         super().__post_init__()
         if not self.arms:
@@ -113,7 +113,7 @@ class Step:
         self.scaler.scale(loss).backward()
 
     def _replay(self, batch: dict[str, Any]) -> None:
-        """Let the coming forward be a replay, of graphs that are captured for the first batch of its size."""
+        """Have the next forward replay graphs, which are captured for the first batch of each size."""
         if self.graphed is None or not self.graphed.fits(batch["img"]):
             self.graphed = None  # frees the other size first
             if getattr(self.model, "criterion", None) is None:
@@ -126,7 +126,7 @@ class Step:
         replay_next_call(self.model, self.graphed, batch, self.targets)
 
     def network(self, batch: dict[str, Any]) -> None:
-        """Forward, loss and backward, and no trace of them."""
+        """Forward, loss and backward; the gradients are dropped."""
         self.forward_to_backward(batch)
         self.optimizer.zero_grad()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import itertools
 import statistics
 import tempfile
@@ -24,13 +23,14 @@ from ultralytics.utils.checks import check_file
 from ..assets import offline
 from ..assets.models import open_model
 from ..engine.model import patch_model
+from ..utils.errors import did_you_mean
 from ..utils.memory import peak_memory_gib
 from .process import UNPATCHED, BaseJob, take_turn
 from .rounds import bench
 
 COMPILE = "compile"  # an arm without the plugin, by Ultralytics' own compile=True
 PLUGIN: dict[str, dict[str, Any]] = {"eager": {"graphs": "off"}, "graphs": {"graphs": "on"}, "auto": {"graphs": "auto"}}
-ARMS = (UNPATCHED, COMPILE, *PLUGIN)
+TRAIN_ARMS = (UNPATCHED, COMPILE, *PLUGIN)
 WARMUP_EPOCHS = 2  # in which caches fill, kernels are compiled, the plugin profiles a step and graphs are captured
 _IN_MEMORY = 16  # batches at most
 
@@ -102,10 +102,8 @@ class TrainJob(BaseJob):
         Raises:
             ValueError: It does not, with the nearest valid name.
         """
-        if arm not in ARMS:
-            close = difflib.get_close_matches(arm, ARMS, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"there is no arm {arm!r}.{hint} Valid: {', '.join(ARMS)}.")
+        if arm not in TRAIN_ARMS:
+            raise ValueError(f"there is no arm {arm!r}.{did_you_mean(arm, TRAIN_ARMS)}")
 
 
 def bench_train(job: TrainJob) -> list[dict[str, Any]]:
@@ -223,7 +221,7 @@ class InMemory:
     """A data loader whose batches are its first ones, again and again, without its work."""
 
     def __init__(self, loader: Any) -> None:
-        """Take them."""
+        """Take the first batches."""
         self._loader = loader
         self._batches = list(itertools.islice(iter(loader), min(len(loader), _IN_MEMORY)))
 
@@ -236,7 +234,7 @@ class InMemory:
         return (dict(batch) for batch in self._batches)
 
     def __getattr__(self, name: str) -> Any:
-        """What else the trainer asks of a loader."""
+        """Anything else that the trainer asks of a loader."""
         return getattr(self._loader, name)
 
 

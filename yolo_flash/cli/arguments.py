@@ -1,4 +1,4 @@
-"""Arguments as people type them: `key=value`, words, and `flash.*` settings; and mistakes in them."""
+"""Arguments as users type them: `key=value`, words and `flash.*` settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`yolo-flash checks` and `yolo-flash plan`: what a device can run and a model would run, and why not the rest."""
+"""`yolo-flash checks`: which backends a device can run, and why not the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..backends.registry import BACKENDS
 from ..backends.spec import AttentionSpec
 from ..dispatch.decision import select
 from ..machine import Machine, cudnn_release, detect, resolve_device
-from ..utils.log import quiet
+from ..utils.log import log_disabled
 
 
 def checks(device: str | int | None = None, as_json: bool = False) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def checks(device: str | int | None = None, as_json: bool = False) -> dict[str, 
     Raises:
         ValueError: The device does not exist.
     """
-    with quiet(as_json):
+    with log_disabled(as_json):
         machine = detect(resolve_device(device))
         facts: dict[str, Any] = {
             "yolo_flash": __version__,

@@ -1,4 +1,4 @@
-"""The commands of our own: checks, plan, verify and bench."""
+"""The commands that Ultralytics does not have: checks, plan, verify and bench; each imports its wing when it runs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,10 @@ from typing import Any
 from ultralytics.utils import LOGGER
 
 from ..backends.registry import BackendNotSupportedError
-from ..bench.op import OpJob, bench_op
-from ..bench.plot import PlotJob, bench_plot
-from ..bench.predict import PredictJob, bench_predict
-from ..bench.rounds import bench
-from ..bench.step import StepJob
-from ..bench.train import TrainJob, bench_train
 from ..config import FlashConfigError
 from ..dispatch import trial_cache
-from ..verification.verify import verify_from_sources
 from .arguments import UsageError, merge, read, refuse_missing, split_settings
 from .checks import checks
-from .plan import show_plan
 
 
 def _check_counts(command: str, values: dict[str, Any]) -> None:
@@ -54,6 +46,8 @@ def _clear_cache() -> None:
 
 def run_plan(args: list[str]) -> None:
     """What a run would use, without running it."""
+    from .plan import show_plan
+
     settings, rest = split_settings(merge(arg for arg in args if arg not in ("--json", "--fit")))
     values, words = read(rest)
     keys = ("model", "imgsz", "batch", "device", "amp")
@@ -72,6 +66,8 @@ def run_plan(args: list[str]) -> None:
 
 def run_verify(args: list[str]) -> None:
     """Ours against stock; exit status 1 where something is off."""
+    from ..verification.verify import verify_from_sources
+
     settings, rest = split_settings(merge(arg for arg in args if arg != "--json"))
     values, words = read(rest)
     keys = ("model", "source", "imgsz", "batch", "device", "amp", "all")
@@ -98,6 +94,13 @@ def run_verify(args: list[str]) -> None:
 
 def run_bench(args: list[str]) -> None:
     """One of the benchmarks, or the pictures of what they measured."""
+    from ..bench.op import OpJob, bench_op
+    from ..bench.plot import PlotJob, bench_plot
+    from ..bench.predict import PredictJob, bench_predict
+    from ..bench.rounds import bench
+    from ..bench.step import StepJob
+    from ..bench.train import TrainJob, bench_train
+
     benches: dict[str, tuple[Any, Callable[[Any], object]]] = {
         "step": (StepJob, bench),
         "predict": (PredictJob, bench_predict),
@@ -150,3 +153,12 @@ def _why_nothing_was_measured(results: Any) -> str:
     else:
         reasons = [row["note"] if row["us"] is None else "" for row in results]
     return str(reasons[0]) if all(reasons) else ""
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "checks": run_checks,
+    "check": run_checks,
+    "plan": run_plan,
+    "verify": run_verify,
+    "bench": run_bench,
+}

@@ -5,19 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ultralytics.utils import LOGGER
-
 from .._version import __version__
-from ..backends.registry import BackendNotSupportedError
-from ..config import FlashConfigError
-from ..graphs.graphed_step import FlashGraphError
-from ..patching.fallback import FlashKernelError
-from .arguments import UsageError
-from .commands import run_bench, run_checks, run_plan, run_verify
-from .yolo import _run_yolo
 
 HELP = """
-yolo-flash {version}: the `yolo` command with exact, fused attention for YOLO10, 11, 12, 26, RT-DETR.
+yolo-flash {version}: the `yolo` command with exact, fused attention (YOLOv10, YOLO11, YOLO12, YOLO26, RT-DETR).
 
   yolo-flash MODE ARGS            any `yolo` command: train, val, predict, export, track, benchmark, settings, cfg, ...
   yolo-flash checks [device=0] [--json]      what this device can run, and why not the rest
@@ -61,20 +52,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     command = args[0].lstrip("-").lower() if args else "help"
+    if command in ("help", "h"):  # needs neither torch nor Ultralytics, which take seconds to import
+        print(HELP.format(version=__version__))
+        return
+    from ..backends.registry import BackendNotSupportedError
+    from ..config import FlashConfigError
+    from ..graphs.graphed_step import FlashGraphError
+    from ..patching.fallback import FlashKernelError
+    from .arguments import UsageError
+    from .commands import COMMANDS
+    from .yolo import run_yolo
+
     try:
-        if command in ("help", "h"):
-            LOGGER.info(HELP.format(version=__version__))
-        elif command in ("checks", "check"):
-            run_checks(args[1:])
-        elif command == "bench":
-            run_bench(args[1:])
-        elif command == "plan":
-            run_plan(args[1:])
-        elif command == "verify":
-            run_verify(args[1:])
+        if command in COMMANDS:
+            COMMANDS[command](args[1:])
         else:
-            if command in ("version", "v"):
-                LOGGER.info(f"yolo-flash {__version__}, ultralytics:")
-            _run_yolo(args)
+            run_yolo(args)
     except (FlashConfigError, BackendNotSupportedError, FlashKernelError, FlashGraphError, UsageError) as error:
         raise SystemExit(f"yolo-flash: {error}") from error

@@ -19,7 +19,7 @@ from ..patching.patch import targets
 from ..planning.inputs import precisions, rounded_size
 from ..planning.memory import attention_memory, score_bytes
 from ..planning.plan import PlanRow, describe, plan_entry
-from ..utils.log import quiet
+from ..utils.log import log_disabled
 from ..utils.memory import readable
 
 
@@ -51,7 +51,7 @@ def show_plan(
         ValueError: The plugin is off, the model has nothing to patch, there is no such device or precision, or the
             device is no GPU and `fit` was asked for.
     """
-    with quiet(as_json):
+    with log_disabled(as_json):
         if not FlashConfig.resolve(**sources).enabled:
             raise ValueError("flash.enabled=false, or YOLO_FLASH=0: stock runs, and there is nothing to plan.")
         device = resolve_device(run.get("device"))
@@ -62,8 +62,8 @@ def show_plan(
         opened = open_model(model)
         if not targets(opened.model):
             raise ValueError(
-                f"{model} has no attention layer that the plugin knows (of YOLO10, 11, 12, 26 or RT-DETR): "
-                f"nothing to plan."
+                f"{model} has no attention layer that the plugin knows (of YOLOv10, YOLO11, YOLO12, YOLO26 or "
+                f"RT-DETR): nothing to plan."
             )
         run["imgsz"] = rounded_size(opened.model, run.get("imgsz", 640))
         rows = [row for row in plan(patch_from_sources(opened, sources), **run) if row.mode in modes]

@@ -17,15 +17,17 @@ from ultralytics.cfg import MODES, TASK2MODEL, TASKS, entrypoint
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML
 from ultralytics.utils.checks import check_yaml
 
+from .._version import __version__
 from ..assets import offline
 from ..backends.registry import check_name
 from ..config import FlashConfig
-from ..engine.model import patch_from_sources
 from .arguments import UsageError, merge, read, refuse_missing, split_settings
 
 
-def _run_yolo(args: list[str]) -> None:
-    """Hand the arguments to Ultralytics' own entry point, without ours and with a model that is there."""
+def run_yolo(args: list[str]) -> None:
+    """Hand the arguments to Ultralytics' own entry point, without the `flash.*` ones and with a model."""
+    if args[0].lstrip("-").lower() in ("version", "v"):
+        LOGGER.info(f"yolo-flash {__version__}, ultralytics:")
     settings, rest = split_settings(merge(args))
     with _without_section(rest) as (rest, section):
         sources = {"cli": settings, "section": section}
@@ -118,9 +120,9 @@ def _without_section(args: list[str]) -> Iterator[tuple[list[str], dict[str, Any
 
 @contextlib.contextmanager
 def _as_yolo(args: list[str]) -> Iterator[None]:
-    """Ultralytics reads `sys.argv` itself, and saves predictions only for a program that is called yolo.
+    """Make the arguments of the process those of `yolo`: Ultralytics saves predictions only for a program of that name.
 
-    It does so through names bound at its import, which another list may have taken the place of since.
+    Ultralytics' modules bind the list at their import, and `sys.argv` may be another list by now.
     """
     lists = {id(argv): argv for argv in (sys.argv, ultralytics_cfg.ARGV, ultralytics_utils.ARGV)}.values()
     originals = [argv[:] for argv in lists]
@@ -135,9 +137,9 @@ def _as_yolo(args: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _patched_classes(sources: dict[str, Any], solutions: bool) -> Iterator[None]:
-    """`ultralytics.YOLO` and `RTDETR` make a patched object, the first time within the context.
+    """Make `ultralytics.YOLO` and `RTDETR` build a patched object, the first time within the context.
 
-    Only the first time: the trainer's AMP check builds another YOLO, which is none of our business.
+    Later objects are stock, such as the YOLO that the trainer's AMP check builds.
 
     Args:
         sources: Keyword arguments of `FlashConfig.resolve`.
@@ -157,6 +159,8 @@ def _patched_classes(sources: dict[str, Any], solutions: bool) -> Iterator[None]
 
     def factory(cls: Any) -> Any:
         def build(*args: Any, **kwargs: Any) -> Any:
+            from ..engine.model import patch_from_sources
+
             undo()
             return patch_from_sources(cls(*args, **kwargs), sources)
 

@@ -180,8 +180,8 @@ def _warn_no_targets(model: nn.Module) -> None:
     config = getattr(model, "yaml", None)
     name = Path(str(config.get("yaml_file") if isinstance(config, dict) else type(model).__name__)).stem
     LOGGER.warning(
-        f"yolo-flash: {name} has no attention layer that the plugin knows (of YOLO10, 11, 12, 26 or RT-DETR): "
-        f"its blocks run stock."
+        f"yolo-flash: {name} has no attention layer that the plugin knows (of YOLOv10, YOLO11, YOLO12, YOLO26 or "
+        f"RT-DETR): its blocks run stock."
     )
 
 

@@ -1,8 +1,17 @@
-"""Words about exceptions."""
+"""Texts of errors, and which errors mean that memory ran out."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
 import torch
+
+
+def did_you_mean(word: str, valid: Collection[str]) -> str:
+    """The end of a message about a word that is not valid: the nearest valid one, then all of them."""
+    close = difflib.get_close_matches(word, valid, n=1)
+    return (f" Did you mean {close[0]!r}?" if close else "") + f" Valid: {', '.join(valid)}."
 
 
 def first_line(error: Exception) -> str:
@@ -11,6 +20,6 @@ def first_line(error: Exception) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a smaller batch would help: such errors are the trainer's to answer."""
+    """Whether a smaller batch would help, so that the trainer has to handle the exception."""
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text.lower() or "ALLOC_FAILED" in text

@@ -1,4 +1,4 @@
-"""Atomic file writes, and CSV: every number that a picture shows can be read, and drawn again."""
+"""Atomic file writes, and CSV files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 
 def write_file(file: Path, content: bytes) -> None:
-    """Write beside the file and swap; several processes may do so at once.
+    """Replace a file atomically; several processes may do so at once.
 
     Raises:
-        OSError: The folder cannot be written, or the disk is full; the file is as it was.
+        OSError: The folder cannot be written, or the disk is full; the file stays as it was.
     """
     draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # containers may share a folder and a process number
     try:
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 def as_csv(columns: Collection[str], rows: Iterable[Row]) -> bytes:
-    """All rows, with the names of the columns; numbers with six digits, None as nothing."""
+    """The rows as a CSV file with a header; floats with six digits, None as an empty cell."""
     file = io.StringIO(newline="")
     writer = csv.DictWriter(file, list(columns), lineterminator="\n")
     writer.writeheader()
@@ -45,7 +45,7 @@ def from_csv(text: str, numbers: Collection[str]) -> list[Row]:
         numbers: Columns that hold numbers. All others are text: a version or a commit can look like a number.
 
     Returns:
-        Column -> value for each row, None where there is nothing.
+        Column -> value for each row, None for an empty cell.
 
     Raises:
         ValueError: Something else than a number in one of those columns, or a line with another number of columns.
@@ -64,7 +64,7 @@ def columns_of(file: Path) -> tuple[str, list[str]]:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is no text.
+        ValueError: The file is not text.
     """
     text = file.read_text(encoding="utf-8-sig")  # spreadsheets begin a file with a mark
     return text, next(csv.reader(io.StringIO(text, newline="")), [])

@@ -1,4 +1,4 @@
-"""Silence where JSON is promised."""
+"""Ultralytics' log switched off, for commands that print JSON."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from ultralytics.utils import LOGGER
 
 
 @contextlib.contextmanager
-def quiet(really: bool) -> Iterator[None]:
-    """Without Ultralytics' log, which goes to standard output; leaves its switch and torch's threads as they were."""
+def log_disabled(disable: bool) -> Iterator[None]:
+    """Disable Ultralytics' log, which goes to standard output; afterwards restore its switch and torch's threads.
+
+    Args:
+        disable: False leaves the log on; the number of threads is restored all the same.
+    """
     disabled, threads = LOGGER.disabled, torch.get_num_threads()
-    LOGGER.disabled = disabled or really
+    LOGGER.disabled = disabled or disable
     try:
         yield
     finally:
         LOGGER.disabled = disabled
-        torch.set_num_threads(threads)  # select_device, which Ultralytics' checks call too, changes it for the CPU
+        torch.set_num_threads(threads)  # Ultralytics' select_device and checks change it for the CPU

@@ -1,4 +1,4 @@
-"""Bytes: what is free, what a call takes, how high a process was."""
+"""Memory in bytes: what is free, what a call takes, and the peak of a process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def readable(size: int) -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated, what torch has cached included; on a CPU within the limits of a container."""
+    """Bytes that can still be allocated, torch's cache included; on a CPU, within the limits of the container."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -26,13 +26,13 @@ def free_bytes(device: torch.device) -> int:
 
 
 def container_bytes(root: Path = Path("/")) -> Iterator[int]:
-    """What the control groups of this process leave it, whatever the host has free: one number for each limit.
+    """Bytes that the control groups of this process leave it, one number for each limit; none without such groups.
 
-    A container is killed at its own limit. Every group above counts too. What files fill of the memory is given back
-    under pressure, and counts as free. Nothing on a system without control groups, and nothing that cannot be read.
+    A container is killed at its own limit or that of a group above, whatever the host has free. The page cache of files
+    counts as free. What cannot be read is skipped.
 
     Args:
-        root: Of the file system.
+        root: Root of the file system.
     """
     with contextlib.suppress(OSError, ValueError):
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
@@ -65,7 +65,7 @@ def _group_bytes(group: Path, old: bool) -> Iterator[int]:
 
 
 def extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Peak memory of a call above what is there before; None where the device does not tell."""
+    """Bytes at the peak of a call, above what was allocated before; None on a device other than CUDA."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Relative errors, and plain attention in high precision to hold backends against; how torch multiplies."""
+"""Relative errors, attention in high precision as the reference, and torch's switches of matrix products."""
 
 from __future__ import annotations
 
@@ -13,18 +13,13 @@ from .memory import free_bytes
 
 Results = tuple[Tensor, ...]
 
-
 _BACKENDS: Any = torch.backends  # torch's stubs lack the newer switches
-
-
 _SCORES_AT_ONCE = 2**26  # half a GiB in float64
-
-
 _BYTES_A_SCORE = 128  # four matrices in float64, in a quarter of the free memory
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Frobenius norm of the difference over that of `wanted`; NaN if there is one in `found`.
+    """Frobenius norm of the difference over that of `wanted`; NaN if `found` has one.
 
     Where `wanted` is zero, the norm of `found`.
     """
@@ -34,11 +29,11 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def allowed_error(stock_error: float, dtype: torch.dtype) -> float:
-    """How far a backend may be off: twice what the stock block is off in the same dtype, plus rounding.
+    """The relative error that a backend may have: twice that of the stock block in the same dtype, plus rounding.
 
     Args:
         stock_error: Relative error of the stock block.
-        dtype: What it computes in.
+        dtype: What both compute in.
     """
     return 2 * stock_error + torch.finfo(dtype).eps
 
@@ -60,7 +55,7 @@ def reference(
         dout: Upstream gradient of attention `[groups, tokens, heads, head_dim_v]`.
         dimage: Upstream gradient of the copy of v, of the same shape.
         head_dim: Channels of a query and of a key.
-        dtype: To compute in.
+        dtype: What to compute in.
         mask: Bool `[tokens, tokens]`, True where a key is not seen.
 
     Returns:
@@ -90,9 +85,9 @@ def reference(
 
 
 def arithmetic() -> Iterator[tuple[str, str]]:
-    """How torch multiplies: by switches of the process, of which torch 2.9 has new ones.
+    """Name and value of every switch of the process that changes how torch multiplies.
 
-    Once a new one is set, torch refuses to read the old one beside it.
+    Torch 2.9 has new switches. Once a new one is set, torch refuses to read the old one.
     """
     gpu, cudnn, cpu = _BACKENDS.cuda.matmul, _BACKENDS.cudnn, _BACKENDS.mkldnn
     switches: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {

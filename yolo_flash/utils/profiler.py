@@ -1,4 +1,4 @@
-"""Torch's profiler: one at a time, off the terminal, and off the driver when it is done."""
+"""Torch's profiler: one at a time, silent, and detached from the driver afterwards."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from packaging.version import Version
 from torch.profiler import ProfilerActivity, profile
 
 PROFILER = threading.Lock()  # torch has one for the process: two at a time mix their events
-_LET_GO = "TEARDOWN_CUPTI"  # has torch's profiler let go of the driver
-_VARIABLE = "KINETO_LOG_LEVEL"  # read when the first profile of the process is prepared; Ultralytics sets it to 5
+_LET_GO = "TEARDOWN_CUPTI"  # has torch's profiler detach from the driver
+_VARIABLE = "KINETO_LOG_LEVEL"  # torch reads it before the first profile of the process; Ultralytics sets it to 5
 _LEVEL = "_ZN9libkineto6Logger14severityLevel_E"  # libkineto::Logger::severityLevel_: what the variable sets
 _ERRORS, _NOTHING = 4, 6  # what torch sets where there is no variable; above the highest severity, which is 5
 _LOCK = threading.Lock()
@@ -27,10 +27,10 @@ _before: tuple[int, str | None] = (_ERRORS, None)  # the number and the variable
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """Within the block, torch's profiler writes nothing to the terminal.
+    """Silence torch's profiler on the terminal within the block.
 
-    Behind it all is as before: what a profiler of the user's own says is not ours to silence. Where a build of torch
-    does not export the number that tells how much is written, the lines stay.
+    Afterwards the user's own profilers write as before. Where a build of torch does not export its level of logging,
+    nothing is silenced.
     """
     if (level := _level()) is None:
         yield
@@ -77,23 +77,23 @@ def _level() -> ctypes.c_int | None:
 
 
 def profiler_lets_go() -> bool:
-    """Whether torch's profiler of kernels can let go of the driver.
+    """Whether torch's profiler of kernels can detach from the driver.
 
-    Where it does not, every later launch takes the host longer, for the rest of the process: by a third in
-    docs/results/ddp-h100.md (pytorch issue 144455).
+    While the profiler is attached, every launch takes the host longer: by a third in docs/results/ddp-h100.md (pytorch
+    issue 144455).
     """
     return torch.version.cuda is None or Version(torch.version.cuda) >= Version("12.6")
 
 
 def stop_profiler(running: profile) -> None:
-    """Stop a profiler, and have it let go of the driver unless the user has said whether it shall.
+    """Stop a profiler and detach it from the driver, unless the user has set TEARDOWN_CUPTI.
 
-    A thread of the profiler's own asks for the variable, twice, and detaches within some later call of CUDA (kineto,
-    CuptiActivityApi.cpp). It does not say when: a fifth of a second is many times what it needs. Without the variable
-    at its end it would attach again.
+    A thread of kineto (CuptiActivityApi.cpp) reads the variable twice and detaches within some later call of CUDA,
+    without saying when; a fifth of a second is many times what the thread needs. Without the variable the thread would
+    attach again.
 
     Args:
-        running: That was started.
+        running: A profiler that was started.
     """
     if _LET_GO in os.environ or not profiler_lets_go() or ProfilerActivity.CUDA not in running.activities:
         running.stop()
@@ -110,10 +110,11 @@ def stop_profiler(running: profile) -> None:
 
 @contextlib.contextmanager
 def kernels_profiled() -> Iterator[profile]:
-    """Profile kernels of the GPU; the events are there behind the block."""
-    running = profile(activities=[ProfilerActivity.CUDA])
-    running.start()
-    try:
-        yield running
-    finally:
-        stop_profiler(running)
+    """Profile kernels of the GPU, and write nothing to the terminal; the events are there after the block."""
+    with hushed():
+        running = profile(activities=[ProfilerActivity.CUDA])
+        running.start()
+        try:
+            yield running
+        finally:
+            stop_profiler(running)

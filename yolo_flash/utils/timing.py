@@ -1,4 +1,4 @@
-"""Milliseconds of a call: of a CPU by the clock, of a GPU by events or by CUDA graphs."""
+"""Milliseconds of a call: by the clock, or on a GPU by CUDA events or graphs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from .numerics import Results, relative_error
 def sampler_of(
     call: Callable[[], Results], device: torch.device, graphs: bool = True
 ) -> tuple[Callable[[], float], str]:
-    """What gives the milliseconds of one call, and how it measures: `graph`, `events` or, on a CPU, `clock`.
+    """Prepare the timing of a call.
 
     Args:
         call: What to time.
         device: Where it runs; a CUDA device has to be the current one.
         graphs: Replay CUDA graphs where the call can be captured. The time of a launch is in `events` alone: times of
             the two kinds do not compare.
+
+    Returns:
+        A function that gives the milliseconds of one call, and how it measures: `graph`, `events`, or `clock` on a CPU.
     """
     if device.type == "cpu":
-        return lambda: _clock_ms(call), "clock"
+        return lambda: clock_ms(call, device), "clock"
     seconds = []
     for _ in range(3):  # one alone may hiccup, and the graph then hold a single short call: mostly launch
         start = time.perf_counter()
@@ -34,7 +37,7 @@ def sampler_of(
     if graphs:
         try:
             return graph_ms(call, calls), "graph"
-        except Exception:  # an extension may synchronise, allocate, or compile
+        except Exception:  # an extension may synchronize, allocate or compile
             with contextlib.suppress(RuntimeError):
                 wait(device)  # takes what is left of the error
     return lambda: _event_ms(call, calls), "events"
@@ -86,13 +89,17 @@ def _between_events(run: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
-def _clock_ms(call: Callable[[], Results]) -> float:
+def clock_ms(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Milliseconds of one call from Python, the mean over a number of calls with one wait for the device."""
+    wait(device)
     start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
+    for _ in range(calls):
+        call()
+    wait(device)
+    return (time.perf_counter() - start) / calls * 1e3
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all its work."""
+    """Wait until a GPU has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

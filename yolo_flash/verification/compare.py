@@ -1,7 +1,7 @@
 """Stock against ours against float64: runs of one attention block and of a whole model, and the rule that judges them.
 
-No tolerance is absolute. Float64 is the truth; how far the stock model lies from it says what rounding does in this
-layer, with these weights and images; and ours may lie at most twice as far, plus rounding.
+No tolerance is absolute. Float64 is the truth; the error of stock shows what rounding does in this layer, with these
+weights and images; the error of ours may be at most twice that, plus rounding.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Mode:
 
     Attributes:
         name: `train` or `predict`.
-        dtype: That convolutions compute in: by autocast in training, by weights of that dtype in prediction.
+        dtype: What convolutions compute in: by autocast in training, by the dtype of the weights in prediction.
         nhwc: Whether images and weights are channels_last.
-        deterministic: Whether torch is asked for deterministic algorithms, as a trainer does by default: it warns where
-            there is none, and goes on.
+        deterministic: Whether torch is asked for deterministic algorithms, as a trainer does by default; torch warns
+            where there is none.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        """Whether ours is as exact as stock; where one of them is not finite, it is not."""
+        """Whether ours is as exact as stock; False where a number is not finite."""
         return self.used <= 1
 
     @property
@@ -81,16 +81,16 @@ class Comparison:
 def compare(truth: Outputs, stock: Outputs, ours: Outputs, dtype: torch.dtype, pixels: int = 0) -> list[Comparison]:
     """Judge every quantity of `truth`.
 
-    A gradient that is zero in exact arithmetic (of a bias in front of BatchNorm) has no relative error: it is measured
+    A gradient that is zero in exact arithmetic (of a bias in front of BatchNorm) has no relative error, and is measured
     against the largest gradient.
 
     Args:
         truth: Outputs in float64.
         stock: Of the stock module.
         ours: Of the patched module.
-        dtype: That convolutions computed in.
-        pixels: Of all images, where a single block is compared. Sums over them are kept in float32 at best, and tiled
-            in another way than stock's: their rounding, which grows with the root of the number of terms, is allowed.
+        dtype: What convolutions computed in.
+        pixels: Of all images, where a single block is compared. Sums over pixels are kept in float32 at best, and in
+            another order than stock's: rounding that grows with the root of their number is allowed.
     """
     largest = max((float(t.norm()) for name, t in truth.items() if name.startswith("gradient")), default=0.0)
     sums = math.sqrt(pixels) * torch.finfo(torch.float32).eps
@@ -107,7 +107,7 @@ def compare(truth: Outputs, stock: Outputs, ours: Outputs, dtype: torch.dtype, p
 
 
 def forgive_loss(rows: list[Comparison]) -> list[Comparison]:
-    """The loss is one number, which stock may hit by luck: it may be off as much as the outputs that it is made of."""
+    """Allow the loss the error of the outputs that it is made of: stock may hit that single number by luck."""
     allowed = max((row.allowed for row in rows if row.what.startswith("outputs")), default=0.0)
     return [replace(row, allowed=max(row.allowed, allowed)) if row.what == "loss" else row for row in rows]
 
@@ -117,7 +117,7 @@ def run_block(block: nn.Module, given: Given, upstream: Tensor, mode: Mode, *, e
 
     Args:
         block: Stock or patched, with float32 weights.
-        given: Its input, as `layer_inputs` found it in the model.
+        given: Its input, as `block_inputs` found it in the model.
         upstream: Gradient of its output, of the same shape.
         mode: How the model runs.
         exact: In float64.
@@ -184,7 +184,7 @@ def run_model(model: nn.Module, images: Tensor, mode: Mode, *, exact: bool = Fal
     dtype = torch.float64 if exact else torch.float32 if mode.training else mode.dtype
     images = images.to(dtype).contiguous(memory_format=_format(mode.nhwc and not exact))
     with _as_run(mode, images.device, exact):
-        results = dict(_tensors(twin(images), "outputs"))
+        results = dict(_named_tensors(twin(images), "outputs"))
         if not mode.training:
             return results
         loss = torch.stack([_distance(out) for out in results.values()]).sum()
@@ -193,7 +193,7 @@ def run_model(model: nn.Module, images: Tensor, mode: Mode, *, exact: bool = Fal
     return {name: out.detach() for name, out in results.items()} | {"loss": loss.detach(), "gradients": gradients}
 
 
-def layer_inputs(model: nn.Module, images: Tensor, mode: Mode) -> dict[str, Given]:
+def block_inputs(model: nn.Module, images: Tensor, mode: Mode) -> dict[str, Given]:
     """Layer name -> what reaches its attention block in a forward of a copy of the stock model.
 
     In training, RT-DETR's decoder gets a mask as labels would give it; its first queries count as denoising ones.
@@ -275,13 +275,13 @@ def _distance(out: Tensor) -> Tensor:
     return (wide - target).square().sum() / (2 * out.numel() ** 0.5)
 
 
-def _tensors(out: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(out: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a nest of tuples, lists and dicts, each with its way through the nest as its name."""
     if isinstance(out, Tensor) and out.is_floating_point():
         yield name, out
     elif isinstance(out, (list, tuple, dict)):
         for key, part in out.items() if isinstance(out, dict) else enumerate(out):
-            yield from _tensors(part, f"{name}.{key}")
+            yield from _named_tensors(part, f"{name}.{key}")
 
 
 def head_of(model: Any) -> Any:

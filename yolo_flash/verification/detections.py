@@ -24,8 +24,8 @@ class Detections:
         stock: Detections of the stock model.
         ours: Detections of the patched model.
         matched: Those that both have: the same class at the same anchor.
-        score: Largest difference of a score of any detection, wherever the other model puts it.
-        box: Largest difference of a coordinate of one, in pixels.
+        score: Largest difference of the score of any detection of either model.
+        box: Largest difference of a coordinate of any detection, in pixels.
         allowed_score: What `score` may be.
         allowed_box: What `box` may be.
     """
@@ -50,8 +50,8 @@ def compare_detections(
     """Compare the detections of two models, by anchor: results of `run_model` in prediction.
 
     Rounding can carry a score over the threshold, or an overlap, so that one model keeps a detection that the other has
-    as a candidate only. The count may therefore differ. The candidates may by three times what stock differs from
-    float64 at the most, plus rounding: so far apart are two models of which one lies twice as far from the truth.
+    as a candidate only: counts may differ. Candidates may differ by three times the largest error of stock, plus
+    rounding: that far apart are two models of which one lies twice as far from the truth.
 
     Args:
         model: Either model, for its head.
@@ -59,7 +59,7 @@ def compare_detections(
         stock: Of the stock model.
         ours: Of the patched model.
         imgsz: Side of the images in pixels.
-        dtype: That convolutions computed in.
+        dtype: What convolutions computed in.
 
     Returns:
         None where the model is no detector of upright boxes, whose raw outputs have to do.
