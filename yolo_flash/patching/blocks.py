@@ -18,6 +18,7 @@ from ultralytics.utils import LOGGER
 from ..backends.registry import BACKENDS, BackendNotSupportedError
 from ..backends.spec import AttentionSpec
 from ..dispatch.dispatcher import Dispatcher
+from ..utils.compiler import assume_constant_result
 from .class_swap import PREFIX, StockPickle, stock_twin
 from .derivatives import transformed
 from .equivalence import difference
@@ -144,7 +145,7 @@ class FlashBlock(StockPickle):
             return self._was_changed_in_graph(self._flash_edits)
         return self.why_stock() != "" and self._tell()
 
-    @torch.compiler.assume_constant_result
+    @assume_constant_result
     def _was_changed_in_graph(self, edits: str) -> bool:
         """The same, asked once for a graph: the edits are its to guard."""
         return self.why_stock() != "" and self._tell()
