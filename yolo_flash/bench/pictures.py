@@ -85,9 +85,13 @@ def draw_waterfall(rows: list[Row]) -> bytes | None:
     for axis, (panel, mine) in zip(axes, panels.items(), strict=True):
         time, unit = _time_figure(mine)
         arms = _arms(mine)
-        bars, longest = _bars(axis, mine, arms, time)
+        spans = {arm: _span(mine, arm, time) for arm in arms}
+        longest = max(span.high for span in spans.values() if span)
         before: float | None = None
-        for place, arm, span in bars:
+        for place, (arm, span) in enumerate(spans.items()):
+            if span is None:
+                _label(axis, 0.01 * longest, place, _error(mine, arm), color="#b00000")
+                continue
             axis.barh(place, span.median, height=0.62, color=COLORS.get(arm, "#009e73"), zorder=2)
             text = f"{span.median:.1f} ms"
             if before is not None:
@@ -116,8 +120,12 @@ def draw_predict(rows: list[Row]) -> bytes | None:
     figure, axes = _stacked(panels)
     for axis, (panel, mine) in zip(axes, panels.items(), strict=True):
         arms = _arms(mine)
-        bars, longest = _bars(axis, mine, arms, "wall_ms")
-        for place, arm, wall in bars:
+        walls = {arm: _span(mine, arm, "wall_ms") for arm in arms}
+        longest = max(span.high for span in walls.values() if span)
+        for place, (arm, wall) in enumerate(walls.items()):
+            if wall is None:
+                _label(axis, 0.01 * longest, place, _error(mine, arm), color="#b00000")
+                continue
             color, kernels = COLORS.get(arm, "#009e73"), _span(mine, arm, "kernel_ms")
             axis.barh(place, wall.median, height=0.62, color=color, alpha=0.35 if kernels else 1, zorder=2)
             axis.plot([wall.low, wall.high], [place, place], color="black", linewidth=1, zorder=3)
@@ -145,8 +153,12 @@ def draw_train(rows: list[Row]) -> bytes | None:
     figure, axes = _stacked(panels)
     for axis, (panel, mine) in zip(axes, panels.items(), strict=True):
         arms = list(dict.fromkeys(row["arm"] for row in mine))
-        bars, longest = _bars(axis, mine, arms, "iteration_ms")
-        for place, arm, span in bars:
+        spans = {arm: _span(mine, arm, "iteration_ms") for arm in arms}
+        longest = max(span.high for span in spans.values() if span)
+        for place, (arm, span) in enumerate(spans.items()):
+            if span is None:
+                _label(axis, 0.01 * longest, place, _error(mine, arm), color="#b00000")
+                continue
             color, alone = COLORS.get(arm, "#009e73"), _span(mine, arm, "without_loader_ms")
             axis.barh(place, span.median, height=0.62, color=color, alpha=0.35 if alone else 1, zorder=2)
             axis.plot([span.low, span.high], [place, place], color="black", linewidth=1, zorder=3)
@@ -265,16 +277,6 @@ def _stacked(panels: dict[Panel, list[Row]]) -> tuple[Any, Any]:
     figure = new_figure(9, 0.7 + sum(0.95 + 0.46 * number for number in arms))
     axes = figure.subplots(len(arms), 1, squeeze=False, height_ratios=[0.8 + 0.46 * number for number in arms])
     return figure, axes[:, 0]
-
-
-def _bars(axis: Any, rows: list[Row], arms: list[str], figure: str) -> tuple[list[tuple[int, str, Span]], float]:
-    """Place, arm and span of every bar, and the longest span; where nothing was measured, the error stands instead."""
-    spans = [_span(rows, arm, figure) for arm in arms]
-    longest = max(span.high for span in spans if span)
-    for place, (arm, span) in enumerate(zip(arms, spans, strict=True)):
-        if span is None:
-            _label(axis, 0.01 * longest, place, _error(rows, arm), color="#b00000")
-    return [(place, arms[place], span) for place, span in enumerate(spans) if span], longest
 
 
 def _label(axis: Any, x: float, y: float, text: str, color: str = "black") -> None:

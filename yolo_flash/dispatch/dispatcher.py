@@ -16,6 +16,7 @@ from ..backends.registry import BACKENDS
 from ..backends.spec import AttentionSpec
 from ..config import FlashConfig
 from ..machine import Machine, detect
+from ..utils.compiler import assume_constant_result
 from . import trial_cache
 from .decision import Decision, Trial, select
 from .rules import RULES_MEASURED_ON
@@ -178,6 +179,7 @@ class Dispatcher:
         except Exception as error:  # a prediction goes on, by the rules
             LOGGER.warning(f"yolo-flash: {spec} could not be measured: {type(error).__name__}: {error}")
 
+    @assume_constant_result
     def decide_for_compile(self, layer: str, choice: str, spec_parts: tuple[Any, ...], device: str) -> str:
         """The backend's name for a compiled graph, whose sizes may be symbols: decided for the layer's planned size.
 
@@ -190,9 +192,6 @@ class Dispatcher:
         training = AttentionSpec.with_sizes(spec_parts, 1, 1).training
         batch, seq_len = self.planned_sizes.get((layer, training), _UNPLANNED_SIZE)
         return self._decide(AttentionSpec.with_sizes(spec_parts, batch, seq_len), choice, torch.device(device)).backend
-
-    # All that torch.compiler.assume_constant_result does, but for importing torch._dynamo (1 to 2 s).
-    decide_for_compile._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def select(self, spec: AttentionSpec, choice: str, machine: Machine) -> Decision:
         """The decision for a spec on any machine, with this model's settings and without the backends that failed.

@@ -18,6 +18,7 @@ from ultralytics.utils import LOGGER
 from ..backends.registry import BackendNotSupportedError
 from ..backends.spec import AttentionSpec, Layout
 from ..dispatch.dispatcher import Dispatcher
+from ..utils.compiler import assume_constant_result
 from .class_swap import PREFIX, StockPickle, stock_twin
 from .derivatives import transformed
 from .equivalence import why_not_equal
@@ -155,7 +156,7 @@ class FlashBlock(StockPickle):
             return self._was_changed_in_graph(self._flash_edits)
         return self.why_stock() != "" and self._tell()
 
-    @torch.compiler.assume_constant_result
+    @assume_constant_result
     def _was_changed_in_graph(self, edits: str) -> bool:
         """`_was_changed`, evaluated once a graph, which guards the edits."""
         return self.why_stock() != "" and self._tell()
