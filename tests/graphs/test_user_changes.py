@@ -33,7 +33,7 @@ from yolo_flash.graphs.capture import NextCall
 from yolo_flash.graphs.fixed_loss import Capacity, FixedShapeLoss
 from yolo_flash.graphs.graphed_step import FlashGraphError, _Replay
 from yolo_flash.graphs.limits import not_supported_reasons
-from yolo_flash.graphs.policy import GraphPolicy
+from yolo_flash.graphs.policy import GraphPolicy, Phase
 from yolo_flash.graphs.predict import PredictGraphs
 from yolo_flash.graphs.signature import Signature
 
@@ -413,6 +413,27 @@ def test_a_capture_that_ran_out_of_memory_once_is_tried_on_another_batch(
     (replay,) = made
     assert isinstance(replay.loss, FixedShapeLoss)
     assert replay.calls == [2, 2]
+
+
+def test_on_that_loses_its_graphs_is_an_error_also_behind_a_capture_that_ran_out_of_memory(
+    made: list[Replay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, graphs, trainer, batch = with_criterion("on")
+
+    def short(*args: Any) -> Any:
+        monkeypatch.setattr(graphs, "_capture_step", Signed)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(graphs, "_capture_step", short)
+    monkeypatch.setattr(Signed, "stale", lambda self: True)  # the model changes in every step
+    for _ in range(6):
+        step(graphs, trainer, batch)
+        model(batch)
+    assert graphs.end_epoch(trainer)["replayed"] == 3
+    assert graphs.phase is Phase.GIVEN_UP
+    step(graphs, trainer, batch)
+    with pytest.raises(FlashGraphError, match=r"none of 1 steps .* the model changed after each of 3 captures"):
+        graphs.end_epoch(trainer)
 
 
 def test_a_batch_without_boxes_does_not_hide_another_loss(monkeypatch: pytest.MonkeyPatch) -> None:

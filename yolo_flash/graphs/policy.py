@@ -194,7 +194,8 @@ class GraphPolicy:
         facts: dict[str, Any] = {"steps": counts.total() + replayed, "replayed": replayed, "eager": dict(counts)}
         if self.mode == "off":
             return {}
-        still = self._seen == 1 or 0 < self._short < _CAPTURES  # a run's first full batch is eager
+        # A run's first full batch is eager, and so may be those behind a capture for which memory was short.
+        still = self.phase is not Phase.GIVEN_UP and (self._seen == 1 or 0 < self._short < _CAPTURES)
         self._ever = self._ever or replayed > 0
         if replayed or not facts["steps"] or (still and self.step is None):
             return facts
