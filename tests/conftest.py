@@ -14,6 +14,7 @@ _HOME = tempfile.TemporaryDirectory(prefix="yolo-flash-tests-")
 os.environ["YOLO_CONFIG_DIR"] = _HOME.name
 os.environ["YOLO_OFFLINE"] = "true"
 os.environ["YOLO_AUTOINSTALL"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes share the cores; Ultralytics sets it when torch is there
 for _name in [name for name in os.environ if name.startswith("YOLO_FLASH") and name != "YOLO_FLASH_DATASETS"]:
     del os.environ[_name]
 import pytest  # noqa: E402
