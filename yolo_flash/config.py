@@ -56,11 +56,7 @@ class FlashConfig:
 
     @classmethod
     def resolve(
-        cls,
-        *,
-        section: Mapping[str, Any] | None = None,
-        cli: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        cls, *, section: Mapping[str, Any] | None = None, cli: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> FlashConfig:
         """Merge all sources, later wins: defaults, config file, `flash:` section, environment, command line, keywords.
 
@@ -132,9 +128,8 @@ def _from_environment() -> tuple[dict[str, Any], dict[str, Any]]:
         if name.startswith(prefix) and name not in _OTHER_ENV and value.strip()  # empty counts as unset
     }
     switch = os.environ.get(ENV, "").strip()
-    if not switch or _coerce(ENV, smart_value(switch), bool):
-        return values, {}
-    return values, {"enabled": False}
+    on = not switch or _coerce(ENV, smart_value(switch), bool)
+    return values, {} if on else {"enabled": False}
 
 
 def known_keys(values: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -44,23 +44,14 @@ MIN_VISIBLE = 0.4  # an object is labelled in a view that holds at least this sh
 
 @dataclass(frozen=True)
 class View:
-    """One picture of the stand-in, cut out of a photograph.
+    """One picture of the stand-in, cut out of a photograph."""
 
-    Attributes:
-        name: File name without its suffix.
-        split: `"train"` or `"val"`.
-        photo: File name of the photograph, a key of `PHOTO_BOXES`.
-        crop: x1, y1, x2, y2 of the cut in pixels of the photograph.
-        width: Width of the picture in pixels, at most that of the crop; the height keeps the crop's proportions.
-        flip: Whether the picture is mirrored left to right.
-    """
-
-    name: str
+    name: str  # of the file, without its suffix
     split: str
-    photo: str
-    crop: tuple[int, int, int, int]
-    width: int
-    flip: bool
+    photo: str  # a key of `PHOTO_BOXES`
+    crop: tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels of the photograph
+    width: int  # in pixels, at most that of the crop; the height keeps the crop's proportions
+    flip: bool  # left to right
 
 
 # A crop cuts an object only where the rest still reaches every side of its clipped box, so that the box stays tight.
@@ -124,7 +115,6 @@ def create_standin(folder: Path) -> Path:
 
 
 def _files(folder: Path, view: View) -> tuple[Path, Path]:
-    """The paths of a view's picture and of its labels."""
     return folder / "images" / view.split / f"{view.name}.jpg", folder / "labels" / view.split / f"{view.name}.txt"
 
 
@@ -154,7 +144,6 @@ def _write(made: Path, folder: Path) -> None:
 
 
 def _encode(view: View) -> bytes:
-    """A view, cut out of its photograph, scaled and mirrored, as a JPEG file."""
     photo = ASSETS / view.photo
     if not photo.is_file():
         raise FileNotFoundError(f"The stand-in data set needs {photo}, a photograph of the ultralytics package.")

@@ -110,9 +110,6 @@ def missing_asset(weights: str | Path) -> bool:
 def training_data(data: Any) -> Any:
     """The data set to train on: `data` itself wherever Ultralytics can find or download it.
 
-    Args:
-        data: What the user gave as `data=`.
-
     Returns:
         For `<name>.yaml`, `<YOLO_FLASH_DATASETS>/<name>/data.yaml` if that file exists; for a coco8 that is neither on
         disk nor downloadable, the data.yaml of the stand-in; else `data`.

@@ -28,14 +28,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class FlashModelMixin(StockPickle, Model):
-    """First base of the class of a patched `YOLO` or `RTDETR` object; patches the model again when it was rebuilt.
+    """First base of the class of a patched `YOLO` or `RTDETR` object; patches the model again when it was rebuilt."""
 
-    Attributes:
-        _flash_sources: Keyword arguments for `FlashConfig.resolve`, kept to merge the section of a `cfg=` file.
-        _flash_config: The settings.
-    """
-
-    _flash_sources: dict[str, Any]
+    _flash_sources: dict[str, Any]  # for `FlashConfig.resolve`, kept to merge the section of a `cfg=` file
     _flash_config: FlashConfig
 
     def train(self, trainer: Any = None, **kwargs: Any) -> Any:
@@ -119,7 +114,13 @@ def patch_from_sources(model: M, sources: dict[str, Any]) -> M:
         LOGGER.warning(f"yolo-flash: {network} is an exported model and runs as it was exported.")
     elif config.enabled:
         _patch(network, config)
-        _warn_no_targets(network)
+        if not known_blocks(network):  # so that nobody waits for a gain
+            yaml = getattr(network, "yaml", None)
+            name = Path(str(yaml.get("yaml_file") if isinstance(yaml, dict) else type(network).__name__)).stem
+            LOGGER.warning(
+                f"yolo-flash: {name} has no attention layer that the plugin knows (of YOLOv10, YOLO11, YOLO12, YOLO26 "
+                f"or RT-DETR): its blocks run stock."
+            )
     return model
 
 
@@ -171,18 +172,6 @@ def plan(
     measure = functools.partial(autotune.measure, device=where) if dispatcher.config.autotune else None
     dispatcher.recall(where)
     return make_plan(network, dispatcher, detect(where), run_inputs, measure)
-
-
-def _warn_no_targets(model: nn.Module) -> None:
-    """Warn that a model has nothing to patch, so that nobody waits for a gain."""
-    if known_blocks(model):
-        return
-    config = getattr(model, "yaml", None)
-    name = Path(str(config.get("yaml_file") if isinstance(config, dict) else type(model).__name__)).stem
-    LOGGER.warning(
-        f"yolo-flash: {name} has no attention layer that the plugin knows (of YOLOv10, YOLO11, YOLO12, YOLO26 or "
-        f"RT-DETR): its blocks run stock."
-    )
 
 
 @functools.lru_cache

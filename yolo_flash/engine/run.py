@@ -29,23 +29,15 @@ from .telemetry import Telemetry
 
 
 class FlashRun:
-    """What a trainer holds of the plugin and calls from its overrides, on every rank.
-
-    Attributes:
-        config: The settings.
-        dispatcher: Shared by the patched layers of the run.
-        graphs: Decides which steps run from CUDA graphs.
-        plan: One row a layer and mode; empty until the batch size is known.
-        telemetry: None on other ranks than the first, with `log=False`, and after an error of telemetry.
-    """
+    """What a trainer holds of the plugin and calls from its overrides, on every rank."""
 
     def __init__(self, config: FlashConfig) -> None:
         self.config = config
-        self.dispatcher = Dispatcher(config)
+        self.dispatcher = Dispatcher(config)  # shared by the patched layers
         self.graphs = GraphPolicy(config.graphs if config.enabled else "off")
-        self.plan: list[PlanRow] = []
+        self.plan: list[PlanRow] = []  # empty until the batch size is known
         tells = config.enabled and config.log and RANK in {-1, 0}
-        self.telemetry = Telemetry(config, self.dispatcher) if tells else None
+        self.telemetry = Telemetry(config, self.dispatcher) if tells else None  # None after an error of its own too
 
     def patch(self, model: nn.Module) -> None:
         """Patch a model, unless the plugin is off."""

@@ -27,9 +27,7 @@ from ..utils.memory import GIB, peak_memory_gib, readable
 from .profile import StepProfile
 from .run_plot import draw_run
 
-PEAK = "flash/peak_allocated_gib"
-SPEED = "flash/images_per_second"
-COLUMNS = (PEAK, SPEED)
+COLUMNS = PEAK, SPEED = "flash/peak_allocated_gib", "flash/images_per_second"
 
 
 class Telemetry:
@@ -151,11 +149,13 @@ class Telemetry:
         )
         used = f"peak {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved"
         ran = ", ".join(f"{name} x {count}" for name, count in backends.items())
+        eager = "".join(f", {count} not: {reason}" for reason, count in replays.get("eager", {}).items())
+        replayed = replays.get("replayed")
         LOGGER.info(
             f"yolo-flash: {speed:.1f} images/s{' (the profiled step alone)' if alone else ''}, {used}"
             + (f"; {ran}; attention: {readable(self._avoided())} of score matrices avoided" if ran else "")
             + (f"; failed: {', '.join(failed)}" if failed else "")
-            + _replays_text(replays)
+            + (f"; {replayed} of {replays['steps']} steps from CUDA graphs{eager}" if replayed else "")
         )
 
     def on_train_end(self, trainer: Any) -> None:
@@ -214,11 +214,3 @@ def _begin_file(trainer: Any) -> Path:
         if torn:  # the run was killed while it wrote
             write_file(file, whole + end)
     return file
-
-
-def _replays_text(facts: dict[str, Any]) -> str:
-    """`; 23 of 24 steps from CUDA graphs, 1 not: more boxes than the graphs have room for`; empty if none is."""
-    if not facts.get("replayed"):
-        return ""
-    eager = "".join(f", {count} not: {reason}" for reason, count in facts["eager"].items())
-    return f"; {facts['replayed']} of {facts['steps']} steps from CUDA graphs{eager}"

@@ -31,15 +31,10 @@ class FlashTrainerMixin(_TrainerBase):
     """Keeps the attention of a training run patched, on every rank, from `setup_model` to the final evaluation.
 
     First base of a class generated for each trainer class of Ultralytics or of the user, see `trainer_class`.
-
-    Attributes:
-        flash: The settings, a class attribute so that they travel to DDP workers with the class.
-        flash_sources: What the settings were resolved from, to merge the `flash:` section of a `cfg=` file.
-        flash_run: The plugin's part of the run.
     """
 
-    flash: ClassVar[FlashConfig]
-    flash_sources: ClassVar[Mapping[str, Any]]
+    flash: ClassVar[FlashConfig]  # of the class, and so travels to DDP workers with the class
+    flash_sources: ClassVar[Mapping[str, Any]]  # of `flash`, to merge the `flash:` section of a `cfg=` file
     flash_run: FlashRun
     _flash_tloss: Any = None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,37 +21,6 @@ from ..patching.class_swap import become
 from ..patching.multihead import denoising_mask
 from ..patching.patch import BLOCKS
 from ..utils.numerics import Results, reference
-
-
-class Arm(Protocol):
-    """One backend in a block of its own, for problems like `spec` of any number of groups.
-
-    Attributes:
-        spec: The problem.
-        device: Where the block lies.
-    """
-
-    spec: AttentionSpec
-    device: torch.device
-
-    def inputs(self, groups: int) -> tuple[Tensor, Tensor]:
-        """Random input, and a random gradient of the output; the same ones every time."""
-
-    def queries_and_keys(self, given: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Of every group, as views `[tokens, heads, head_dim]` of an input."""
-
-    def call(self, given: Tensor, upstream: Tensor) -> Results:
-        """`(output,)`, or `(output, gradients of the input)` when the spec trains."""
-
-    def exact(self, given: Tensor, upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """Output and gradients of queries, keys and values `[groups, tokens, heads, channels]`, in high precision."""
-
-    def split(self, results: Results) -> list[Tensor]:
-        """Results of `call` in the shape of `exact`.
-
-        Raises:
-            ArithmeticError: A result has another shape than it should have.
-        """
 
 
 def arm_of(spec: AttentionSpec, backend: str, device: torch.device) -> Arm:
@@ -84,7 +53,6 @@ def _run(arm: Arm, forward: Callable[[], Tensor], leaves: tuple[Tensor, ...], up
     return (out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype)))
 
 
-# Packed ---------------------------------------------------------------------------------------------------------------
 class _Given(nn.Module):
     """Replaces the first convolution: gives a tensor that was set before."""
 
@@ -127,7 +95,7 @@ class PackedArm:
         self.block = _patched(block, spec, backend)
 
     def inputs(self, groups: int) -> tuple[Tensor, Tensor]:
-        """Random images: queries, keys and values packed, and the gradient of the output."""
+        """Random images: queries, keys and values packed, and the gradient of the output; the same ones every time."""
         packed, out = self.channels
         return self._image(groups, packed, 0), self._image(groups, out, 1)
 
@@ -141,7 +109,7 @@ class PackedArm:
         return image.contiguous(memory_format=torch.channels_last if spec.layout == "nhwc" else torch.contiguous_format)
 
     def queries_and_keys(self, given: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Of every strip of every image, as views."""
+        """Of every strip of every image, as views `[tokens, heads, head_dim]`."""
         d = self.spec.head_dim
         return [(t[..., :d], t[..., d : 2 * d]) for image in given.split(1) for t in self._grouped(image)]
 
@@ -160,7 +128,10 @@ class PackedArm:
         return _run(self, forward, (leaf,), upstream)
 
     def exact(self, given: Tensor, upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """Attention and the faint v that the block adds, with their gradients."""
+        """Attention and the faint v that the block adds, with the gradients of queries, keys and values.
+
+        All are `[groups, tokens, heads, channels]`.
+        """
         spec = self.spec
         packed, dout = self._grouped(given), self._grouped(upstream)
         faint = spec.seq_len_k**-0.5
@@ -185,7 +156,6 @@ class PackedArm:
         return image.permute(0, 2, 3, 1).reshape(-1, self.spec.seq_len_k, heads, image.shape[1] // heads)
 
 
-# Separate -------------------------------------------------------------------------------------------------------------
 class SeparateArm:
     """`nn.MultiheadAttention` whose projections multiply by the identity, and so give exactly their input.
 
@@ -208,7 +178,7 @@ class SeparateArm:
         self.mask = denoising_mask(tokens, 2 * tokens // 5, max(1, tokens // 20), device) if spec.mask else None
 
     def inputs(self, groups: int) -> tuple[Tensor, Tensor]:
-        """Random queries, keys and values, and the gradient of the output."""
+        """Random queries, keys and values, and the gradient of the output; the same ones every time."""
         spec = self.spec
         source = torch.Generator(self.device).manual_seed(0)  # its own: the global one stays as it is
         size = (4, groups, spec.seq_len_k, spec.num_heads * spec.head_dim)
@@ -216,7 +186,7 @@ class SeparateArm:
         return both[:3], both[3]
 
     def queries_and_keys(self, given: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Of every group, as views."""
+        """Of every group, as views `[tokens, heads, head_dim]`."""
         q, k, _ = self._heads(given)
         return list(zip(q, k, strict=True))
 
@@ -226,7 +196,7 @@ class SeparateArm:
         return _run(self, lambda: self.block(q, k, v, attn_mask=self.mask)[0], (q, k, v), upstream)
 
     def exact(self, given: Tensor, upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """Attention under the mask, with its gradients."""
+        """Attention under the mask, with its gradients, all `[groups, tokens, heads, channels]`."""
         packed, dout = torch.cat(list(self._heads(given)), dim=-1), self._heads(upstream)
         nothing, dim = torch.zeros_like(dout), self.spec.head_dim
         out, grad = reference(packed, dout, nothing, head_dim=dim, dtype=dtype, mask=self.mask)
@@ -245,3 +215,7 @@ class SeparateArm:
 
     def _heads(self, t: Tensor) -> Tensor:
         return t.unflatten(-1, (self.spec.num_heads, -1))
+
+
+Arm = PackedArm | SeparateArm
+"""One backend in a block of its own on `device`, for problems like `spec` of any number of groups."""

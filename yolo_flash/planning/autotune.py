@@ -117,17 +117,11 @@ def _complete(
 
 # Judging --------------------------------------------------------------------------------------------------------------
 def judge(spec: AttentionSpec, device: torch.device, names: Iterable[str], repeats: int = 5) -> dict[str, Trial]:
-    """Run backends on a spec: first whether each is exact, then how fast it is and how much memory it takes.
+    """Run backends that can run a spec: first whether each is exact, then how fast it is and how much memory it takes.
 
     The random generator, flags of torch and the switches of its attention are left as found; of CUDA's allocator only
     the high-water mark changes. All backends together may use half of the memory that is free. Stock attention, whose
     score matrices may need more than its share, is then measured on fewer groups, and its time scaled.
-
-    Args:
-        spec: The problem.
-        device: Where to run it.
-        names: Backends that report no reason against the spec.
-        repeats: Samples of each.
 
     Returns:
         Backend -> Trial. A backend that raised, ran out of memory or is wrong has a reason instead of a time.

@@ -21,27 +21,16 @@ from ..patching.patch import targets, unpatch_modules
 
 @dataclass(frozen=True)
 class RunInput:
-    """The input of a model in one mode: enough to know every layer's spec.
+    """The input of a model in one mode: enough to know every layer's spec."""
 
-    Attributes:
-        mode: `train` or `val`.
-        batch: Images.
-        height: Pixels.
-        width: Pixels.
-        dtype: In which convolutions compute.
-        nhwc: Whether the model runs in channels_last.
-        deterministic: Whether torch asks for deterministic algorithms.
-        note: For the reader of the plan, where the shape is not the only one, or not known.
-    """
-
-    mode: str
+    mode: str  # train or val
     batch: int
     height: int
     width: int
-    dtype: torch.dtype
-    nhwc: bool
+    dtype: torch.dtype  # in which convolutions compute
+    nhwc: bool  # whether the model runs in channels_last
     deterministic: bool = False
-    note: str = ""
+    note: str = ""  # for the reader of the plan, where the shape is not the only one, or not known
 
 
 def precisions(amp: bool | str, on_gpu: bool) -> tuple[torch.dtype, torch.dtype]:
@@ -74,14 +63,7 @@ def assumed_inputs(model: Any, imgsz: int, batch: int, amp: bool | str, on_gpu: 
     """The inputs of training and validation for a run whose data are not known: square pictures, full batches.
 
     Ultralytics validates without resizing to a square, for most tasks with half a stride of padding around the pictures
-    and with twice the training batch.
-
-    Args:
-        model: The network, for its task and strides.
-        imgsz: Side of the training images, a multiple of the stride.
-        batch: Training images a step.
-        amp: As in Ultralytics.
-        on_gpu: Whether the run is on a GPU, in channels_last and with AMP.
+    and with twice the training batch. `imgsz` is a multiple of the stride; a GPU runs in channels_last and with AMP.
     """
     train_dtype, val_dtype = precisions(amp, on_gpu)
     task = getattr(model, "task", None) or guess_model_task(model)
@@ -106,12 +88,6 @@ def layer_shapes(model: nn.Module, batch: int, height: int, width: int) -> dict[
 
     Beyond the Python objects of the modules, the copy takes no memory. BatchNorm statistics and random generators are
     left alone.
-
-    Args:
-        model: A model that takes `[batch, channels, height, width]` images.
-        batch: Images.
-        height: Pixels.
-        width: Pixels.
 
     Returns:
         Layer name -> (images, tokens), for layers that a plain forward reaches: without labels, and so without the

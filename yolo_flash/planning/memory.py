@@ -14,12 +14,7 @@ from .plan import PlanRow
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes that attention keeps from the forward to the backward of a training step: its peak.
-
-    Attributes:
-        stock: With every layer stock.
-        planned: As planned.
-    """
+    """Bytes that attention keeps from the forward to the backward of a training step: its peak."""
 
     stock: int
     planned: int
@@ -29,9 +24,6 @@ def attention_memory(rows: Iterable[PlanRow]) -> Forecast:
     """Count what the attention of one training step keeps, in stock form and as planned.
 
     The difference of the two is within 3 % of that of measured steps (docs/results/steps-h100.md); a test allows 10 %.
-
-    Args:
-        rows: The plan, of which the rows of training count.
     """
     decisions = [row.decision for row in rows if row.mode == "train"]
     return Forecast(
@@ -53,11 +45,8 @@ def kept_bytes(spec: AttentionSpec, backend: str) -> int:
 
 
 def score_bytes(specs: Iterable[AttentionSpec]) -> int:
-    """Bytes of score matrices that stock blocks keep for the backward of one step.
+    """Bytes of score matrices that stock blocks, one a spec, keep for the backward of one step.
 
     A score takes 4 bytes in float32, and 6 under autocast: the softmax runs in float32, the product on a half copy.
-
-    Args:
-        specs: One for each layer.
     """
     return sum(spec.scores * (4 if spec.dtype is torch.float32 else 6) for spec in specs)

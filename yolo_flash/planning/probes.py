@@ -45,32 +45,18 @@ _HARD: dict[str, Callable[[Tensor, Tensor], None]] = {
 
 @dataclass(frozen=True)
 class Probe:
-    """Inputs of an arm, and how far results are off for them.
-
-    Attributes:
-        groups: How many problems.
-        given: Input of an arm.
-        upstream: Gradient of the output.
-        errors: `(results of an arm)` -> part of the results -> relative error; ArithmeticError for another shape.
-        rounding: Error that a backend may have besides twice that of stock and the rounding of the dtype.
-        usual: Takes the place of stock's error where stock cannot run.
-    """
+    """Inputs of an arm, and how far results are off for them."""
 
     groups: int
     given: Tensor
-    upstream: Tensor
-    errors: Callable[[Results], dict[str, float]]
-    rounding: float
-    usual: float
+    upstream: Tensor  # gradient of the output
+    errors: Callable[[Results], dict[str, float]]  # of each part of the results; ArithmeticError for another shape
+    rounding: float  # error that a backend may have besides twice that of stock and the rounding of the dtype
+    usual: float  # takes the place of stock's error where stock cannot run
 
 
 def random_probe(arm: Arm, groups: int) -> Probe:
-    """Random inputs; output and gradients of q, k and v each have an error of their own.
-
-    Args:
-        arm: Any arm of the problem.
-        groups: How many problems.
-    """
+    """Random inputs; output and gradients of q, k and v each have an error of their own."""
     given, upstream = arm.inputs(groups)
     truth = _exact(arm, given, upstream)
 
@@ -94,9 +80,6 @@ def hard_probe(arm: Arm) -> Probe | None:
     error together: those of q and k are zero but for rounding where one key has all the weight. A score of 120 is off
     by 1e-5 in float32, and a fused backward, which takes exponentials again, meets this error four times: in the score,
     in the logarithm of the sum, in the difference of the two, and in the product with a key as large.
-
-    Args:
-        arm: Any arm of the problem.
 
     Returns:
         None where one image is so large that this would take seconds: small images have shown the same kernel. None
@@ -134,11 +117,7 @@ def _exact(arm: Arm, given: Tensor, upstream: Tensor) -> list[Tensor]:
 
 
 def _split(arm: Arm, results: Results, truth: list[Tensor]) -> list[Tensor]:
-    """Output and, in training, the gradients of q, k and v, in the shape of `_exact`.
-
-    Raises:
-        ArithmeticError: A result has another shape than it should have.
-    """
+    """Output and, in training, the gradients of q, k and v, in the shape of `_exact`; ArithmeticError for another."""
     found = arm.split(results)
     if any(a.shape != b.shape for a, b in zip(found, truth, strict=False)):
         raise ArithmeticError("a result has another shape than the reference")

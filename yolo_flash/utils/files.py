@@ -60,12 +60,7 @@ def from_csv(text: str, numbers: Collection[str]) -> list[Row]:
 
 
 def columns_of(file: Path) -> tuple[str, list[str]]:
-    """The content of a CSV file, and the names of its columns.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: The file is not text.
-    """
+    """The content of a CSV file, and the names of its columns; ValueError if the file is not text."""
     text = file.read_text(encoding="utf-8-sig")  # spreadsheets begin a file with a mark
     return text, next(csv.reader(io.StringIO(text, newline="")), [])
 

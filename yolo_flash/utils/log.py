@@ -11,11 +11,7 @@ from ultralytics.utils import LOGGER
 
 @contextlib.contextmanager
 def log_disabled(disable: bool) -> Iterator[None]:
-    """Disable Ultralytics' log, which goes to standard output; afterwards restore its switch and torch's threads.
-
-    Args:
-        disable: False leaves the log on; the number of threads is restored all the same.
-    """
+    """Disable Ultralytics' log, which goes to standard output; afterwards restore its switch and torch's threads."""
     disabled, threads = LOGGER.disabled, torch.get_num_threads()
     LOGGER.disabled = disabled or disable
     try:

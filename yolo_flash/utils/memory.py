@@ -30,9 +30,6 @@ def container_bytes(root: Path = Path("/")) -> Iterator[int]:
 
     A container is killed at its own limit or that of a group above, whatever the host has free. The page cache of files
     counts as free. What cannot be read is skipped.
-
-    Args:
-        root: Root of the file system.
     """
     with contextlib.suppress(OSError, ValueError):
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
@@ -49,7 +46,6 @@ def container_bytes(root: Path = Path("/")) -> Iterator[int]:
 
 
 def _group_bytes(group: Path, old: bool) -> Iterator[int]:
-    """What one control group leaves, if it has a limit."""
     limit, used, files = (
         ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
         if old

@@ -29,12 +29,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def allowed_error(stock_error: float, dtype: torch.dtype) -> float:
-    """The relative error that a backend may have: twice that of the stock block in the same dtype, plus rounding.
-
-    Args:
-        stock_error: Relative error of the stock block.
-        dtype: What both compute in.
-    """
+    """The relative error that a backend may have: twice that of the stock block in the same dtype, plus rounding."""
     return 2 * stock_error + torch.finfo(dtype).eps
 
 

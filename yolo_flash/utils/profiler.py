@@ -32,18 +32,10 @@ def hushed() -> Iterator[None]:
     Afterwards the user's own profilers write as before. Where a build of torch does not export its level of logging,
     nothing is silenced.
     """
+    global _blocks, _before
     if (level := _level()) is None:
         yield
         return
-    _enter(level)
-    try:
-        yield
-    finally:
-        _leave(level)
-
-
-def _enter(level: ctypes.c_int) -> None:
-    global _blocks, _before
     with _LOCK:
         if not _blocks:
             variable = os.environ.get(_VARIABLE)
@@ -53,18 +45,17 @@ def _enter(level: ctypes.c_int) -> None:
                 os.environ[_VARIABLE] = str(_NOTHING)
             level.value = _NOTHING
         _blocks += 1
-
-
-def _leave(level: ctypes.c_int) -> None:
-    global _blocks
-    with _LOCK:
-        _blocks -= 1
-        if not _blocks:
-            level.value, variable = _before
-            if variable is not None:
-                os.environ[_VARIABLE] = variable
-            else:
-                os.environ.pop(_VARIABLE, None)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _blocks -= 1
+            if not _blocks:
+                level.value, variable = _before
+                if variable is not None:
+                    os.environ[_VARIABLE] = variable
+                else:
+                    os.environ.pop(_VARIABLE, None)
 
 
 @functools.cache
@@ -91,9 +82,6 @@ def stop_profiler(running: profile) -> None:
     A thread of kineto (CuptiActivityApi.cpp) reads the variable twice and detaches within some later call of CUDA,
     without saying when; a fifth of a second is many times what the thread needs. Without the variable the thread would
     attach again.
-
-    Args:
-        running: A profiler that was started.
     """
     if _LET_GO in os.environ or not profiler_lets_go() or ProfilerActivity.CUDA not in running.activities:
         running.stop()

@@ -78,9 +78,6 @@ def helpers(objects: Iterable[Any]) -> list[tuple[dict[str, Any], str]]:
     """The functions that objects call by name, each as the namespace of Ultralytics or torch, and the name in there.
 
     Calls are followed from the forward of a module, and from all functions of another object, such as a criterion.
-
-    Args:
-        objects: The code of their classes is read, and that of all functions called from there.
     """
     found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
     seen: set[int] = set()

@@ -40,7 +40,7 @@ def sampler_of(
         except Exception:  # an extension may synchronize, allocate or compile
             with contextlib.suppress(RuntimeError):
                 wait(device)  # takes what is left of the error
-    return lambda: _event_ms(call, calls), "events"
+    return lambda: _between_events(call, calls) / calls, "events"
 
 
 def graph_ms(call: Callable[[], Results], calls: int = 10) -> Callable[[], float]:
@@ -72,18 +72,11 @@ def graph_ms(call: Callable[[], Results], calls: int = 10) -> Callable[[], float
     return sample
 
 
-def _event_ms(call: Callable[[], Results], calls: int) -> float:
-    def run() -> None:
-        for _ in range(calls):
-            call()
-
-    return _between_events(run) / calls
-
-
-def _between_events(run: Callable[[], object]) -> float:
+def _between_events(run: Callable[[], object], times: int = 1) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    run()
+    for _ in range(times):
+        run()
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
