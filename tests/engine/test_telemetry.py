@@ -163,7 +163,7 @@ def test_the_profiler_is_told_to_let_go_of_the_driver_unless_the_user_has_said(
     step = StepProfile()
     activities = {profile_module.ProfilerActivity.CUDA}
     step.running = SimpleNamespace(  # type: ignore[assignment]
-        activities=activities, stop=lambda: told.append(os.environ.get(name)), events=list
+        activities=activities, stop=lambda: told.append(os.environ.get(name)), profiler=None
     )
     assert profiler.PROFILER.acquire(blocking=False)
     assert step.stop() == []
@@ -195,7 +195,7 @@ def test_kernels_are_profiled_only_where_the_profiler_lets_go(lets_go: bool, mon
 
     def profile(activities: list[Any]) -> Any:
         asked.append(set(activities))
-        return SimpleNamespace(activities=set(activities), start=lambda: None, stop=lambda: None, events=list)
+        return SimpleNamespace(activities=set(activities), start=lambda: None, stop=lambda: None, profiler=None)
 
     monkeypatch.setattr(profile_module, "profile", profile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -331,7 +331,7 @@ def test_a_profile_counts_each_call_once() -> None:
     with torch.profiler.profile() as profile:
         for _ in range(3):
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0].sum().backward()
-    operators, kernels = attention_kernels(profile.events() or [])
+    operators, kernels = attention_kernels(profiler.events_of(profile))
     assert operators == {FORWARD: 3, f"{FORWARD}_backward": 3}
     assert not kernels
 
@@ -344,7 +344,8 @@ def test_a_profile_without_the_events_that_matter_accuses_nobody(
     follower = telemetry.Telemetry(FlashConfig(), Dispatcher(FlashConfig()))
     step = follower._profile
     step.running, follower._pool_gib = object(), pool_gib  # type: ignore[assignment]
-    found = [SimpleNamespace(name=name, device_type=profile_module.DeviceType.CPU, cpu_parent=None) for name in events]
+    cpu = profile_module.DeviceType.CPU
+    found = [SimpleNamespace(name=lambda name=name: name, device_type=lambda: cpu) for name in events]
     step.stop = lambda: found  # type: ignore[method-assign]
     follower._in_force = lambda: Counter(sdpa_flash=8)  # type: ignore[method-assign]
     step._eager_kernels = Counter({"void flash_fwd_kernel<x>": 8})

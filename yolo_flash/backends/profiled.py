@@ -17,23 +17,29 @@ _ATTENTION_KERNEL = re.compile(
 
 
 def attention_kernels(events: Iterable[Any]) -> tuple[Counter[str], Counter[str]]:
-    """Attention in a profile.
+    """Count the operators and kernels of attention in a profile.
 
     Args:
-        events: Of a torch profile.
+        events: Of a torch profile, as `utils.profiler.events_of` gives them.
 
     Returns:
         operator of attention -> calls, forward and backward; and, on CUDA, kernel of attention -> launches.
     """
     names = {f"{name}{suffix}" for b in BACKENDS.values() for name in b.operators for suffix in ("", "_backward")}
-    operators: Counter[str] = Counter()
+    calls: list[tuple[int, str, int, int]] = []
     kernels: Counter[str] = Counter()
     for event in events:
-        nested = event.cpu_parent is not None and event.cpu_parent.name == event.name  # a redispatch of the same call
-        if event.name in names and not nested:
-            operators[event.name] += 1
-        elif event.device_type == DeviceType.CUDA and _ATTENTION_KERNEL.search(event.name):
-            kernels[event.name] += 1
+        name = event.name()
+        if name in names:
+            calls.append((event.start_thread_id(), name, event.start_ns(), event.start_ns() + event.duration_ns()))
+        elif event.device_type() == DeviceType.CUDA and _ATTENTION_KERNEL.search(name):
+            kernels[name] += 1
+    operators: Counter[str] = Counter()
+    until: tuple[int, str, int] = (0, "", 0)
+    for thread, name, start, end in sorted(calls):
+        if (thread, name) != until[:2] or start >= until[2]:  # else a redispatch of the call that is under way
+            operators[name] += 1
+            until = thread, name, end
     return operators, kernels
 
 

@@ -12,7 +12,7 @@ from ultralytics.utils import LOGGER
 
 from ..backends.profiled import attention_kernels, short_kernel_name
 from ..backends.registry import BACKENDS
-from ..utils.profiler import PROFILER, hushed, profiler_lets_go, stop_profiler
+from ..utils.profiler import PROFILER, events_of, hushed, profiler_lets_go, stop_profiler
 
 
 class StepProfile:
@@ -49,7 +49,7 @@ class StepProfile:
                 stop_profiler(running)
         finally:
             PROFILER.release()
-        return list(running.events() or [])
+        return events_of(running)
 
     def profile_graphs(self) -> None:
         """Profile a step from CUDA graphs too, where the profiler sees kernels: a replay has no operators."""
@@ -64,7 +64,7 @@ class StepProfile:
         events = self.stop()
         operators, kernels = attention_kernels(events)
         self._done = True
-        observed = any(event.device_type == DeviceType.CUDA for event in events) if replayed else bool(events)
+        observed = any(event.device_type() == DeviceType.CUDA for event in events) if replayed else bool(events)
         if observed and not replayed:
             self._eager_kernels = kernels
         return {"counts": dict(operators | kernels), "graphs": replayed, "observed": observed}

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -94,6 +95,15 @@ def stop_profiler(running: profile) -> None:
             time.sleep(0.01)
     finally:
         os.environ.pop(_LET_GO, None)
+
+
+def events_of(stopped: profile) -> list[Any]:
+    """The events of a profile as kineto holds them.
+
+    `profile.events()` builds a tree of Python objects first, which takes 2 s for the 38,000 events of a step on a GPU.
+    """
+    found = stopped.profiler and stopped.profiler.kineto_results
+    return list(found.events()) if found else []
 
 
 @contextlib.contextmanager

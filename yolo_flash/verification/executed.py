@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..backends.profiled import attention_kernels
 from ..backends.registry import BACKENDS
-from ..utils.profiler import PROFILER, hushed
+from ..utils.profiler import PROFILER, events_of, hushed
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ def observe(call: Callable[[], T]) -> tuple[T, frozenset[str] | None]:
                 running.stop()
     finally:
         PROFILER.release()
-    events = running.events()
+    events = events_of(running)
     if not events:
         return result, None
     operators, _ = attention_kernels(events)
