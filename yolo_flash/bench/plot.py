@@ -27,11 +27,7 @@ class PlotJob:
     folder: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse to draw nothing.
-
-        Raises:
-            ValueError: There is no file.
-        """
+        """Refuse to draw nothing, as a ValueError."""
         if not self.files:
             raise ValueError("name the CSV files to draw, of bench step, predict, train or op: bench plot step.csv")
 

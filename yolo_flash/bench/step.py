@@ -54,11 +54,7 @@ class StepJob(TimedJob):
     }
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured.
-
-        Raises:
-            ValueError: As in `TimedJob`, or there is no arm.
-        """
+        """As in `TimedJob`; there must be an arm."""
         super().__post_init__()
         if not self.arms:
             raise ValueError(f"arms must name at least one of {', '.join(self.stock_arms)}, auto or a backend.")
@@ -68,11 +64,7 @@ class Step:
     """A training step of one arm, for batches of any size."""
 
     def __init__(self, job: StepJob, arm: str) -> None:
-        """Build the network, patched unless the arm is a stock one, on the device, with optimizer and EMA.
-
-        Raises:
-            ValueError: The model has another task than detection.
-        """
+        """Build the network, patched unless the arm is a stock one, on the device, with optimizer and EMA."""
         self.device = job.torch_device()
         self.on_gpu = self.device.type == "cuda"
         init_seeds(0, deterministic=False)

@@ -91,7 +91,6 @@ def prepare(
     config = _config_of(inner, sources)
     if not config.enabled:
         raise ValueError("flash.enabled=false, or YOLO_FLASH=0: stock runs, and there is nothing to verify.")
-    dispatcher, machine = Dispatcher(config), detect(device)
     stock: Any = copy.deepcopy(unwrap_model(inner))
     unpatch_modules(stock)
     stock.to(device, torch.float32)
@@ -104,7 +103,7 @@ def prepare(
         Mode("train", train_dtype, on_gpu, deterministic=bool(DEFAULT_CFG_DICT["deterministic"])),
         Mode("predict", predict_dtype, False),
     )
-    return Case(name, stock, fresh, images, found, config, dispatcher, machine, modes, every)
+    return Case(name, stock, fresh, images, found, config, Dispatcher(config), detect(device), modes, every)
 
 
 def _config_of(model: nn.Module, sources: Mapping[str, Any]) -> FlashConfig:
