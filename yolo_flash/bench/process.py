@@ -69,10 +69,9 @@ class BaseJob:
         """Refuse what cannot be measured, as a ValueError, before a process is started."""
         for arm in self.arms:
             self.check_arm(arm)
+        *others, last = self.precisions
         if self.amp not in self.precisions:
-            raise ValueError(
-                f"amp must be {', '.join(self.precisions[:-1])} or {self.precisions[-1]}, found {self.amp!r}."
-            )
+            raise ValueError(f"amp must be {', '.join(others)} or {last}, found {self.amp!r}.")
         counts = [(name, getattr(self, name), least) for name, least in self.at_least.items()]
         for name, value, least in [*(("imgsz", side, 1) for side in self.imgsz), *counts]:
             if not isinstance(value, int) or value < least:
@@ -237,11 +236,8 @@ def _kernel_ms(parts: list[Callable[[], None]], calls: int = 4) -> list[float]:
                 part()
             torch.cuda.synchronize()
             time.sleep(0.5)
-    kernels = sorted(
-        (event.time_range.start, event.time_range.end)
-        for event in profiler.events() or []
-        if event.device_type == DeviceType.CUDA
-    )
+    on_gpu = [event.time_range for event in profiler.events() or [] if event.device_type == DeviceType.CUDA]
+    kernels = sorted((span.start, span.end) for span in on_gpu)
     pauses = [after[0] - before[1] for before, after in pairwise(kernels)]
     cuts = sorted(sorted(range(len(pauses)), key=pauses.__getitem__)[len(pauses) - (len(parts) - 1) :])
     bounds = [0, *(cut + 1 for cut in cuts), len(kernels)]

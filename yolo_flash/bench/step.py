@@ -94,8 +94,7 @@ class Step:
         images = _random_batch(batch, imgsz, self.device)
         return {"network_kernel_ms": partial(self.network, images), "kernel_ms": partial(self.whole, images)}
 
-    def forward_to_backward(self, batch: dict[str, Any]) -> None:
-        """Forward, loss and backward of a batch."""
+    def _forward_to_backward(self, batch: dict[str, Any]) -> None:
         amp = self.on_gpu and self.dtype is not torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=amp):
             if self.replays:
@@ -119,12 +118,12 @@ class Step:
 
     def network(self, batch: dict[str, Any]) -> None:
         """Forward, loss and backward; the gradients are dropped."""
-        self.forward_to_backward(batch)
+        self._forward_to_backward(batch)
         self.optimizer.zero_grad()
 
     def whole(self, batch: dict[str, Any]) -> None:
         """All that the trainer does with a batch."""
-        self.forward_to_backward(batch)
+        self._forward_to_backward(batch)
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=10.0)
         self.scaler.step(self.optimizer)

@@ -72,9 +72,8 @@ def prepare(
 ) -> Case:
     """Open the model, resolve the settings and load the images; raises as `verify` does."""
     if batch < 2:
-        raise ValueError(
-            f"batch must be at least 2, found {batch}: torch's BatchNorm is wrong on the CPU for one image."
-        )
+        why = "torch's BatchNorm is wrong on the CPU for one image"
+        raise ValueError(f"batch must be at least 2, found {batch}: {why}.")
     if device.type == "mps":
         raise ValueError("device=mps has no float64 to compare with, and runs stock attention anyway.")
     on_gpu = device.type == "cuda"

@@ -64,13 +64,7 @@ class _Stage:
 
 
 def run_case(case: Case) -> Report:
-    """Run everything and judge it.
-
-    Raises:
-        OutOfMemoryError: Float64 needs more memory than there is.
-        BackendNotSupportedError: A backend asked for by name cannot run a layer.
-        FlashKernelError: A backend asked for by name raised.
-    """
+    """Run everything and judge it; raises as `verify` does, and OutOfMemoryError."""
     report = Report(case)
     if case.fresh:
         report.notes.append(
@@ -105,10 +99,8 @@ def run_case(case: Case) -> Report:
             "this process, or missing from this torch"
         )
     elif stock_rows and not case.every:
-        report.notes.append(
-            f"stock is what a run here takes in {stock_rows} of {len(report.layers)} rows: "
-            f"all=true compares the rest too"
-        )
+        rows_here = f"{stock_rows} of {len(report.layers)} rows"
+        report.notes.append(f"stock is what a run here takes in {rows_here}: all=true compares the rest too")
     return report
 
 
