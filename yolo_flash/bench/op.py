@@ -44,11 +44,7 @@ class OpJob:
     folder: str = "runs/op"
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured before anything runs.
-
-        Raises:
-            ValueError: A shape, an arm or a dtype that does not exist, or a count below 1.
-        """
+        """Refuse what cannot be measured, as a ValueError, before anything runs."""
         for kind, names, valid in (("shape", self.shapes, SHAPES), ("arm", self.arms, OP_ARMS)):
             for name in names:
                 if name not in valid:
@@ -117,11 +113,7 @@ def _empty_rows(name: str, dtype: str, machine: Machine, no_peer: str) -> Iterat
 
 
 def _without_hopeless(rows: list[Row], asked: tuple[str, ...]) -> list[Row]:
-    """The rows of the arms asked for, or of all.
-
-    Raises:
-        BackendNotSupportedError: One of those asked for, or every one, runs on none of the shapes.
-    """
+    """The rows of the arms asked for, or of all; refuses where one asked for, or every one, runs on no shape."""
     able = {row["arm"] for row in rows if not row["note"]}
     why_not = {row["arm"]: row["note"] for row in rows if row["arm"] not in able}
     if hopeless := [arm for arm in asked or OP_ARMS if arm in why_not and (asked or not able)]:

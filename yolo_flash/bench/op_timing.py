@@ -45,8 +45,7 @@ class _Timer:
 
 def measure_shape(rows: list[Row], repeats: int, device: torch.device) -> None:
     """Fill in the rows of one shape; an exception becomes a note."""
-    rows = [row for row in rows if not row["note"]]
-    if not rows:
+    if not (rows := [row for row in rows if not row["note"]]):
         return
     with _noted(rows):
         shape, dtype = SHAPES[rows[0]["shape"]], getattr(torch, rows[0]["dtype"])
@@ -125,11 +124,7 @@ def _timer(row: Row, call: Call, device: torch.device) -> _Timer:
 
 
 def _profiled_us(call: Call) -> float:
-    """Microseconds of all GPU kernels of one call, over 10: once and not in turns, for a profiler is slow to start.
-
-    Raises:
-        RuntimeError: The profiler saw no kernel.
-    """
+    """Microseconds of all GPU kernels of one call, over 10: once and not in turns, for a profiler is slow to start."""
     torch.cuda.synchronize()
     with kernels_profiled() as profiler:
         for _ in range(_CALLS):

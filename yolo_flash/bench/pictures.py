@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ TECHNIQUES = {  # of a training step, in the order in which each builds on the o
 _MARKERS = "os^DvPhX*d"
 _GREY = "#dddddd"
 _OUT_OF_MEMORY = "out of memory"
+_Texts = dict[str, Callable[[float], str]]  # figure -> how its median is written
 
 
 class Span(NamedTuple):
@@ -56,16 +57,16 @@ def draw_sizes(rows: list[Row]) -> bytes | None:
 
     Points that ran out of memory are crosses at their size, above all others. None if nothing has several sizes.
     """
-    panels = {
-        panel: mine for panel, mine in _panels(rows, by_size=False).items() if len({row["imgsz"] for row in mine}) > 1
-    }
+    found = _panels(rows, by_size=False)
+    panels = {panel: mine for panel, mine in found.items() if len({row["imgsz"] for row in mine}) > 1}
     if not panels:
         return None
     figure = new_figure(12, 0.9 + 4 * len(panels))
     grid = figure.subplots(len(panels), 2, squeeze=False)
     for (panel, mine), axes in zip(panels.items(), grid, strict=True):
         time, unit = _time_figure(mine)
-        _sizes(axes[0], mine, time, f"{_subject(panel)}, {unit}")
+        subject = {"step": "training step", "predict": "prediction"}.get(panel.command, panel.command)
+        _sizes(axes[0], mine, time, f"{subject}, {unit}")
         _sizes(axes[1], mine, "peak_gib", "peak memory, GiB")
         axes[0].set_title(panel.title, loc="left", fontsize=11)
         axes[1].legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
@@ -84,8 +85,7 @@ def draw_waterfall(rows: list[Row]) -> bytes | None:
     figure, axes = _stacked(panels)
     for axis, (panel, mine) in zip(axes, panels.items(), strict=True):
         time, unit = _time_figure(mine)
-        arms = _arms(mine)
-        spans = {arm: _span(mine, arm, time) for arm in arms}
+        spans = {arm: _span(mine, arm, time) for arm in _arms(mine)}
         longest = max(span.high for span in spans.values() if span)
         before: float | None = None
         for place, (arm, span) in enumerate(spans.items()):
@@ -102,7 +102,7 @@ def draw_waterfall(rows: list[Row]) -> bytes | None:
                 text += f"  ({_signed(-saved, '.1f')} ms, {_signed(-100 * saved / before, '.0f')} %)"
             _label(axis, max(span.median, before or 0) + 0.012 * longest, place, text)
             before = span.median
-        names = [TECHNIQUES.get(arm, arm) for arm in arms]
+        names = [TECHNIQUES.get(arm, arm) for arm in spans]
         names[0] = names[0].removeprefix("+ ")
         _horizontal(axis, panel, names, 1.42 * longest)
         axis.set_xlabel(f"training step, {unit}; in brackets, against the bar above")
@@ -114,32 +114,13 @@ def draw_predict(rows: list[Row]) -> bytes | None:
 
     None if no prediction was measured.
     """
-    panels = _panels([row for row in rows if row["command"] == "predict"])
-    if not panels:
-        return None
-    figure, axes = _stacked(panels)
-    for axis, (panel, mine) in zip(axes, panels.items(), strict=True):
-        arms = _arms(mine)
-        walls = {arm: _span(mine, arm, "wall_ms") for arm in arms}
-        longest = max(span.high for span in walls.values() if span)
-        for place, (arm, wall) in enumerate(walls.items()):
-            if wall is None:
-                _label(axis, 0.01 * longest, place, _error(mine, arm), color="#b00000")
-                continue
-            color, kernels = COLORS.get(arm, "#009e73"), _span(mine, arm, "kernel_ms")
-            axis.barh(place, wall.median, height=0.62, color=color, alpha=0.35 if kernels else 1, zorder=2)
-            axis.plot([wall.low, wall.high], [place, place], color="black", linewidth=1, zorder=3)
-            text = f"{wall.median:.2f} ms"
-            if kernels:
-                axis.barh(place, kernels.median, height=0.62, color=color, zorder=2)
-                text += f", GPU {kernels.median:.2f} ms"
-            if speed := _span(mine, arm, "images_per_second"):
-                text += f", {speed.median:,.0f} images/s" if speed.median >= 10 else f", {speed.median:.1f} images/s"
-            _label(axis, wall.high + 0.012 * longest, place, text)
-        _horizontal(axis, panel, arms, 1.62 * longest)
-        on_gpu = any(row["kernel_ms"] is not None for row in mine)
-        axis.set_xlabel("prediction, ms: wall (light), kernels on the GPU (full)" if on_gpu else "prediction, wall ms")
-    return _with_heading(figure, panels)
+    texts: _Texts = {
+        "wall_ms": lambda ms: f"{ms:.2f} ms",
+        "kernel_ms": lambda ms: f"GPU {ms:.2f} ms",
+        "images_per_second": lambda speed: f"{speed:,.0f} images/s" if speed >= 10 else f"{speed:.1f} images/s",
+    }
+    labels = "prediction, ms: wall (light), kernels on the GPU (full)", "prediction, wall ms"
+    return _nested_bars(rows, "predict", texts, labels, first=TECHNIQUES)
 
 
 def draw_train(rows: list[Row]) -> bytes | None:
@@ -147,34 +128,15 @@ def draw_train(rows: list[Row]) -> bytes | None:
 
     None if no training was measured.
     """
-    panels = _panels([row for row in rows if row["command"] == "train"], figure="iteration_ms")
-    if not panels:
-        return None
-    figure, axes = _stacked(panels)
-    for axis, (panel, mine) in zip(axes, panels.items(), strict=True):
-        arms = list(dict.fromkeys(row["arm"] for row in mine))
-        spans = {arm: _span(mine, arm, "iteration_ms") for arm in arms}
-        longest = max(span.high for span in spans.values() if span)
-        for place, (arm, span) in enumerate(spans.items()):
-            if span is None:
-                _label(axis, 0.01 * longest, place, _error(mine, arm), color="#b00000")
-                continue
-            color, alone = COLORS.get(arm, "#009e73"), _span(mine, arm, "without_loader_ms")
-            axis.barh(place, span.median, height=0.62, color=color, alpha=0.35 if alone else 1, zorder=2)
-            axis.plot([span.low, span.high], [place, place], color="black", linewidth=1, zorder=3)
-            text = f"{span.median:.1f} ms"
-            if alone:
-                axis.barh(place, min(alone.median, span.median), height=0.62, color=color, zorder=2)
-                text += f", {alone.median:.1f} without the loader"
-            if memory := _span(mine, arm, "peak_gib"):
-                text += f", {memory.median:.1f} GiB"
-            _label(axis, span.high + 0.012 * longest, place, text)
-        _horizontal(axis, panel, arms, 1.62 * longest)
-        axis.set_xlabel("iteration of a training, ms: with the data loader (light), without it (full)")
-    return _with_heading(figure, panels)
+    texts: _Texts = {
+        "iteration_ms": lambda ms: f"{ms:.1f} ms",
+        "without_loader_ms": lambda ms: f"{ms:.1f} without the loader",
+        "peak_gib": lambda memory: f"{memory:.1f} GiB",
+    }
+    label = "iteration of a training, ms: with the data loader (light), without it (full)"
+    return _nested_bars(rows, "train", texts, (label, label), first=())
 
 
-# Rows -----------------------------------------------------------------------------------------------------------------
 def _panels(rows: list[Row], by_size: bool = True, figure: str = "wall_ms") -> dict[Panel, list[Row]]:
     """The rows of each panel, of those with something measured in the column `figure`."""
     panels: dict[Panel, list[Row]] = {}
@@ -184,10 +146,10 @@ def _panels(rows: list[Row], by_size: bool = True, figure: str = "wall_ms") -> d
     return {panel: mine for panel, mine in panels.items() if any(row[figure] is not None for row in mine)}
 
 
-def _arms(rows: Iterable[Row]) -> list[str]:
+def _arms(rows: list[Row], first: Iterable[str] = TECHNIQUES) -> list[str]:
     """The techniques in their order, then all others in that of the file."""
-    found = dict.fromkeys(row["arm"] for row in rows)
-    return [*(arm for arm in TECHNIQUES if arm in found), *(arm for arm in found if arm not in TECHNIQUES)]
+    found = [row["arm"] for row in rows]
+    return list(dict.fromkeys([*(arm for arm in first if arm in found), *found]))
 
 
 def _span(rows: list[Row], arm: str, figure: str) -> Span | None:
@@ -214,11 +176,6 @@ def _signed(change: float, digits: str) -> str:
     return text.replace("-", "\N{MINUS SIGN}") if float(text) else text[1:]
 
 
-def _subject(panel: Panel) -> str:
-    return {"step": "training step", "predict": "prediction"}.get(panel.command, panel.command)
-
-
-# Drawing --------------------------------------------------------------------------------------------------------------
 def _sizes(axis: Any, rows: list[Row], figure: str, label: str) -> None:
     """One figure against the image size, a line for each arm."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
@@ -241,8 +198,8 @@ def _sizes(axis: Any, rows: list[Row], figure: str, label: str) -> None:
         )
         for size, span in spans.items():
             axis.plot([size, size], [span.low, span.high], color=color, linewidth=1, zorder=2)
-        lost = [size for size, mine in at_size.items() if _error(mine, arm).startswith(_OUT_OF_MEMORY)]
-        if lost := [size for size in lost if size not in spans]:
+        without = [size for size in sizes if size not in spans]
+        if lost := [size for size in without if _error(at_size[size], arm).startswith(_OUT_OF_MEMORY)]:
             frame = axis.get_xaxis_transform()
             axis.plot(lost, [top] * len(lost), "x", color=color, markersize=9, markeredgewidth=2.2, transform=frame)
             beside = places[sizes.index(lost[0])] > 0.5  # else there is no room to its left
@@ -271,9 +228,41 @@ def _sizes(axis: Any, rows: list[Row], figure: str, label: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def _nested_bars(
+    rows: list[Row], command: str, texts: _Texts, labels: tuple[str, str], first: Iterable[str]
+) -> bytes | None:
+    """A PNG with a bar for each arm, those of `first` above all others, by the first figure of `texts`.
+
+    The second figure is a bar within it; without any, the second of the labels is that of the axis.
+    """
+    whole, part = list(texts)[:2]
+    panels = _panels([row for row in rows if row["command"] == command], figure=whole)
+    if not panels:
+        return None
+    figure, axes = _stacked(panels)
+    for axis, (panel, mine) in zip(axes, panels.items(), strict=True):
+        arms = _arms(mine, first)
+        longest = max(span.high for arm in arms if (span := _span(mine, arm, whole)))
+        for place, arm in enumerate(arms):
+            spans = {name: span for name in texts if (span := _span(mine, arm, name))}
+            if whole not in spans:
+                _label(axis, 0.01 * longest, place, _error(mine, arm), color="#b00000")
+                continue
+            color, (median, low, high) = COLORS.get(arm, "#009e73"), spans[whole]
+            axis.barh(place, median, height=0.62, color=color, alpha=0.35 if part in spans else 1, zorder=2)
+            axis.plot([low, high], [place, place], color="black", linewidth=1, zorder=3)
+            if part in spans:
+                axis.barh(place, min(spans[part].median, median), height=0.62, color=color, zorder=2)
+            text = ", ".join(texts[name](span.median) for name, span in spans.items())
+            _label(axis, high + 0.012 * longest, place, text)
+        _horizontal(axis, panel, arms, 1.62 * longest)
+        axis.set_xlabel(labels[all(row[part] is None for row in mine)])
+    return _with_heading(figure, panels)
+
+
 def _stacked(panels: dict[Panel, list[Row]]) -> tuple[Any, Any]:
     """A figure with panels below each other, each as high as its arms need."""
-    arms = [len(_arms(mine)) for mine in panels.values()]
+    arms = [len({row["arm"] for row in mine}) for mine in panels.values()]
     figure = new_figure(9, 0.7 + sum(0.95 + 0.46 * number for number in arms))
     axes = figure.subplots(len(arms), 1, squeeze=False, height_ratios=[0.8 + 0.46 * number for number in arms])
     return figure, axes[:, 0]

@@ -27,11 +27,7 @@ class PlotJob:
     folder: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse to draw nothing.
-
-        Raises:
-            ValueError: There is no file.
-        """
+        """Refuse to draw nothing, as a ValueError."""
         if not self.files:
             raise ValueError("name the CSV files to draw, of bench step, predict, train or op: bench plot step.csv")
 
@@ -90,7 +86,5 @@ def _read(file: Path, samples: list[Row], trainings: list[Row], op: list[Row]) -
                 return
     except ValueError as error:
         raise ValueError(f"{file}: {error}.") from error
-    missing = [name for name in rounds.COLUMNS if name not in found]
-    raise ValueError(
-        f"{file} is no CSV file of bench step, predict, train or op: it lacks the columns {', '.join(missing)}."
-    )
+    missing = ", ".join(name for name in rounds.COLUMNS if name not in found)
+    raise ValueError(f"{file} is no CSV file of bench step, predict, train or op: it lacks the columns {missing}.")

@@ -51,10 +51,7 @@ class PredictJob(TimedJob):
 
 
 def bench_predict(job: PredictJob) -> list[dict[str, Any]]:
-    """Measure all arms in turns, as `bench` does.
-
-    Returns:
-        For each size the job, the machine and, for each arm, the samples of every round.
+    """Measure all arms in turns; the results are those of `bench`.
 
     Raises:
         OSError: A file cannot be written, or the model is not there.
@@ -78,11 +75,10 @@ def _arms_that_run(job: PredictJob, machine: Machine) -> tuple[str, ...]:
             raise ValueError(f"{job.model} has no attention layer that the plugin knows: every arm would run stock.")
         for name, sizes in refused.items():
             sizes += [reasons for row in rows if (reasons := "; ".join(row.decision.refused.get(name, ())))][:1]
-    able = [name for name, sizes in refused.items() if len(sizes) < len(job.imgsz)]
-    for name, sizes in refused.items():
-        if name not in able:
-            LOGGER.info(f"bench predict: without {name}: {sizes[0]}")
-    return (UNPATCHED, *(name for name in able if name != "stock"), "auto")  # stock is what unpatched runs
+    unable = {name: sizes[0] for name, sizes in refused.items() if len(sizes) == len(job.imgsz)}
+    for name, reason in unable.items():
+        LOGGER.info(f"bench predict: without {name}: {reason}")
+    return (UNPATCHED, *(name for name in BACKENDS if name not in ("stock", *unable)), "auto")  # stock is unpatched
 
 
 class Prediction:
@@ -96,12 +92,11 @@ class Prediction:
             patch_modules(model, FlashConfig(backend="auto" if arm == GRAPHS else arm))
         half: dict[str, Any] = {"quantize": 16} if "quantize" in DEFAULT_CFG_DICT else {"half": True}
         predictor = BasePredictor(overrides={"verbose": False} | (half if job.amp == "fp16" else {}))
-        device = job.torch_device()
+        self.device = device = job.torch_device()
         predictor.args.device = device if device.type == "cuda" else "cpu"  # a string sets the threads, as predict does
         predictor.setup_model(model, verbose=False)
         self.network: Any = predictor.model
         self.graphs = PredictGraphs() if arm == GRAPHS else None
-        self.device = device
 
     def parts(self, imgsz: int, batch: int) -> dict[str, Callable[[], None]]:
         """The forward on random images, laid out as the predictor hands them over."""

@@ -66,19 +66,14 @@ class BaseJob:
     at_least: ClassVar[dict[str, int]] = {"batch": 1, "rounds": 1}
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured before a process is started.
-
-        Raises:
-            ValueError: An arm or a precision that does not exist, too low a number, or several sizes for one JSON file.
-        """
+        """Refuse what cannot be measured, as a ValueError, before a process is started."""
         for arm in self.arms:
             self.check_arm(arm)
+        *others, last = self.precisions
         if self.amp not in self.precisions:
-            raise ValueError(
-                f"amp must be {', '.join(self.precisions[:-1])} or {self.precisions[-1]}, found {self.amp!r}."
-            )
-        counts = [("imgsz", side, 1) for side in self.imgsz]
-        for name, value, least in [*counts, *((name, getattr(self, name), n) for name, n in self.at_least.items())]:
+            raise ValueError(f"amp must be {', '.join(others)} or {last}, found {self.amp!r}.")
+        counts = [(name, getattr(self, name), least) for name, least in self.at_least.items()]
+        for name, value, least in [*(("imgsz", side, 1) for side in self.imgsz), *counts]:
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, found {value!r}.")
         if not self.imgsz:
@@ -87,11 +82,7 @@ class BaseJob:
             raise ValueError(f"json= holds one size, imgsz= names {len(self.imgsz)}: csv= holds them all.")
 
     def check_arm(self, arm: str) -> None:
-        """Refuse an arm that does not exist.
-
-        Raises:
-            ValueError: It does not, with the nearest valid name.
-        """
+        """Refuse an arm that does not exist by a ValueError with the nearest valid name."""
         if arm not in self.stock_arms:
             check_name(arm)
 
@@ -114,11 +105,7 @@ class TimedJob(BaseJob):
     at_least: ClassVar[dict[str, int]] = {"batch": 1, "rounds": 1, "steps": 1}
 
     def check_arm(self, arm: str) -> None:
-        """As in `BaseJob`; `graphs` is no backend, and needs a GPU.
-
-        Raises:
-            ValueError: The arm does not exist, or there is no GPU.
-        """
+        """As in `BaseJob`; `graphs` is no backend, and needs a GPU."""
         if arm != GRAPHS:
             super().check_arm(arm)
         elif self.torch_device().type != "cuda":
@@ -132,7 +119,6 @@ class Subject(Protocol):
         """What is measured, on random images: name of its GPU time -> call. The last is the whole."""
 
 
-# In the parent --------------------------------------------------------------------------------------------------------
 def one_round(job: BaseJob, imgsz: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every arm once, each in a process of its own: they get ready side by side, and then measure one at a time.
 
@@ -160,12 +146,7 @@ def start(job: BaseJob, imgsz: int, arm: str) -> subprocess.Popen[str]:
 
 
 def answer_of(process: subprocess.Popen[str], before: list[str]) -> dict[str, Any]:
-    """Let a process measure; its figures or its `error`.
-
-    Args:
-        process: Of `start`.
-        before: What the process wrote until it was ready, see `until_ready`.
-    """
+    """Let a process of `start` measure, which wrote `before` until it was ready; its figures or its `error`."""
     lines = before + process.communicate(_GO)[0].splitlines()
     answers = [line for line in lines if line.startswith("{")]
     if not process.returncode and answers:
@@ -184,7 +165,6 @@ def until_ready(process: subprocess.Popen[str]) -> list[str]:
     return lines
 
 
-# In the fresh process -------------------------------------------------------------------------------------------------
 AnyJob = TypeVar("AnyJob", bound=BaseJob)
 CallsJob = TypeVar("CallsJob", bound=TimedJob)
 
@@ -228,12 +208,7 @@ def take_turn(
 
 
 def _measure(subject: Subject, job: TimedJob, imgsz: int, device: torch.device) -> dict[str, Any]:
-    """Measure one arm in this process.
-
-    Returns:
-        Milliseconds of GPU kernels of each part, None on a CPU; of the whole, milliseconds on the clock (`wall_ms`,
-        median), what that is in images (`images_per_second`) and peak memory (`peak_gib`).
-    """
+    """Milliseconds of GPU kernels of each part, None on a CPU; of the whole, wall time, speed and peak memory."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
@@ -245,12 +220,8 @@ def _measure(subject: Subject, job: TimedJob, imgsz: int, device: torch.device) 
     wall = statistics.median(clock_ms(whole, device) for _ in range(job.steps))
     peak = peak_memory_gib(device)[0]
     kernels = _kernel_ms(list(parts.values())) if on_gpu else [None] * len(parts)
-    return {
-        **dict(zip(parts, kernels, strict=True)),
-        "wall_ms": wall,
-        "images_per_second": job.batch / wall * 1e3,
-        "peak_gib": peak,
-    }
+    figures = {"wall_ms": wall, "images_per_second": job.batch / wall * 1e3, "peak_gib": peak}
+    return dict(zip(parts, kernels, strict=True)) | figures
 
 
 def _kernel_ms(parts: list[Callable[[], None]], calls: int = 4) -> list[float]:
@@ -265,11 +236,8 @@ def _kernel_ms(parts: list[Callable[[], None]], calls: int = 4) -> list[float]:
                 part()
             torch.cuda.synchronize()
             time.sleep(0.5)
-    kernels = sorted(
-        (event.time_range.start, event.time_range.end)
-        for event in profiler.events() or []
-        if event.device_type == DeviceType.CUDA
-    )
+    on_gpu = [event.time_range for event in profiler.events() or [] if event.device_type == DeviceType.CUDA]
+    kernels = sorted((span.start, span.end) for span in on_gpu)
     pauses = [after[0] - before[1] for before, after in pairwise(kernels)]
     cuts = sorted(sorted(range(len(pauses)), key=pauses.__getitem__)[len(pauses) - (len(parts) - 1) :])
     bounds = [0, *(cut + 1 for cut in cuts), len(kernels)]

@@ -49,22 +49,17 @@ def bench(job: BaseJob) -> list[dict[str, Any]]:
         for number in range(1, job.rounds + 1)
         for turn in one_round(job, imgsz)
     )
-    sizes = ",".join(map(str, job.imgsz))
-    for imgsz, number, arm, answer in TQDM(
-        turns, f"bench {job.command} {job.model} imgsz={sizes} batch={job.batch}", total
-    ):
+    told = f"bench {job.command} {job.model} imgsz={','.join(map(str, job.imgsz))} batch={job.batch}"
+    for imgsz, number, arm, answer in TQDM(turns, told, total):
         machine = answer.pop("machine", machine)
-        if imgsz not in results:
-            arms: dict[str, Any] = {arm: {"samples": [], "median": {}} for arm in job.arms}
-            described = dataclasses.asdict(job) | {"imgsz": imgsz}
-            results[imgsz] = {"yolo_flash": __version__, "job": described, "machine": {}, "arms": arms}
-        size = results[imgsz]
+        described = dataclasses.asdict(job) | {"imgsz": imgsz}
+        arms: dict[str, Any] = {arm: {"samples": [], "median": {}} for arm in job.arms}
+        size = results.setdefault(imgsz, {"yolo_flash": __version__, "job": described, "machine": {}, "arms": arms})
         size["machine"] = machine
-        samples = size["arms"][arm]["samples"]
-        samples.append(answer)
-        size["arms"][arm]["median"] = summary(samples)
-        sample = {"imgsz": imgsz, "batch": job.batch, "arm": arm, "round": number}
-        row = dataclasses.asdict(job) | {"command": job.command} | sample | answer
+        mine = size["arms"][arm]
+        mine["samples"].append(answer)
+        mine["median"] = summary(mine["samples"])
+        row = described | {"command": job.command, "arm": arm, "round": number} | answer
         rows.append({name: value for name, value in row.items() if name in columns})
         # After each process: a borrowed GPU may be taken away.
         if job.csv:
@@ -79,13 +74,12 @@ def bench(job: BaseJob) -> list[dict[str, Any]]:
 
 def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Figure -> median, lowest and highest over the rounds; or the error of an arm that failed."""
-    failed = [sample["error"] for sample in samples if "error" in sample]
-    if failed:
+    if failed := [sample["error"] for sample in samples if "error" in sample]:
         return {"error": failed[0]}
     figures: dict[str, Any] = {}
     for name in samples[0] if samples else ():
-        values = [sample[name] for sample in samples if isinstance(sample[name], (int, float))]  # not those of epochs
-        if values:
+        # Not the lists of all epochs.
+        if values := [sample[name] for sample in samples if isinstance(sample[name], (int, float))]:
             figures[name] = {"median": statistics.median(values), "low": min(values), "high": max(values)}
     return figures
 

@@ -54,11 +54,7 @@ class StepJob(TimedJob):
     }
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured.
-
-        Raises:
-            ValueError: As in `TimedJob`, or there is no arm.
-        """
+        """As in `TimedJob`; there must be an arm."""
         super().__post_init__()
         if not self.arms:
             raise ValueError(f"arms must name at least one of {', '.join(self.stock_arms)}, auto or a backend.")
@@ -68,11 +64,7 @@ class Step:
     """A training step of one arm, for batches of any size."""
 
     def __init__(self, job: StepJob, arm: str) -> None:
-        """Build the network, patched unless the arm is a stock one, on the device, with optimizer and EMA.
-
-        Raises:
-            ValueError: The model has another task than detection.
-        """
+        """Build the network, patched unless the arm is a stock one, on the device, with optimizer and EMA."""
         self.device = job.torch_device()
         self.on_gpu = self.device.type == "cuda"
         init_seeds(0, deterministic=False)
@@ -102,8 +94,7 @@ class Step:
         images = _random_batch(batch, imgsz, self.device)
         return {"network_kernel_ms": partial(self.network, images), "kernel_ms": partial(self.whole, images)}
 
-    def forward_to_backward(self, batch: dict[str, Any]) -> None:
-        """Forward, loss and backward of a batch."""
+    def _forward_to_backward(self, batch: dict[str, Any]) -> None:
         amp = self.on_gpu and self.dtype is not torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=amp):
             if self.replays:
@@ -127,12 +118,12 @@ class Step:
 
     def network(self, batch: dict[str, Any]) -> None:
         """Forward, loss and backward; the gradients are dropped."""
-        self.forward_to_backward(batch)
+        self._forward_to_backward(batch)
         self.optimizer.zero_grad()
 
     def whole(self, batch: dict[str, Any]) -> None:
         """All that the trainer does with a batch."""
-        self.forward_to_backward(batch)
+        self._forward_to_backward(batch)
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=10.0)
         self.scaler.step(self.optimizer)

@@ -83,11 +83,7 @@ class TrainJob(BaseJob):
     at_least: ClassVar[dict[str, int]] = {"batch": 1, "rounds": 1, "epochs": WARMUP_EPOCHS + 1, "workers": 0, "seed": 0}
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured.
-
-        Raises:
-            ValueError: As in `BaseJob`, several GPUs, or a mosaic or cache that Ultralytics does not know.
-        """
+        """As in `BaseJob`; one GPU, and a mosaic and cache that Ultralytics knows."""
         super().__post_init__()
         if self.device not in ("", "cpu") and not self.device.isdigit():
             raise ValueError(f"device must be cpu or the index of one GPU, found {self.device!r}.")
@@ -97,20 +93,13 @@ class TrainJob(BaseJob):
             raise ValueError(f"cache must be ram, disk or False, found {self.cache!r}.")
 
     def check_arm(self, arm: str) -> None:
-        """Refuse an arm that does not exist.
-
-        Raises:
-            ValueError: It does not, with the nearest valid name.
-        """
+        """As in `BaseJob`, among `TRAIN_ARMS`."""
         if arm not in TRAIN_ARMS:
             raise ValueError(f"there is no arm {arm!r}.{did_you_mean(arm, TRAIN_ARMS)}")
 
 
 def bench_train(job: TrainJob) -> list[dict[str, Any]]:
-    """Measure all arms in turns, as `bench` does.
-
-    Returns:
-        For each size the job, the machine and, for each arm, the samples of every round.
+    """Measure all arms in turns; the results are those of `bench`.
 
     Raises:
         OSError: A file cannot be written, or the data set is not there.
@@ -133,31 +122,21 @@ class Clocks:
     def __init__(self, job: TrainJob) -> None:
         """Follow a training of this job."""
         self.epochs: list[dict[str, float]] = []
-        self._batch = job.batch
-        self._amp = job.amp
-        self._with_loader = job.epochs
+        self._job = job
         self._device = job.torch_device()
         self._starts: list[float] = []
         self._ends: list[float] = []
 
     def on_train_start(self, trainer: Any) -> None:
-        """Refuse another precision than that of the job.
-
-        Raises:
-            ValueError: Ultralytics has found that this GPU cannot train with AMP.
-        """
-        if self._device.type == "cuda" and trainer.amp != (self._amp != "fp32"):
-            raise ValueError(f"Ultralytics does not train in {self._amp} on this GPU: measure with amp=fp32.")
+        """Refuse a GPU that Ultralytics has found unable to train with AMP, if the job wants that."""
+        if self._device.type == "cuda" and trainer.amp != (self._job.amp != "fp32"):
+            raise ValueError(f"Ultralytics does not train in {self._job.amp} on this GPU: measure with amp=fp32.")
 
     def on_train_epoch_start(self, trainer: Any) -> None:
-        """Begin an epoch.
-
-        Raises:
-            OutOfMemoryError: Ultralytics has halved the batch, and begins the epoch again.
-        """
-        if trainer.batch_size != self._batch:
+        """Begin an epoch."""
+        if trainer.batch_size != self._job.batch:  # halved by Ultralytics, which begins the epoch again
             raise torch.OutOfMemoryError
-        if len(self.epochs) == self._with_loader:
+        if len(self.epochs) == self._job.epochs:
             trainer.train_loader = InMemory(trainer.train_loader)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -203,10 +182,10 @@ class Clocks:
             memory. As lists of all epochs, `losses` with the loader, `epoch_iteration_ms` and
             `epoch_without_loader_ms`.
         """
-        epochs, from_memory = self.epochs[: self._with_loader], self.epochs[self._with_loader :]
+        epochs = self.epochs[: self._job.epochs]
         kept = epochs[WARMUP_EPOCHS:]
         times = ("iteration_ms", "wait_ms", "images_per_second")
-        without_loader = [epoch["iteration_ms"] for epoch in from_memory]
+        without_loader = [epoch["iteration_ms"] for epoch in self.epochs[len(epochs) :]]
         return {
             **{name: statistics.median(epoch[name] for epoch in kept) for name in times},
             **{name: max(epoch[name] for epoch in kept) for name in ("peak_gib", "reserved_gib", "iterations")},
@@ -250,8 +229,7 @@ def get_ready(job: TrainJob, arm: str) -> Callable[[int], dict[str, Any]]:
     data = offline.training_data(job.data)
     # The check of AMP runs these weights, of stock arms too; without them it would ask the network for minutes.
     hopeless = offline.missing_asset("yolo26n.pt") and not offline.can_download()
-    device = job.torch_device()
-    torch.zeros(1, device=device)  # loads CUDA
+    torch.zeros(1, device=job.torch_device())  # loads CUDA
 
     def measure(imgsz: int) -> dict[str, Any]:
         clocks = Clocks(job)
@@ -285,13 +263,9 @@ def train_arguments(job: TrainJob, arm: str) -> dict[str, Any]:
         "mosaic": float(job.mosaic),
         "close_mosaic": 0,  # epochs are alike
         "compile": arm == COMPILE,
-        "pretrained": False,
         "patience": 0,
-        "val": False,
-        "save": False,
-        "plots": False,
-        "verbose": False,
         "exist_ok": True,
+        **dict.fromkeys(("pretrained", "val", "save", "plots", "verbose"), False),
     }
 
 

@@ -38,8 +38,7 @@ def read(args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         if not arg.partition("=")[2].strip():  # no `=`; or nothing behind it, which Ultralytics explains
             words.append(arg)
             continue
-        key, value = parse_key_value_pair(arg)
-        values[key] = value
+        values.update([parse_key_value_pair(arg)])
     return values, words
 
 
@@ -58,14 +57,14 @@ def split_settings(args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     settings: dict[str, Any] = {}
     rest = []
     for arg in args:
-        name, equals, value = _bare(arg).lstrip("-").partition("=")
+        name, _, value = _bare(arg).lstrip("-").partition("=")
         if name.strip() == "flash":
             raise FlashConfigError(f"{arg} does not name a setting: flash.enabled=..., flash.backend=...")
         if not name.startswith("flash."):
             rest.append(arg)
             continue
         key = name.removeprefix("flash.").strip()
-        if not equals or not value.strip():
+        if not value.strip():
             raise FlashConfigError(f"{arg} needs a value: flash.{key or 'backend'}=...")
         settings[key] = parse_key_value_pair(f"{key}={value}")[1]
     return settings, rest

@@ -12,7 +12,7 @@ from ultralytics.utils.checks import collect_system_info
 
 from .._version import __version__
 from ..backends.registry import BACKENDS
-from ..backends.spec import AttentionSpec
+from ..backends.spec import AttentionSpec, Layout
 from ..dispatch.decision import select
 from ..machine import Machine, cudnn_release, detect, resolve_device
 from ..utils.log import log_disabled
@@ -49,21 +49,13 @@ def checks(device: str | int | None = None, as_json: bool = False) -> dict[str, 
 def typical_specs(machine: Machine) -> dict[str, AttentionSpec]:
     """Layers of YOLO12n, YOLO26n and RT-DETR's decoder, as they train at 640 with batch 16 on such a machine."""
     on_gpu = machine.kind in ("cuda", "rocm")
-    common: dict[str, Any] = {
-        "num_heads": 2,
-        "seq_len_q": 400,
-        "seq_len_k": 400,
-        "head_dim": 32,
-        "dtype": torch.float16 if on_gpu else torch.float32,
-        "layout": "nhwc" if on_gpu else "nchw",
-    }
-    tokens = {"seq_len_q": 500, "seq_len_k": 500}  # 300 queries, and 200 to denoise
-    return {
-        "YOLO12, area attention": AttentionSpec(batch=64, head_dim_v=32, **common),
-        "YOLO26, PSA": AttentionSpec(batch=16, head_dim_v=64, **common),
-        "RT-DETR, decoder": AttentionSpec(
-            batch=16, head_dim_v=32, mask=True, **{**common, "num_heads": 8, **tokens, "layout": "separate"}
-        ),
+    dtype = torch.float16 if on_gpu else torch.float32
+    layout: Layout = "nhwc" if on_gpu else "nchw"
+    return {  # batch, heads, tokens of queries and of keys, channels of a query and of a value
+        "YOLO12, area attention": AttentionSpec(64, 2, 400, 400, 32, 32, dtype, layout),
+        "YOLO26, PSA": AttentionSpec(16, 2, 400, 400, 32, 64, dtype, layout),
+        # 300 queries, and 200 to denoise
+        "RT-DETR, decoder": AttentionSpec(16, 8, 500, 500, 32, 32, dtype, "separate", mask=True),
     }
 
 
@@ -89,8 +81,7 @@ def _text(facts: dict[str, Any], machine: Machine) -> str:
     for name, verdicts in facts["backends"].items():
         lines += ["", f"{name}: {verdicts['spec']}"]
         for backend in BACKENDS:
-            verdict = verdicts[backend]
-            text = verdict if isinstance(verdict, str) else "; ".join(verdict)
+            text = "ready" if verdicts[backend] == "ready" else "; ".join(verdicts[backend])
             chosen = f"  <- auto: {verdicts['why']}" if backend == verdicts["auto"] else ""
             lines.append(f"  {backend:<15}{text}{chosen}")
     return "\n".join(lines)

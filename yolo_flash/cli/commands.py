@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ultralytics.utils import LOGGER
@@ -15,11 +15,20 @@ from .arguments import UsageError, merge, read, refuse_missing, split_settings
 from .checks import checks
 
 
-def _check_counts(command: str, values: dict[str, Any]) -> None:
+def _read_run(
+    command: str, args: Iterable[str], keys: tuple[str, ...], takes: str, modes: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Settings, values and words of a command about a run; `takes` names what it takes besides its keys."""
+    settings, rest = split_settings(merge(args))
+    values, words = read(rest)
+    if unknown := [word for word in words if word not in modes] + [key for key in values if key not in keys]:
+        named = ", ".join(f"{key}=..." for key in keys)
+        raise UsageError(f"{command} takes {named}, {takes} found {', '.join(unknown)}.")
     for key in ("imgsz", "batch"):
         value = values.get(key, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UsageError(f"{command}: {key} must be a whole number of at least 1, found {value!r}.")
+    return settings, values, words
 
 
 def run_checks(args: list[str]) -> None:
@@ -27,39 +36,29 @@ def run_checks(args: list[str]) -> None:
     values, words = read(merge(arg for arg in args if arg not in ("--json", "--clear-cache")))
     if unknown := words + [key for key in values if key != "device"]:
         raise UsageError(f"checks takes device=..., --json and --clear-cache, found {', '.join(unknown)}.")
-    if "--clear-cache" in args:
-        _clear_cache()
-        return
+    clear = "--clear-cache" in args
+    mistake: type[Exception] = OSError if clear else ValueError
     try:
-        checks(values.get("device"), as_json="--json" in args)
-    except ValueError as error:
-        raise UsageError(f"checks: {error}") from error
-
-
-def _clear_cache() -> None:
-    try:
-        count = trial_cache.clear()
-    except OSError as error:
-        raise UsageError(f"checks --clear-cache: {error}") from error
-    LOGGER.info(f"yolo-flash: {count} measurements forgotten ({trial_cache.folder()})")
+        if clear:
+            LOGGER.info(f"yolo-flash: {trial_cache.clear()} measurements forgotten ({trial_cache.folder()})")
+        else:
+            checks(values.get("device"), as_json="--json" in args)
+    except mistake as error:
+        raise UsageError(f"checks{' --clear-cache' if clear else ''}: {error}") from error
 
 
 def run_plan(args: list[str]) -> None:
     """What a run would use, without running it."""
     from .plan import show_plan
 
-    settings, rest = split_settings(merge(arg for arg in args if arg not in ("--json", "--fit")))
-    values, words = read(rest)
-    keys = ("model", "imgsz", "batch", "device", "amp")
-    if unknown := [word for word in words if word not in ("train", "val")] + [key for key in values if key not in keys]:
-        takes = ", ".join(f"{key}=..." for key in keys)
-        raise UsageError(f"plan takes {takes}, flash.*, train or val, --fit and --json; found {', '.join(unknown)}.")
-    _check_counts("plan", values)
+    keys, modes = ("model", "imgsz", "batch", "device", "amp"), ("train", "val")
+    rest = (arg for arg in args if arg not in ("--json", "--fit"))
+    settings, values, words = _read_run("plan", rest, keys, "flash.*, train or val, --fit and --json;", modes)
     model = str(values.pop("model", "yolo12n.yaml"))
     refuse_missing(model, f"model={model}", "train")
     flags = {"as_json": "--json" in args, "fit": "--fit" in args}
     try:
-        show_plan(model, {"cli": settings}, tuple(words) or ("train", "val"), **flags, **values)
+        show_plan(model, {"cli": settings}, tuple(words) or modes, **flags, **values)
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"plan: {error}") from error
 
@@ -68,13 +67,9 @@ def run_verify(args: list[str]) -> None:
     """Ours against stock; exit status 1 where something is off."""
     from ..verification.verify import verify_from_sources
 
-    settings, rest = split_settings(merge(arg for arg in args if arg != "--json"))
-    values, words = read(rest)
     keys = ("model", "source", "imgsz", "batch", "device", "amp", "all")
-    if unknown := words + [key for key in values if key not in keys]:
-        takes = ", ".join(f"{key}=..." for key in keys)
-        raise UsageError(f"verify takes {takes}, flash.* and --json; found {', '.join(unknown)}.")
-    _check_counts("verify", values)
+    rest = (arg for arg in args if arg != "--json")
+    settings, values, _ = _read_run("verify", rest, keys, "flash.* and --json;")
     if not isinstance(values.setdefault("all", False), bool):
         raise UsageError(f"verify: all must be true or false, found {values['all']!r}.")
     values["every"] = values.pop("all")
@@ -108,9 +103,9 @@ def run_bench(args: list[str]) -> None:
         "op": (OpJob, bench_op),
         "plot": (PlotJob, bench_plot),
     }
-    if not args or args[0] not in benches:
-        raise UsageError(f"bench takes one of {', '.join(benches)}. Found {args[0] if args else 'nothing'}.")
-    what = args[0]
+    what = args[0] if args else "nothing"
+    if what not in benches:
+        raise UsageError(f"bench takes one of {', '.join(benches)}. Found {what}.")
     make_job, run = benches[what]
     values, words = read(merge(args[1:]))
     if make_job is PlotJob:
@@ -129,11 +124,7 @@ def run_bench(args: list[str]) -> None:
     if "model" in values:
         refuse_missing(values["model"], f"model={values['model']}", None)
     try:
-        job = make_job(**values)
-    except ValueError as error:
-        raise UsageError(f"bench {what}: {error}") from error
-    try:
-        results = run(job)
+        results = run(make_job(**values))
     except (OSError, ValueError) as error:  # a file that cannot be read or written, or that holds something else
         raise UsageError(f"bench {what}: {error}") from error
     if reason := _why_nothing_was_measured(results):
@@ -141,14 +132,10 @@ def run_bench(args: list[str]) -> None:
 
 
 def _why_nothing_was_measured(results: Any) -> str:
-    """What the first arm said, where no arm of a bench gave a figure; else empty.
-
-    Args:
-        results: Of `bench`, an entry a size, or of `bench op`, rows.
-    """
+    """What the first arm said, where no arm of a bench gave a figure; else empty."""
     if not isinstance(results, list) or not results or not isinstance(results[0], dict):
         return ""  # of pictures
-    if "arms" in results[0]:
+    if "arms" in results[0]:  # of `bench`, an entry a size; else of `bench op`, rows
         reasons = [arm["median"].get("error", "") for size in results for arm in size["arms"].values()]
     else:
         reasons = [row["note"] if row["us"] is None else "" for row in results]

@@ -58,7 +58,8 @@ def show_plan(
         machine = detect(device)
         if fit and device.type != "cuda":
             raise ValueError(f"--fit measures on a GPU, the device is {machine}.")
-        precisions(run.get("amp", True), device.type == "cuda")  # a mistake is told before the model is built
+        amp = run.get("amp", True)
+        precisions(amp, device.type == "cuda")  # a mistake is told before the model is built
         opened = open_model(model)
         if not targets(opened.model):
             raise ValueError(
@@ -80,11 +81,10 @@ def show_plan(
             )
         batches = {}
         if fit:
-            amp = run.get("amp", True)
             batches = {arm: largest_batch(model, run["imgsz"], arm, device, amp) for arm in ("unpatched", "auto")}
-            memory_gib = f"{machine.memory_gib or 0:.0f} GiB"
             LOGGER.info(
-                f"largest training batch at {run['imgsz']} pixels in {memory_gib} with flash.graphs=off: stock "
+                f"largest training batch at {run['imgsz']} pixels in {machine.memory_gib or 0:.0f} GiB with "
+                f"flash.graphs=off: stock "
                 f"{batches['unpatched']}, with yolo-flash {batches['auto']}. CUDA graphs hold about as much again: "
                 f"with flash.graphs=auto, steps of up to about {batches['auto'] // 2} images can run from them, and "
                 f"larger ones run eager."

@@ -63,11 +63,13 @@ def choose_model(args: list[str]) -> list[str]:
         elif isinstance(DEFAULT_CFG_DICT.get(word), bool):  # `resume` is resume=True
             values[word] = True
     mode = values.get("mode") or DEFAULT_CFG_DICT["mode"]  # which is train
-    task, model, resume = values.get("task") or "detect", values.get("model"), values.get("resume")
+    task, resume = values.get("task") or "detect", values.get("resume")
     for key in ("model", "pretrained"):
         if isinstance(values.get(key), str):
             refuse_missing(values[key], f"{key}={values[key]}", values.get("mode"))
-    if model is not None or not args or not all(map(_is_yolo_word, words)):  # else settings, help, ..., or a mistake
+    if (
+        values.get("model") is not None or not args or not all(map(_is_yolo_word, words))
+    ):  # else settings, help, ..., or a mistake
         return args
     if mode == "train" and isinstance(resume, str) and Path(resume).suffix == ".pt":
         return choose_model([*args, f"model={resume}"])  # Ultralytics would load yolo26n.pt only to drop it

@@ -72,9 +72,8 @@ def prepare(
 ) -> Case:
     """Open the model, resolve the settings and load the images; raises as `verify` does."""
     if batch < 2:
-        raise ValueError(
-            f"batch must be at least 2, found {batch}: torch's BatchNorm is wrong on the CPU for one image."
-        )
+        why = "torch's BatchNorm is wrong on the CPU for one image"
+        raise ValueError(f"batch must be at least 2, found {batch}: {why}.")
     if device.type == "mps":
         raise ValueError("device=mps has no float64 to compare with, and runs stock attention anyway.")
     on_gpu = device.type == "cuda"
@@ -91,7 +90,6 @@ def prepare(
     config = _config_of(inner, sources)
     if not config.enabled:
         raise ValueError("flash.enabled=false, or YOLO_FLASH=0: stock runs, and there is nothing to verify.")
-    dispatcher, machine = Dispatcher(config), detect(device)
     stock: Any = copy.deepcopy(unwrap_model(inner))
     unpatch_modules(stock)
     stock.to(device, torch.float32)
@@ -104,7 +102,7 @@ def prepare(
         Mode("train", train_dtype, on_gpu, deterministic=bool(DEFAULT_CFG_DICT["deterministic"])),
         Mode("predict", predict_dtype, False),
     )
-    return Case(name, stock, fresh, images, found, config, dispatcher, machine, modes, every)
+    return Case(name, stock, fresh, images, found, config, Dispatcher(config), detect(device), modes, every)
 
 
 def _config_of(model: nn.Module, sources: Mapping[str, Any]) -> FlashConfig:

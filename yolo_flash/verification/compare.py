@@ -99,10 +99,8 @@ def compare(truth: Outputs, stock: Outputs, ours: Outputs, dtype: torch.dtype, p
         unit = 1.0
         if what.startswith("gradient") and float(wanted.norm()) < _NOTHING * largest:
             wanted, unit = torch.zeros_like(wanted), largest
-        error = relative_error(stock[what] / unit, wanted)
-        rows.append(
-            Comparison(what, relative_error(ours[what] / unit, wanted), error, allowed_error(error, dtype) + sums)
-        )
+        error, of_stock = (relative_error(outputs[what] / unit, wanted) for outputs in (ours, stock))
+        rows.append(Comparison(what, error, of_stock, allowed_error(of_stock, dtype) + sums))
     return rows
 
 
@@ -146,12 +144,12 @@ def run_block(block: nn.Module, given: Given, upstream: Tensor, mode: Mode, *, e
         if name == "qkv.conv.weight":
             _, _, dim, dim_v, _ = BLOCKS[twin.__class__].problem(twin, 1, 0) or (0, 0, 0, 0, 0)
             parts = parameter.grad.unflatten(0, (twin.num_heads, -1)).split((dim, dim, dim_v), dim=1)
-            results |= {f"gradient of {name} ({part})": grad for part, grad in zip("qkv", parts, strict=True)}
         elif name.startswith("in_proj_"):
             parts = parameter.grad.chunk(3)
-            results |= {f"gradient of {name} ({part})": grad for part, grad in zip("qkv", parts, strict=True)}
-        elif parameter.grad is not None:
-            results[f"gradient of {name}"] = parameter.grad
+        else:
+            results |= {f"gradient of {name}": parameter.grad} if parameter.grad is not None else {}
+            continue
+        results |= {f"gradient of {name} ({part})": grad for part, grad in zip("qkv", parts, strict=True)}
     return results
 
 
@@ -160,13 +158,8 @@ def run_model(model: nn.Module, images: Tensor, mode: Mode, *, exact: bool = Fal
 
     A training step here has a loss without labels, so that every image and task will do, and a smooth one: the loss of
     a detector assigns boxes to anchors, and rounding alone can change an assignment and with it the gradients. It is
-    half the squared distance of the outputs to fixed random numbers.
-
-    Args:
-        model: Stock or patched, with float32 weights; fused for prediction, as Ultralytics' predictor has it.
-        images: `[batch, channels, height, width]` in float32.
-        mode: How the model runs.
-        exact: In float64.
+    half the squared distance of the outputs to fixed random numbers. A model is given fused for prediction, as
+    Ultralytics' predictor has it, and the other arguments as to `run_block`.
 
     Returns:
         Every tensor of the output. In training also `loss` and `gradients`, those of all parameters in one vector. In

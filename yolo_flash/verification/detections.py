@@ -47,45 +47,32 @@ class Detections:
 def compare_detections(
     model: nn.Module, truth: Outputs, stock: Outputs, ours: Outputs, imgsz: int, dtype: torch.dtype
 ) -> Detections | None:
-    """Compare the detections of two models, by anchor: results of `run_model` in prediction.
+    """Compare the detections of two models, by anchor: results of `run_model` in prediction, as in `compare`.
 
     Rounding can carry a score over the threshold, or an overlap, so that one model keeps a detection that the other has
     as a candidate only: counts may differ. Candidates may differ by three times the largest error of stock, plus
     rounding: that far apart are two models of which one lies twice as far from the truth.
 
-    Args:
-        model: Either model, for its head.
-        truth: Outputs in float64.
-        stock: Of the stock model.
-        ours: Of the patched model.
-        imgsz: Side of the images in pixels.
-        dtype: What convolutions computed in.
-
     Returns:
-        None where the model is no detector of upright boxes, whose raw outputs have to do.
+        None where the model, either of them, is no detector of upright boxes: its raw outputs have to do.
     """
     head = head_of(model)
     if type(head) not in (Detect, v10Detect):
         return None
-    wanted, first, found = (_candidates(head, results) for results in (truth, stock, ours))
+    decoded = [results["outputs.0"].double() for results in (truth, stock, ours)]
+    # Boxes and scores of all anchors: `[batch, 4 + classes, anchors]`.
+    wanted, first, found = (out.mT if head.end2end else out for out in decoded)
     theirs, mine = _kept(head, first), _kept(head, found)
     score = box = 0.0
     for image, anchor, label in theirs | mine:
         difference = (found[image, :, anchor] - first[image, :, anchor]).abs()
         score, box = _larger(score, difference[4 + label]), _larger(box, difference[:4].max())
-    off = (first - wanted).abs()
-    rounding = torch.finfo(dtype).eps
+    off, rounding = (first - wanted).abs(), torch.finfo(dtype).eps
     return Detections(
         *(len(theirs), len(mine), len(theirs & mine), score, box),
         allowed_score=3 * float(off[:, 4:].max()) + rounding,
         allowed_box=3 * float(off[:, :4].max()) + rounding * imgsz,
     )
-
-
-def _candidates(head: Any, results: Outputs) -> Tensor:
-    """Boxes and scores of all anchors `[batch, 4 + classes, anchors]` in float64."""
-    decoded = results["outputs.0"].double()
-    return decoded.mT if head.end2end else decoded
 
 
 def _kept(head: Any, candidates: Tensor) -> set[tuple[int, int, int]]:

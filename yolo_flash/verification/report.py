@@ -44,9 +44,9 @@ class Report:
     def entry(self, where: str, row: Comparison) -> dict[str, Any]:
         """A comparison as plain data; if it is off, a sentence in `off` says so."""
         if not row.ok:
-            stock = f"stock {row.stock:.1e}, allowed {row.allowed:.1e}"
-            if not math.isfinite(row.stock):
-                stock = "the stock model is not finite itself"
+            stock = "the stock model is not finite itself"
+            if math.isfinite(row.stock):
+                stock = f"stock {row.stock:.1e}, allowed {row.allowed:.1e}"
             self.off.append(f"{where}: {row.what} is off by {row.ours:.1e}; {stock}")
         return _as_plain(row, "ok", "used")
 
@@ -92,8 +92,7 @@ def as_text(facts: dict[str, Any]) -> str:
     ]
     for mode in ("train", "predict"):
         for name in ("outputs", "loss", "gradients"):
-            rows = [row for row in facts["model"] if row["mode"] == mode and row["what"].startswith(name)]
-            if rows:
+            if rows := [row for row in facts["model"] if row["mode"] == mode and row["what"].startswith(name)]:
                 lines.append(_row(mode, f"{f'whole model, {name}':<{wide}}", "", rows, all(row["ok"] for row in rows)))
     lines.append(f"  detections: {_found(facts['detections'])}")
     lines += [f"  OFF: {sentence}" for sentence in facts["off"]]

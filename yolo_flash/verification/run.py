@@ -41,19 +41,12 @@ _SEEN = 10  # the outputs show a layer's attention if they change by that many t
 
 @dataclass(frozen=True)
 class _Stage:
-    """A mode with the models that run in it.
-
-    Attributes:
-        mode: How they run.
-        stock: Fused for prediction, as the predictor does.
-        ours: The same, patched.
-        inputs: Layer -> what reaches it.
-    """
+    """A mode with the models that run in it."""
 
     mode: Mode
-    stock: nn.Module
-    ours: nn.Module
-    inputs: dict[str, Given]
+    stock: nn.Module  # fused for prediction, as the predictor does
+    ours: nn.Module  # the same, patched
+    inputs: dict[str, Given]  # layer -> what reaches it
 
     def blocks(self, layer: str) -> tuple[Any, Any, AttentionSpec | None]:
         """The stock and the patched block of a layer, and the problem that it poses to the backends."""
@@ -71,13 +64,7 @@ class _Stage:
 
 
 def run_case(case: Case) -> Report:
-    """Run everything and judge it.
-
-    Raises:
-        OutOfMemoryError: Float64 needs more memory than there is.
-        BackendNotSupportedError: A backend asked for by name cannot run a layer.
-        FlashKernelError: A backend asked for by name raised.
-    """
+    """Run everything and judge it; raises as `verify` does, and OutOfMemoryError."""
     report = Report(case)
     if case.fresh:
         report.notes.append(
@@ -100,7 +87,7 @@ def run_case(case: Case) -> Report:
             imgsz = case.images.shape[-1]
             report.detections = compare_detections(stock, truth, plain, patched, imgsz, mode.dtype)
             _note_unseen(report, stage, plain, rows)
-    if report.detections is not None and not report.detections.ok:
+    if report.detections and not report.detections.ok:
         report.off.append("detections: they differ by more than rounding")
     report.off += [f"{backend} {error}" for backend, error in case.dispatcher.failed.items()]
     stock_rows = sum(entry["backend"] == "stock" for entry in report.layers)
@@ -112,10 +99,8 @@ def run_case(case: Case) -> Report:
             "this process, or missing from this torch"
         )
     elif stock_rows and not case.every:
-        report.notes.append(
-            f"stock is what a run here takes in {stock_rows} of {len(report.layers)} rows: "
-            f"all=true compares the rest too"
-        )
+        rows_here = f"{stock_rows} of {len(report.layers)} rows"
+        report.notes.append(f"stock is what a run here takes in {rows_here}: all=true compares the rest too")
     return report
 
 
@@ -152,9 +137,7 @@ def _run_layer(report: Report, stage: _Stage, layer: str) -> None:
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     truth = run_block(block, given, upstream, mode, exact=True)
     plain = run_block(block, given, upstream, mode)
-    planned = "stock"
-    if spec is not None:
-        planned = case.dispatcher.decide(spec, patched._flash_choice, x.device).backend
+    planned = case.dispatcher.decide(spec, patched._flash_choice, x.device).backend if spec else "stock"
     where = f"{layer} ({mode.name})"
     for backend in [planned, *(_others(case, spec, planned) if case.every else [])]:
         ours = patched
@@ -209,19 +192,14 @@ def _others(case: Case, spec: AttentionSpec | None, planned: str) -> list[str]:
 
 def _nothing_fused(case: Case, stages: list[_Stage]) -> str:
     """What to type where stock was compared with stock."""
-    able = {
-        name: None
-        for stage in stages
-        for layer in stage.inputs
-        for name in _others(case, stage.blocks(layer)[2], "")
-        if BACKENDS[name].fused
-    }
+    specs = [stage.blocks(layer)[2] for stage in stages for layer in stage.inputs]
+    able = [name for spec in specs for name in _others(case, spec, "") if BACKENDS[name].fused]
     batch, _, _, imgsz = case.images.shape
     found = f"nothing fused was compared: a run here takes none at imgsz={imgsz} batch={batch}"
     if not able:
         return f"{found}, since none can run on {case.machine}; `yolo-flash checks` says why"
     return (
-        f"{found}. all=true compares every backend that can run, flash.backend={next(iter(able))} this one, "
+        f"{found}. all=true compares every backend that can run, flash.backend={able[0]} this one, "
         f"and a larger imgsz= may take one by itself"
     )
 
