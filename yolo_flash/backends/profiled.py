@@ -11,16 +11,11 @@ from torch.profiler import DeviceType
 
 from .registry import BACKENDS
 
-_ATTENTION_KERNEL = re.compile(
-    r"flash|fmha|sdpa|attention|dot_do_o|convert_dq|area_(?:for|back)ward", re.IGNORECASE
-)  # of all libraries
+_ATTENTION_KERNEL = re.compile(r"flash|fmha|sdpa|attention|dot_do_o|convert_dq|area_(?:for|back)ward", re.IGNORECASE)
 
 
 def attention_kernels(events: Iterable[Any]) -> tuple[Counter[str], Counter[str]]:
-    """Attention in a profile.
-
-    Args:
-        events: Of a torch profile.
+    """Attention in the events of a torch profile.
 
     Returns:
         operator of attention -> calls, forward and backward; and, on CUDA, kernel of attention -> launches.

@@ -63,11 +63,7 @@ def capture_step(
 
 
 def replay_next_call(
-    model: Any,
-    step: GraphedStep,
-    batch: dict[str, Any],
-    targets: Tensor | None,
-    ended: Callable[[str], object] = bool,
+    model: Any, step: GraphedStep, batch: dict[str, Any], targets: Tensor | None, ended: Callable[[str], object] = bool
 ) -> NextCall | None:
     """Let the next forward of a model be a replay, if the batch has the captured shape and the loss room for its boxes.
 
