@@ -28,7 +28,6 @@ _ARCHITECTURES = (  # the highest entry not above the device's compute capabilit
     ((6, 0), "Pascal"),
     ((5, 0), "Maxwell"),
 )
-_PACKAGES = ("triton",)
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def detect(device: torch.device) -> Machine:
     """
     common: dict[str, Any] = {
         "torch": str(torch.__version__),
-        "packages": {name: _import_result(name) for name in _PACKAGES},
+        "packages": {"triton": _import_result("triton")},
         "system": f"Python {platform.python_version()}, {platform.platform(terse=True)}",
     }
     if device.type == "cuda":

@@ -7,7 +7,6 @@ import gc
 import pickle
 import weakref
 from collections.abc import Iterator
-from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -169,7 +168,7 @@ def test_more_boxes_than_there_is_room_for_are_captured_anew_and_then_run_eager(
     tiny_args: dict[str, Any], replays: list[Replay], monkeypatch: pytest.MonkeyPatch, log: list[str]
 ) -> None:
     """Losses are those of eager steps throughout."""
-    monkeypatch.setattr(Capacity, "grown", lambda mine, other: Capacity(*map(max, astuple(mine), astuple(other))))
+    monkeypatch.setattr(Capacity, "grown", lambda mine, other: Capacity(*map(max, mine, other)))
     counts = [2, 5, 9, 4, 20, 21, 22, 3, 30, 8]  # boxes of the first image in each step
     losses: dict[str, list[float]] = {}
     for mode in ("off", "on"):

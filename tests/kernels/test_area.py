@@ -223,7 +223,7 @@ def test_a_second_launch_goes_to_the_compiled_kernel() -> None:
             return run
 
     tensors = (torch.ones(1),)
-    start = area._Launcher(Kernel("jit", Kernel("compiled", None)), 5, (1, 2, 0.5), {"DIM": 32}, {"num_warps": 4})
+    start = area._Launcher(Kernel("jit", Kernel("compiled", None)), 5, (1, 2, 0.5, 32), {"num_warps": 4})
     for _ in range(3):
         start(tensors)
     arguments = (*tensors, 1, 2, 0.5, 32)

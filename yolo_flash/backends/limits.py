@@ -11,20 +11,13 @@ from ..machine import Machine, cudnn_release, dotted, release
 from .spec import AttentionSpec, dtype_name
 
 
-def none(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
-    """No limits."""
-    return iter(())
-
-
 def packed_mask(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
     """No mask on packed tensors."""
     if spec.mask and spec.layout != "separate":
         yield "takes a mask with separate queries, keys and values only, the tensors are packed"
 
 
-def _fused(
-    spec: AttentionSpec, machine: Machine, *, dtypes: tuple[torch.dtype, ...], head_dim_max: int
-) -> Iterator[str]:
+def _fused(spec: AttentionSpec, machine: Machine, dtypes: tuple[torch.dtype, ...], head_dim_max: int) -> Iterator[str]:
     yield from packed_mask(spec, machine)
     if spec.dtype not in dtypes:
         yield f"needs {' or '.join(map(dtype_name, dtypes))}, the tensors are {dtype_name(spec.dtype)}"
@@ -40,12 +33,7 @@ def _capability(machine: Machine, lowest: tuple[int, int]) -> Iterator[str]:
 def flash(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
     """FlashAttention of torch: on NVIDIA cards from Ampere on, AMD's and the CPU."""
     if machine.kind == "cpu":
-        yield from _fused(
-            spec,
-            machine,
-            dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
-            head_dim_max=1024,
-        )
+        yield from _fused(spec, machine, (torch.float32, torch.float64, torch.bfloat16, torch.float16), 1024)
         return
     if machine.kind not in ("cuda", "rocm"):
         yield f"runs on CUDA, ROCm and the CPU, the device is {machine}"
@@ -54,7 +42,7 @@ def flash(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
         yield f"torch {machine.torch} was built without the flash kernels"
     yield from _capability(machine, (8, 0))
     yield from _aotriton(machine)
-    yield from _fused(spec, machine, dtypes=(torch.float16, torch.bfloat16), head_dim_max=256)
+    yield from _fused(spec, machine, (torch.float16, torch.bfloat16), 256)
     if spec.mask:
         yield f"takes no mask, {spec.seq_len_q} queries x {spec.seq_len_k} keys are masked"
     largest = max(spec.head_dim, spec.head_dim_v)
@@ -75,7 +63,7 @@ def efficient(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
     elif spec.dtype is torch.bfloat16:
         yield f"bfloat16 needs compute capability >= 8.0, {machine.name} has {dotted(machine.capability)}"
         dtypes += (torch.bfloat16,)
-    yield from _fused(spec, machine, dtypes=dtypes, head_dim_max=1024 if machine.kind == "cuda" else 256)
+    yield from _fused(spec, machine, dtypes, 1024 if machine.kind == "cuda" else 256)
 
 
 def cudnn(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
@@ -86,7 +74,7 @@ def cudnn(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
     yield from _capability(machine, (8, 0))
     if machine.capability is not None and machine.capability[0] == 10:
         yield f"gave wrong results at compute capability {dotted(machine.capability)} (pytorch issue 193893, open)"
-    yield from _fused(spec, machine, dtypes=(torch.float16, torch.bfloat16), head_dim_max=128)
+    yield from _fused(spec, machine, (torch.float16, torch.bfloat16), 128)
     if machine.release < (2, 6):
         yield f"needs torch >= 2.6, found {machine.torch}: gradients were NaN before (pytorch issue 138649)"
     if machine.cudnn is None:
@@ -123,7 +111,7 @@ def triton_area(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
         yield f"needs triton >= {dotted(area.TRITON)}, its import gave {found}"
     elif release(found) < area.TRITON:
         yield f"needs triton >= {dotted(area.TRITON)}, found {found}"
-    yield from _fused(spec, machine, dtypes=(torch.float16, torch.bfloat16), head_dim_max=area.HEAD_DIM_MAX)
+    yield from _fused(spec, machine, (torch.float16, torch.bfloat16), area.HEAD_DIM_MAX)
     if spec.layout == "separate":
         yield "takes the packed output of one convolution, the 3 tensors are separate"
 

@@ -82,14 +82,8 @@ def flash(packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:
 def flash_for_cpu(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
     """The CPU's flash operator, with NaN for scores of NaN over fewer than 16 keys, where torch 2.14 gives 0.
 
-    Args:
-        q: `[batch, num_heads, seq_len, head_dim]`.
-        k: Of the same shape but for its length.
-        v: Of the shape of `k`.
-        **keywords: `scale` and `attn_mask`, as the operator takes them.
-
-    Returns:
-        Attention of the shape of `q`, and the logarithm of the sum of the weights.
+    It takes tensors `[batch, num_heads, seq_len, head_dim]` and the keywords `scale` and `attn_mask`, as the operator
+    does, and returns attention and the logarithm of the sum of the weights.
     """
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, **keywords)
     if not torch.compiler.is_compiling() and k.shape[-2] < 16:
@@ -134,8 +128,8 @@ def cudnn_backward(packed: Tensor, kept: Sequence[Any], dout: Tensor, dv: Tensor
     out, lse, starts_q, starts_k, seed, offset, _ = kept[3:]
     op = aten._scaled_dot_product_cudnn_attention_backward.default
     sizes = spec.seq_len_q, spec.seq_len_k
-    args = (out, lse, seed, offset, None, starts_q, starts_k, *sizes, 0.0, False)
-    return _differentiate(kept, dout, dv, spec, op, *args)
+    rest = starts_q, starts_k, *sizes, 0.0, False
+    return _differentiate(kept, dout, dv, spec, op, out, lse, seed, offset, None, *rest)
 
 
 def triton_area(packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:
@@ -148,5 +142,4 @@ def triton_area(packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:
 
 def triton_area_backward(packed: Tensor, kept: Sequence[Any], dout: Tensor, dv: Tensor, spec: AttentionSpec) -> Tensor:
     """The gradient of `triton_area`."""
-    grad: Tensor = area.call("area_attention_backward", packed, *kept, dout, dv, spec.head_dim)
-    return grad
+    return area.call("area_attention_backward", packed, *kept, dout, dv, spec.head_dim)

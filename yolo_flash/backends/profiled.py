@@ -11,19 +11,14 @@ from torch.profiler import DeviceType
 
 from .registry import BACKENDS
 
-_ATTENTION_KERNEL = re.compile(
-    r"flash|fmha|sdpa|attention|dot_do_o|convert_dq|area_(?:for|back)ward", re.IGNORECASE
-)  # of all libraries
+_ATTENTION_KERNEL = re.compile(r"flash|fmha|sdpa|attention|dot_do_o|convert_dq|area_(?:for|back)ward", re.IGNORECASE)
 
 
 def attention_kernels(events: Iterable[Any]) -> tuple[Counter[str], Counter[str]]:
-    """Count the operators and kernels of attention in a profile.
+    """Calls of each operator of attention, forward and backward, and launches of each kernel of attention.
 
     Args:
         events: Of a torch profile, as `utils.profiler.events_of` gives them.
-
-    Returns:
-        operator of attention -> calls, forward and backward; and, on CUDA, kernel of attention -> launches.
     """
     names = {f"{name}{suffix}" for b in BACKENDS.values() for name in b.operators for suffix in ("", "_backward")}
     calls: list[tuple[int, str, int, int]] = []

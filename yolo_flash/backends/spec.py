@@ -50,10 +50,8 @@ class AttentionSpec(NamedTuple):
 
     def without_sizes(self) -> tuple[Any, ...]:
         """What a compiled graph knows for certain, where groups and tokens may be symbols."""
-        return (
-            *(self.num_heads, self.head_dim, self.head_dim_v, self.dtype, self.layout),
-            *(self.mask, self.training, self.deterministic, self.area),
-        )
+        _, num_heads, _, _, *rest = self
+        return num_heads, *rest
 
     @classmethod
     def with_sizes(cls, parts: tuple[Any, ...], batch: int, seq_len: int) -> AttentionSpec:

@@ -10,7 +10,6 @@ from ..backends.spec import AttentionSpec
 from ..machine import Machine
 from .rules import rules_for
 
-ASKED_FOR = "asked for"  # why an explicit choice is taken
 TIE = 0.03  # times this near are equal: the spread of repeats
 WIDE = 0.3  # samples of a GPU that lie further apart, relative to their median, are no measurement
 
@@ -151,9 +150,8 @@ def select(
     trials = trials or {}
     by_rules = False
     if check_name(choice) == "auto":
-        rules = [
-            rule for rule in rules_for(spec, machine) if rule[0] not in refused
-        ]  # stock, without limits, ends them
+        # Stock, which has no limits, ends them.
+        rules = [rule for rule in rules_for(spec, machine) if rule[0] not in refused]
         timed = {name: trial for name, trial in trials.items() if trial.ms is not None and name not in refused}
         by_rules = not timed
         for name, trial in trials.items():
@@ -171,7 +169,7 @@ def select(
             f"These can: {', '.join(['auto', *(name for name in BACKENDS if name not in refused)])}."
         )
     else:
-        winner, why = choice, ASKED_FOR
+        winner, why = choice, "asked for"
     return Decision(spec, winner, why, refused, BACKENDS[winner].reproducible(machine), trials, by_rules)
 
 
@@ -179,13 +177,8 @@ def _fastest(timed: Mapping[str, Trial], rules: list[str], memory_limited: bool,
     """The fastest backend and why; of those within 3 %, the reproducible one, then the one with less memory.
 
     On a CPU, whose clock other processes disturb, the choice of the rules stands unless another is faster beyond doubt.
-
-    Args:
-        timed: Backend -> Trial, each with a time.
-        rules: Backends in the order of the rules, which take the first.
-        memory_limited: Whether no backend may exceed the memory of the first timed one of the rules, or, where none
-            was, the least that one needs.
-        machine: Where they ran.
+    If `memory_limited`, no backend may exceed the memory of the first timed one of the rules, or, where none was, the
+    least that one needs.
     """
     by_rules = rules[0]
     if memory_limited:

@@ -103,13 +103,11 @@ class Dispatcher:
             return
         self._recalled.add(device)
         machine = detect(device)
-        earlier = {spec: trials for spec, trials in trial_cache.known(machine).items() if _timed_fused(trials)}
+        known = trial_cache.known(machine)
+        earlier: Trials = {spec: trials for spec, trials in known.items() if _timed_fused(trials)}
         if any(other == machine for other, _ in self._known):  # a card of the same kind, or what a training measured
-            recent = dict(self._measured(machine))
-            self.remember(earlier, machine)
-            self.remember(recent, machine)
-        else:
-            self.remember(earlier, machine)
+            earlier = {**earlier, **self._measured(machine)}
+        self.remember(earlier, machine)
 
     def _measured(self, machine: Machine) -> Trials:
         """All trials of a machine, those of this run before others."""
@@ -122,11 +120,6 @@ class Dispatcher:
         """Return the decision for a spec: by what was measured on this machine, now or earlier, or by the rules.
 
         Every block asks in every step: what was decided before costs one look into a dictionary.
-
-        Args:
-            spec: The problem.
-            choice: `auto` or a backend's name.
-            device: Where it runs.
 
         Raises:
             BackendNotSupportedError: `choice` names a backend that cannot run the spec.
@@ -181,14 +174,7 @@ class Dispatcher:
 
     @assume_constant_result
     def decide_for_compile(self, layer: str, choice: str, spec_parts: tuple[Any, ...], device: str) -> str:
-        """The backend's name for a compiled graph, whose sizes may be symbols: decided for the layer's planned size.
-
-        Args:
-            layer: Name of the layer.
-            choice: `auto` or a backend's name.
-            spec_parts: The spec without its sizes, as `AttentionSpec.without_sizes` gives it.
-            device: Name of the device.
-        """
+        """The backend's name for a compiled graph, whose sizes may be symbols: decided for the layer's planned size."""
         training = AttentionSpec.with_sizes(spec_parts, 1, 1).training
         batch, seq_len = self.planned_sizes.get((layer, training), _UNPLANNED_SIZE)
         return self._decide(AttentionSpec.with_sizes(spec_parts, batch, seq_len), choice, torch.device(device)).backend
@@ -218,15 +204,13 @@ class Dispatcher:
     def _nearest(spec: AttentionSpec, known: Iterable[AttentionSpec]) -> AttentionSpec | None:
         """The measured spec that differs in groups and tokens only, by a factor of 4 each at most."""
 
-        def distance(other: AttentionSpec) -> float:
+        def distances(other: AttentionSpec) -> tuple[float, float]:
             ratios = other.batch / spec.batch, other.seq_len_q / spec.seq_len_q
-            return (
-                math.inf if not all(0.25 <= ratio <= 4 for ratio in ratios) else sum(abs(math.log(r)) for r in ratios)
-            )
+            return abs(math.log(ratios[0])), abs(math.log(ratios[1]))
 
         alike = [other for other in known if other.without_sizes() == spec.without_sizes()]
-        best = min(alike, key=lambda other: (distance(other), other.batch, other.seq_len_q), default=None)
-        return best if best is not None and distance(best) < math.inf else None
+        near = [other for other in alike if max(distances(other)) <= math.log(4)]
+        return min(near, key=lambda other: (sum(distances(other)), other.batch, other.seq_len_q), default=None)
 
     def fail(self, layer: str, spec: AttentionSpec, backend: str, error: Exception) -> None:
         """Take a backend that raised out of this run, with one warning."""

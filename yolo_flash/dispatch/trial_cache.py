@@ -113,9 +113,7 @@ def _trials(content: Any, key: dict[str, Any]) -> dict[str, Trial]:
 def _trial(values: Any) -> Trial:
     """A trial of which every field is of its type and within its range."""
     checks: dict[str, Callable[[Any], bool]] = {
-        "ms": lambda value: value is None or (_number(value) and value > 0),
-        "ms_low": lambda value: value is None or (_number(value) and value > 0),
-        "ms_high": lambda value: value is None or (_number(value) and value > 0),
+        **dict.fromkeys(("ms", "ms_low", "ms_high"), lambda value: value is None or (_number(value) and value > 0)),
         "error": lambda value: value is None or (_number(value) and value >= 0),
         "extra_bytes": lambda value: value is None or (type(value) is int and value >= 0),
         "why_not": lambda value: type(value) is str,
@@ -207,13 +205,11 @@ def _file(key: dict[str, Any]) -> Path:
 
 
 def _key(spec: AttentionSpec, machine: Machine) -> dict[str, Any]:
-    """All that a measurement depends on, as JSON gives it back."""
-    key = {"spec": spec.as_json(), **_facts(machine)}
-    return dict(json.loads(json.dumps(key)))
+    return {"spec": spec.as_json(), **_facts(machine)}
 
 
 def _facts(machine: Machine) -> dict[str, Any]:
-    """What a measurement depends on besides the spec."""
+    """What a measurement depends on besides the spec, as JSON gives it back."""
     facts = {
         "machine": {name: value for name, value in dataclasses.asdict(machine).items() if name != "memory_gib"},
         "ultralytics": ultralytics.__version__,  # whose stock blocks are measured too

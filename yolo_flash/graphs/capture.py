@@ -63,11 +63,7 @@ def capture_step(
 
 
 def replay_next_call(
-    model: Any,
-    step: GraphedStep,
-    batch: dict[str, Any],
-    targets: Tensor | None,
-    ended: Callable[[str], object] = bool,
+    model: Any, step: GraphedStep, batch: dict[str, Any], targets: Tensor | None, ended: Callable[[str], object] = bool
 ) -> NextCall | None:
     """Let the next forward of a model be a replay, if the batch has the captured shape and the loss room for its boxes.
 
@@ -125,13 +121,7 @@ class NextCall:
     """
 
     def __init__(self, model: Any, name: str, answer: Callable[..., Any]) -> None:
-        """Take its place.
-
-        Args:
-            model: Of Ultralytics; the instance has no method of that name.
-            name: Of the method, `predict` or `loss`.
-            answer: Takes the arguments of the method; returns NotImplemented to have the method called.
-        """
+        """Take the place of `predict` or `loss`; where `answer` returns NotImplemented, the method itself is called."""
         self._model, self._name = model, name
         self._answer: Callable[..., Any] | None = answer
         vars(model)[name] = self
@@ -159,11 +149,7 @@ class NextCall:
 def loss_error(model: Any, loss: FixedShapeLoss, batch: dict[str, Any], targets: Tensor) -> float:
     """The largest relative error of a loss in fixed shapes, and of its gradients, against the model's criterion.
 
-    Args:
-        model: In training mode; unchanged afterwards.
-        loss: In fixed shapes.
-        batch: On the model's device.
-        targets: The boxes of the batch, padded.
+    The model, in training mode, is unchanged afterwards.
     """
     device = batch["img"].device
     with no_trace(model, device), without_cached_casts(device), torch.no_grad():

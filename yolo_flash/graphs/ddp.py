@@ -21,11 +21,7 @@ class RankAverage:
     """
 
     def __init__(self, model: DistributedDataParallel) -> None:
-        """Stop the model's own averaging, as its `no_sync` does.
-
-        Args:
-            model: All of its parameters lie on one device.
-        """
+        """Stop the own averaging, as its `no_sync` does, of a model with all parameters on one device."""
         self._model = model
         named = model.module.named_parameters()
         self._parameters = [p for name, p in named if name not in model.parameters_to_ignore]

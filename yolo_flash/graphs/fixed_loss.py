@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,7 @@ _ROOM = 1.5  # capacity for what a batch needs, as a multiple: later batches may
 _BYTES_A_CELL = 32  # for each image, box and anchor, at the peak of the assignment; measured: 27 on an H200
 
 
-@dataclass(frozen=True)
-class Capacity:
+class Capacity(NamedTuple):
     """The most that a batch may have.
 
     Attributes:
@@ -45,17 +44,12 @@ class Capacity:
 
     def holds(self, other: Capacity) -> bool:
         """Whether a batch that needs `other` fits."""
-        return self.boxes >= other.boxes and self.total >= other.total and self.pairs >= other.pairs
+        return all(mine >= others for mine, others in zip(self, other, strict=True))
 
     def grown(self, other: Capacity) -> Capacity:
         """A capacity that holds both, with room for more than `other`."""
-
-        def up(mine: int, others: int, step: int) -> int:
-            return max(mine, math.ceil(others * _ROOM / step) * step, step)
-
-        return Capacity(
-            up(self.boxes, other.boxes, 8), up(self.total, other.total, 64), up(self.pairs, other.pairs, 4096)
-        )
+        sizes = zip(self, other, (8, 64, 4096), strict=True)
+        return Capacity(*(max(mine, math.ceil(others * _ROOM / step) * step, step) for mine, others, step in sizes))
 
 
 def not_supported_reason(criterion: Any) -> str:
@@ -79,27 +73,16 @@ def not_supported_reason(criterion: Any) -> str:
 
 
 def needed_bytes(capacity: Capacity, images: int, side: tuple[int, int], criterion: Any) -> int:
-    """Bytes of the assignment of boxes to anchors, whose tensors are `[images, boxes, anchors]`.
-
-    Args:
-        capacity: Of the loss.
-        images: Images in the batch.
-        side: Their height and width in pixels.
-        criterion: Of the run.
-    """
+    """Bytes of the assignment of boxes to anchors, whose tensors are `[images, boxes, anchors]`; the side in pixels."""
     strides = _parts(criterion)[0].assigner.stride
     anchors = sum(math.prod(math.ceil(pixels / stride) for pixels in side) for stride in strides)
     return images * capacity.boxes * anchors * _BYTES_A_CELL
 
 
 def needed(batch: dict[str, Any], images: int, side: tuple[int, int], criterion: Any) -> Capacity:
-    """The capacity that a batch needs at most; computed on the CPU, before the batch goes to the device.
+    """The capacity that a batch of the loader needs at most; computed on the CPU, before the batch goes to the device.
 
-    Args:
-        batch: As the loader gives it, with `batch_idx` and `bboxes`.
-        images: Images in the batch.
-        side: Their height and width in pixels.
-        criterion: Of the run.
+    The side is height and width of the images in pixels.
     """
     index, boxes = batch["batch_idx"].long().view(-1), batch["bboxes"].float()
     if not len(index):
@@ -136,13 +119,7 @@ def gains(criterion: Any) -> Tensor:
 
 
 class FixedShapeLoss:
-    """The loss of a criterion, in fixed shapes.
-
-    Attributes:
-        criterion: Ultralytics' loss, whose code is called.
-        names: Of the loss items.
-        capacity: The most that a batch may have.
-    """
+    """The loss of a criterion, in fixed shapes."""
 
     def __init__(self, criterion: Any, capacity: Capacity) -> None:
         """Hold a criterion for which `not_supported_reason` is empty."""
@@ -183,17 +160,11 @@ class FixedShapeLoss:
         scores = outputs["scores"].permute(0, 2, 1).contiguous()
         anchors, strides, size, scale = self._constants_of(part, outputs["feats"], scores.dtype)
         labels, boxes = targets[..., :1], xywh2xyxy(targets[..., 1:] * scale)
-        exists = boxes.sum(2, keepdim=True).gt_(0.0)
         predicted = part.bbox_decode(anchors, distances)
         with torch.no_grad():
+            pixels = (predicted.detach() * strides).type(boxes.dtype)
             target_boxes, target_scores, foreground = self._assign(
-                part.assigner,
-                scores.detach().sigmoid(),
-                (predicted.detach() * strides).type(boxes.dtype),
-                anchors * strides,
-                labels,
-                boxes,
-                exists,
+                part.assigner, scores.detach().sigmoid(), pixels, anchors * strides, labels, boxes
             )
             target_scores_sum = target_scores.sum().clamp_(min=1)
             rows, spare = self._foreground(foreground, part.assigner.topk2)
@@ -219,17 +190,11 @@ class FixedShapeLoss:
         return self._constants[key]
 
     def _assign(
-        self,
-        assigner: Any,
-        scores: Tensor,
-        predicted: Tensor,
-        centres: Tensor,
-        labels: Tensor,
-        boxes: Tensor,
-        exists: Tensor,
+        self, assigner: Any, scores: Tensor, predicted: Tensor, centres: Tensor, labels: Tensor, boxes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Target boxes `[images, anchors, 4]`, target scores `[images, anchors, classes]` and the foreground mask."""
         assigner.bs, assigner.n_max_boxes = len(boxes), boxes.shape[1]
+        exists = boxes.sum(2, keepdim=True).gt_(0.0)
         inside = _inside(centres, boxes, exists, assigner.stride_val)
         candidates = inside & exists.bool()
         image, box, anchor = torch.nonzero_static(candidates, size=self.capacity.pairs, fill_value=0).unbind(1)

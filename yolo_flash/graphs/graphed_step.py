@@ -46,11 +46,7 @@ class GraphedStep:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        loss: Callable[..., Any] | None = None,
-        extra: Sequence[Tensor] = (),
+        self, model: nn.Module, images: Tensor, loss: Callable[..., Any] | None = None, extra: Sequence[Tensor] = ()
     ) -> None:
         """Warm up and capture on these images.
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -59,12 +58,7 @@ class GraphPolicy:
     """
 
     def __init__(self, mode: str, capture: Callable[..., GraphedStep] = GraphedStep) -> None:
-        """Start without graphs.
-
-        Args:
-            mode: `off`, `on` or `auto`, see FlashConfig.
-            capture: Gives the graphs of a model for images, as `GraphedStep`.
-        """
+        """Start without graphs; `capture` makes them."""
         self.mode = mode
         self.step: GraphedStep | None = None
         self.why_not = "flash.graphs=off" if mode == "off" else ""
@@ -73,6 +67,7 @@ class GraphPolicy:
         self._leaving = False  # DDP averages again behind the next optimizer step: not with gradients of both
         self._changes = self._growths = self._short = 0  # captures for changed models, more boxes, out of memory
         self._room = BoxRoom()
+        self._epoch = -1  # in which the training loop was looked at last; a capture sets it back
         self._next_call: NextCall | None = None
         self._lost = self._ever = False  # graphs were lost for a changed model; some step of the run was replayed
         self._outcome: str | None = None  # of the step under way: `_REPLAYED`, or why it runs eager; None between steps
@@ -148,9 +143,11 @@ class GraphPolicy:
             again = self._why_again(trainer, self.step, boxes, stale)
         if again or (self.step is None and self.phase in (Phase.TIMING_REPLAY, Phase.RUNNING)):
             boxes, stale = self._room.grow(batch, boxes), False
-            facts = self._capture(trainer, model, batch, boxes, again)
+            facts = self._capture(trainer, batch, boxes, again)
         if self.step is not None and not stale:
-            self._through_autograd(trainer)
+            if self._epoch != trainer.epoch:  # once an epoch: a user's own loop might ask autograd for gradients
+                self._epoch = trainer.epoch
+                self.step.through_autograd = own_loop(trainer)
             self._next_call = replay_next_call(model, self.step, batch, boxes.targets, self._end_step)
         if self.phase in (Phase.TIMING_EAGER, Phase.TIMING_REPLAY):
             self._started = None if facts else _now()
@@ -236,7 +233,6 @@ class GraphPolicy:
     def _begin_again(self) -> None:
         self.phase = Phase.GIVEN_UP if self.why_not else Phase.WARM_UP
         self._seen = 0  # full batches
-        self._epoch = -1  # in which `_through_autograd` looked last
         self._asked = True  # `on` is held to its word
         self._started = None  # the clock at the beginning of a timed step
         self._eager: list[float] = []  # milliseconds of timed steps
@@ -285,12 +281,6 @@ class GraphPolicy:
         if ranks is not None:
             ranks.close()
 
-    def _through_autograd(self, trainer: Any) -> None:
-        """Look once an epoch whether a user's own loop might ask autograd for gradients."""
-        before, self._epoch = self._epoch, trainer.epoch
-        if self.step is not None and before != self._epoch:
-            self.step.through_autograd = own_loop(trainer)
-
     def _holds(self, criterion: Any) -> bool:
         """Whether a loss in fixed shapes is captured, and still that of the criterion."""
         loss = None if self.step is None else self.step.loss
@@ -316,9 +306,7 @@ class GraphPolicy:
         self._growths += 1
         return f"a batch had up to {boxes.needed.boxes} boxes an image, {boxes.needed.total} in all"
 
-    def _capture(
-        self, trainer: Any, model: nn.Module, batch: dict[str, Any], boxes: BatchBoxes, again: str
-    ) -> dict[str, Any]:
+    def _capture(self, trainer: Any, batch: dict[str, Any], boxes: BatchBoxes, again: str) -> dict[str, Any]:
         """Capture on this batch; the first time on all ranks or on none. What came of it."""
         self._drop(trainer)
         self._changes += again == _CHANGED
@@ -327,7 +315,8 @@ class GraphPolicy:
             why_not = f"the model changed after each of {_CAPTURES} captures"
         if not why_not:
             try:
-                self.step, outside = capture_step(model, batch, boxes.targets, self._room.capacity, self._capture_step)
+                model, capacity = unwrap_model(trainer.model), self._room.capacity
+                self.step, outside = capture_step(model, batch, boxes.targets, capacity, self._capture_step)
                 if trainer.world_size > 1 and self._ranks is None:
                     self._ranks = RankAverage(trainer.model)
                 self._loss_outside, self._epoch = self._loss_outside or boxes.too_many or outside, -1

@@ -29,11 +29,7 @@ class PredictGraphs:
     """
 
     def __init__(self, capture: Callable[..., CapturedForward] | None = None) -> None:
-        """Start without graphs.
-
-        Args:
-            capture: Makes the graph of a network for images; called with images, the graph gives the network's outputs.
-        """
+        """Start without graphs; `capture` makes that of a network for images, `CapturedForward` by default."""
         self.why_not = ""
         self._capture = capture or CapturedForward
         self._captures = 0

@@ -28,7 +28,6 @@ _GLOBAL_HOOKS: list[Any] = [  # of all modules
     getattr(torch.nn.modules.module, f"_global_{when}_hooks")
     for when in ("forward", "forward_pre", "backward", "backward_pre")
 ]
-_requires_grad = attrgetter("requires_grad")
 
 
 class Signature:
@@ -84,7 +83,7 @@ class Signature:
             torch.are_deterministic_algorithms_enabled(),
             *arithmetic(),
             *map(Tensor.data_ptr, self._tensors),
-            *map(_requires_grad, self._tensors),
+            *map(attrgetter("requires_grad"), self._tensors),
             *map(id, chain.from_iterable(held.values() for held in self._children)),
             any(self._hooks),
             *(_memory(state.get(name)) for state, name in self._aside),

@@ -44,13 +44,6 @@ def tiles_for(kernel: Kernel, seq_len: int, head_dim: int, head_dim_v: int, capa
     """The tiles of a kernel: on Hopper as measured (docs/results/area-h100.md), elsewhere tiles that fit every card.
 
     Blackwell does not get Hopper's: an RTX 5090 has less shared memory, and the tiles were not measured on a B200.
-
-    Args:
-        kernel: Its name.
-        seq_len: Tokens of a group.
-        head_dim: Channels of a query and of a key.
-        head_dim_v: Channels of a value.
-        capability: Compute capability of the device.
     """
     width = _power_of_2(head_dim) + _power_of_2(head_dim_v)
     hopper = capability[0] == 9
@@ -186,15 +179,7 @@ def call(name: str, *args: Any) -> Any:
 
 # Launch ---------------------------------------------------------------------------------------------------------------
 def launch(kernel: Kernel, qkv: Tensor, head_dim: int, tensors: tuple[Tensor, ...], tiles: Tiles | None = None) -> None:
-    """Start a kernel.
-
-    Args:
-        kernel: Its name.
-        qkv: The packed tensor, which gives the sizes.
-        head_dim: Channels of a query and of a key.
-        tensors: The kernel's tensors, all contiguous.
-        tiles: Other than those of `tiles_for`, for measurements.
-    """
+    """Start a kernel on its tensors, all contiguous, for the sizes of `qkv`; measurements bring tiles of their own."""
     if qkv.numel() == 0:
         return
     device = qkv.device.index
@@ -214,17 +199,9 @@ class _Launcher:
     version 3.8: later launches call the compiled kernel directly, in a tenth of that.
     """
 
-    def __init__(
-        self,
-        function: Any,
-        programs: int,
-        scalars: tuple[int, int, float],
-        constants: dict[str, Any],
-        options: dict[str, int],
-    ) -> None:
+    def __init__(self, function: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, int]) -> None:
         self._function, self._grid = function, (programs, 1, 1)
-        self._arguments = (*scalars, *constants.values())  # in the order of the kernels' signatures
-        self._options = options
+        self._arguments, self._options = arguments, options
         self._run: Callable[..., object] | None = None
 
     def __call__(self, tensors: tuple[Tensor, ...]) -> None:
@@ -258,7 +235,8 @@ def _prepare(
     constants = constants_of(tiles, seq_len, head_dim, head_dim_v, ptx=not interpreted)
     programs = -(-seq_len // tiles.rows) * groups * num_heads
     scalars = seq_len, num_heads, math.log2(math.e) * head_dim**-0.5
-    return _Launcher(function, programs, scalars, constants, options_of(tiles))
+    arguments = (*scalars, *constants.values())  # in the order of the kernels' signatures
+    return _Launcher(function, programs, arguments, options_of(tiles))
 
 
 def constants_of(tiles: Tiles, seq_len: int, head_dim: int, head_dim_v: int, ptx: bool) -> dict[str, Any]:

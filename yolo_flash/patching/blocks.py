@@ -100,17 +100,8 @@ class FlashBlock(StockPickle):
     ) -> AttentionCall | None:
         """The call for the sizes of an input; None where the stock forward runs."""
         dispatcher, layer, choice = self._flash_dispatcher, self._flash_layer, self._flash_choice
-        spec = block_spec(
-            self,
-            type(self),
-            batch,
-            tokens,
-            dtype=compute_dtype(x),
-            nhwc=nhwc,
-            training=torch.is_grad_enabled(),
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            mask=mask,
-        )
+        modes = {"training": torch.is_grad_enabled(), "deterministic": torch.are_deterministic_algorithms_enabled()}
+        spec = block_spec(self, type(self), batch, tokens, dtype=compute_dtype(x), nhwc=nhwc, mask=mask, **modes)
         if spec is None:
             return None
         if torch.compiler.is_compiling():
@@ -180,8 +171,7 @@ class FlashBlock(StockPickle):
             f"yolo-flash: torch.jit.script gets stock attention for {self._flash_layer or 'the block'}, and leaves it "
             f"in the model that it was given: call patch_model again to go on with that."
         )
-        stock: nn.Module = stock_twin(self)
-        return stock
+        return stock_twin(self)
 
 
 class FlashAAttn(FlashBlock, AAttn):
@@ -210,14 +200,7 @@ class FlashAttention(FlashBlock, Attention):
 
 
 def unknown_block(block: Any, layer: str, choice: str, reason: str) -> str:
-    """The message of an error: a backend asked for by name in a block that has to stay stock.
-
-    Args:
-        block: Stock or patched.
-        layer: Its name.
-        choice: The backend's name.
-        reason: As `why_not_equal` gives it.
-    """
+    """The message of an error: a backend asked for by name in a block that has to stay stock."""
     return (
         f"{choice} cannot run in {layer or 'the block'}: this {block.__class__.__name__} is not the one that this "
         f"version knows: {reason}. flash.backend=auto, or flash.layers={layer}:stock, leaves it stock."
@@ -238,16 +221,8 @@ def block_spec(
 ) -> AttentionSpec | None:
     """The spec of a block, patched or stock, for an input of `batch` images with `tokens` pixels or queries each.
 
-    Args:
-        block: The block.
-        cls: Our class for it, `patch.BLOCKS[type(block)]` for a stock one.
-        batch: Images.
-        tokens: Height times width of the block's input, or its number of queries.
-        dtype: Of the queries.
-        nhwc: Whether the block's input is channels_last.
-        training: Whether a backward pass follows.
-        deterministic: Whether torch asks for deterministic algorithms; it matters to the backward alone.
-        mask: Whether the scores are masked.
+    The class is ours for the block, `patch.BLOCKS[type(block)]` for a stock one, and `nhwc` tells whether the block's
+    input is channels_last; the rest is as in `AttentionSpec`.
 
     Returns:
         None where the stock block cannot run either: its own error shall reach the user.

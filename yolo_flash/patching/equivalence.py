@@ -45,7 +45,12 @@ def why_not_equal(block: nn.Module, cls: type[FlashBlock]) -> str:
         return "its forward was replaced on the instance"
     if replaced := foreign([block], ["forward"]) or foreign(*cls.calls):
         return f"{replaced} is not the one of the installed release but somebody else's"
-    attributes = {name: _summary(value) for name, value in vars(block).items() if _matters(name)}
+    # A tensor counts by its shape: twins have values of their own, and hooks set weights in every forward.
+    attributes = {
+        name: value.shape if isinstance(value, Tensor) else value
+        for name, value in vars(block).items()
+        if name not in _OF_EVERY_MODULE and not name.startswith(PREFIX)
+    }
     if not all(isinstance(value, (*_PLAIN, torch.Size)) for value in attributes.values()):
         return _compare(block, cls)
     key = (
@@ -60,15 +65,6 @@ def why_not_equal(block: nn.Module, cls: type[FlashBlock]) -> str:
             _answers.clear()
         _answers[key] = _compare(block, cls)
     return _answers[key]
-
-
-def _matters(name: str) -> bool:
-    return name not in _OF_EVERY_MODULE and not name.startswith(PREFIX)
-
-
-def _summary(value: Any) -> Any:
-    """A tensor's shape, since twins have values of their own; hooks set weights as attributes in every forward."""
-    return value.shape if isinstance(value, Tensor) else value
 
 
 def _compare(block: nn.Module, cls: type[FlashBlock]) -> str:

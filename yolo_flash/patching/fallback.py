@@ -27,15 +27,7 @@ class FlashKernelError(Exception):
 
 
 class AttentionCall(NamedTuple):
-    """What a block wants computed.
-
-    Attributes:
-        spec: The problem.
-        backend: Name of the backend.
-        layer: Name of the layer, for messages.
-        choice: `auto`, or the name that was asked for.
-        dispatcher: Told of a failure.
-    """
+    """What a block wants computed; the choice is `auto` or the name that was asked for, the layer is for messages."""
 
     spec: AttentionSpec
     backend: str
@@ -65,17 +57,12 @@ def attend_packed(qkv: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
         layout = memory_format(qkv)
         if not qkv.is_contiguous(memory_format=torch.channels_last):
             qkv = _relayout(qkv, torch.channels_last, back=layout)  # outside of the node, which thus keeps one copy
-        out, image = _PackedAttention.apply(qkv, call, layout)
-        return out, image
+        return _PackedAttention.apply(qkv, call, layout)
     return _run_guarded(call, qkv.device, lambda call: _run(qkv, call.spec, call.backend))[1]
 
 
 def attend_separate(inputs: Inputs, call: AttentionCall) -> Tensor:
     """Run a backend on separate tensors, as `attend_packed` does on packed ones.
-
-    Args:
-        inputs: Queries, keys, values and mask.
-        call: What to compute.
 
     Returns:
         Attention, contiguous `[batch, seq_len_q, num_heads, head_dim]`.
@@ -97,11 +84,6 @@ def attend_separate(inputs: Inputs, call: AttentionCall) -> Tensor:
 
 def give_up(call: AttentionCall, error: Exception, where: str = "") -> None:
     """Do not use the backend of a call, which raised, from now on, so that another one may run.
-
-    Args:
-        call: What failed.
-        error: What it raised.
-        where: `the backward of `, for the message.
 
     Raises:
         Exception: The error itself where memory was short: the trainer halves the batch.
@@ -255,8 +237,7 @@ class _SeparateAttention(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(*inputs)
         ctx.inner = _graph(inputs, call.spec, call.backend)
-        result: Tensor = ctx.inner[1].detach()
-        return result
+        return ctx.inner[1].detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

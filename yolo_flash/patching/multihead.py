@@ -79,16 +79,9 @@ class FlashMultiheadAttention(FlashBlock, nn.MultiheadAttention):
         fits = not asked and self._fits(query, key, value, attn_mask)
         call = self._attention_call(query, attn_mask) if fits else None
         if call is None:
+            weights = need_weights is not False
             return nn.MultiheadAttention.forward(
-                self,
-                query,
-                key,
-                value,
-                key_padding_mask,
-                need_weights is not False,
-                attn_mask,
-                average_attn_weights,
-                is_causal,
+                self, query, key, value, key_padding_mask, weights, attn_mask, average_attn_weights, is_causal
             )
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in self._project(query, key, value))
         out = attend_separate((q, k, v, attn_mask), call)
@@ -178,11 +171,7 @@ def denoising_queries(model: nn.Module) -> dict[str, int]:
 def denoising_mask(tokens: int, denoising: int, group: int, device: torch.device | None = None) -> Tensor:
     """RT-DETR's mask: a group of denoising queries sees itself and the other queries; those see no such group.
 
-    Args:
-        tokens: All queries, the denoising ones first.
-        denoising: Denoising queries.
-        group: Queries of one group; the last one may be smaller.
-        device: Of the mask.
+    The denoising queries come first, and the last group may be smaller.
 
     Returns:
         Bool `[tokens, tokens]`, True where a key is not seen; no row is all True.
