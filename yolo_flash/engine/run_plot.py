@@ -1,4 +1,4 @@
-"""`flash.png` of a training run: memory, speed and the backends of its layers."""
+"""`flash.png` of a training run: memory, speed, where the time goes, and the backends of its layers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.plotting import COLORS, as_png, new_figure
+from .clock import PARTS
+
+_PARTS = dict(zip(PARTS, ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a0a0a0"), strict=True))
 
 
 def draw_run(file: Path) -> bytes | None:
@@ -25,22 +28,35 @@ def draw_run(file: Path) -> bytes | None:
     if not epochs:
         return None
     rows = {(line["mode"], line["layer"]): line for line in lines if line["event"] == "plan"}
-    figure = new_figure(11, 3.6)
-    memory, speed, layers = figure.subplots(1, 3, width_ratios=(1, 1, 1.3))
+    figure = new_figure(14, 3.6)
+    memory, speed, parts, layers = figure.subplots(1, 4, width_ratios=(1, 1, 1, 1.3))
     numbers = sorted(epochs)
     style: dict[str, Any] = {"marker": "o", "markersize": 3.5} if len(numbers) < 50 else {}
     for kind, color in (("reserved", "#56b4e9"), ("allocated", "#0072b2")):
         memory.plot(numbers, [epochs[n][f"peak_{kind}_gib"] for n in numbers], label=kind, color=color, **style)
     speed.plot(numbers, [epochs[n]["images_per_second"] for n in numbers], color="#d55e00", **style)
-    for panel, title, unit in ((memory, "Peak memory", "GiB"), (speed, "Speed", "images/s")):
+    heights = [0.0] * len(numbers)
+    for part, color in _PARTS.items():
+        # A run that was begun by an older version has epochs without this.
+        seconds = [epochs[n].get("seconds", {}).get(part, 0.0) for n in numbers]
+        parts.bar(numbers, seconds, 0.8, bottom=heights, label=part, color=color)
+        heights = [height + more for height, more in zip(heights, seconds, strict=True)]
+    for panel, title, unit in (
+        (memory, "Peak memory", "GiB"),
+        (speed, "Speed", "images/s"),
+        (parts, "Time of an epoch", "s"),
+    ):
         panel.set_title(title, loc="left", fontsize=11)
         panel.set_xlabel("epoch")
         panel.set_ylabel(unit)
         panel.set_ylim(0, 1.08 * panel.get_ylim()[1])
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        panel.set_axisbelow(True)
         panel.grid(axis="y", color="#dddddd")
         panel.spines[["top", "right"]].set_visible(False)
     memory.legend(frameon=False, fontsize=8)
+    parts.set_ylim(0, 1.4 * max(*heights, 1e-3))  # room for the legend
+    parts.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
     _layers(layers, rows)
     run: dict[str, Any] = next((line for line in reversed(lines) if line["event"] == "run"), {})
     name = run.get("machine", {}).get("name", "")

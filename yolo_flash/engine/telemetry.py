@@ -24,6 +24,7 @@ from ..planning.memory import score_bytes
 from ..planning.plan import PlanRow, describe, plan_entry
 from ..utils.files import write_file
 from ..utils.memory import GIB, peak_memory_gib, readable
+from .clock import EpochClock
 from .profile import StepProfile
 from .run_plot import draw_run
 
@@ -48,6 +49,9 @@ class Telemetry:
         self._since = 0.0
         self._profiled_speed = 0.0
         self._pool_gib: float | None = None  # memory of the graphs that steps run from; None while steps run eager
+        self._clock: EpochClock | None = None  # from the first epoch on
+        self._epoch: tuple[dict[str, Any], str] | None = None  # facts and line of an epoch whose validation is to come
+        self._hungry = False  # whether the run was told that its GPU waits for data
 
     def plan(self, trainer: Any, rows: list[PlanRow], machine: Machine) -> None:
         """Record the plan; a new one, after the batch was halved, also discards a profile under way."""
@@ -103,19 +107,27 @@ class Telemetry:
         self._images += count
 
     def on_train_epoch_start(self, trainer: Any) -> None:
-        """Start the clock and the peak memory of an epoch."""
+        """Start the clocks and the peak memory of an epoch."""
+        self._close_epoch()  # one without an end, whose losses were NaN
         if trainer.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.device)
+        if self._clock is None:
+            self._clock = EpochClock(trainer.device)
+        self._clock.restart()
         self._restart_clock()
 
     def on_train_batch_start(self, trainer: Any) -> None:
         """Profile one step: the first, or with `compile` the second, since the first one compiles."""
+        if self._clock is not None:
+            self._clock.got_batch()
         compiles = trainer.args.compile and not self._images
         if not compiles and self._profile.start(trainer.device):
             self._restart_clock()
 
     def on_train_batch_end(self, trainer: Any) -> None:
         """Record the attention of a profiled step."""
+        if self._clock is not None:
+            self._clock.did_step()
         if self._profile.running is None:
             return
         self._profiled_speed = self._speed(trainer)
@@ -125,7 +137,7 @@ class Telemetry:
         self._restart_clock()
 
     def on_train_epoch_end(self, trainer: Any, replays: dict[str, Any]) -> None:
-        """Record an epoch with what `GraphPolicy.end_epoch` counted.
+        """Sum up an epoch, before its validation, with what `GraphPolicy.end_epoch` counted.
 
         `trainer.lr` carries our numbers to the loggers and to results.csv, which read it next.
         """
@@ -136,26 +148,50 @@ class Telemetry:
         backends = self._in_force()
         failed = self._dispatcher.failed
         trainer.lr.update({PEAK: round(allocated, 4), SPEED: round(speed, 2)})
-        self._write(
-            "epoch",
-            epoch=trainer.epoch + 1,
-            images_per_second=round(speed, 2),
-            peak_allocated_gib=round(allocated, 4),
-            peak_reserved_gib=round(reserved, 4),
-            backends=dict(backends),
-            fallbacks=dict(failed),
-            unplanned=len(self._dispatcher.unplanned),
-            graphs=replays,
-        )
+        facts = {
+            "epoch": trainer.epoch + 1,
+            "images_per_second": round(speed, 2),
+            "peak_allocated_gib": round(allocated, 4),
+            "peak_reserved_gib": round(reserved, 4),
+            "backends": dict(backends),
+            "fallbacks": dict(failed),
+            "unplanned": len(self._dispatcher.unplanned),
+            "graphs": replays,
+        }
         used = f"peak {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved"
         ran = ", ".join(f"{name} x {count}" for name, count in backends.items())
         eager = "".join(f", {count} not: {reason}" for reason, count in replays.get("eager", {}).items())
         replayed = replays.get("replayed")
-        LOGGER.info(
+        line = (
             f"yolo-flash: {speed:.1f} images/s{' (the profiled step alone)' if alone else ''}, {used}"
             + (f"; {ran}; attention: {readable(self._avoided())} of score matrices avoided" if ran else "")
             + (f"; failed: {', '.join(failed)}" if failed else "")
             + (f"; {replayed} of {replays['steps']} steps from CUDA graphs{eager}" if replayed else "")
+        )
+        self._epoch = facts, line
+        self._lap("rest")
+
+    def validated(self, trainer: Any) -> None:
+        """Count the time of a validation."""
+        self._lap("validation")
+
+    def on_model_save(self, trainer: Any) -> None:
+        """Count the time of saving."""
+        self._lap("saving")
+
+    def on_fit_epoch_end(self, trainer: Any) -> None:
+        """Record the epoch, and once in a run that the GPU waits for data."""
+        self._lap("rest")
+        self._close_epoch()
+        # The first epoch reads images from the disk that later ones may find in memory.
+        if self._hungry or self._clock is None or not trainer.epoch or not (waits := self._clock.hungry()):
+            return
+        self._hungry = True
+        helps = [f"more workers= than {trainer.args.workers}"]
+        helps += ["cache=ram"] if not trainer.args.cache else []
+        helps += ["less augmentation (mosaic=0)"] if trainer.args.mosaic else []
+        LOGGER.info(
+            f"yolo-flash: the data loader is the limit: {waits} wait for it. What may help: {', '.join(helps)}."
         )
 
     def on_train_end(self, trainer: Any) -> None:
@@ -164,8 +200,21 @@ class Telemetry:
             write_file(self._file.with_name("flash.png"), picture)
 
     def teardown(self, trainer: Any) -> None:
-        """Stop the profiler of a run that ends in the middle of a step."""
+        """Stop the profiler of a run that ends in the middle of a step; record an epoch that is still to be."""
         self._profile.stop()
+        self._close_epoch()
+
+    def _lap(self, part: str) -> None:
+        if self._clock is not None and self._epoch is not None:
+            self._clock.lap(part)
+
+    def _close_epoch(self) -> None:
+        epoch, self._epoch = self._epoch, None
+        if epoch is None or self._clock is None:
+            return
+        facts, line = epoch
+        self._write("epoch", **facts, seconds={part: round(s, 3) for part, s in self._clock.seconds.items()})
+        LOGGER.info(f"{line}; {self._clock.text()}")
 
     def _avoided(self) -> int:
         """Bytes of score matrices that stock blocks would keep in a step, and the planned backends do not."""

@@ -143,11 +143,13 @@ class FlashTrainerMixin(_TrainerBase):
     def validate(self) -> Any:
         """Validate, a second time without the memory of the graphs where it did not suffice."""
         try:
-            return super().validate()
+            found = super().validate()
         except RuntimeError as error:
             if not self.flash_run.frees_memory(self, error):
                 raise
-        return super().validate()
+            found = super().validate()
+        self.flash_run.tell(self, "validated")
+        return found
 
     def final_eval(self) -> None:
         """Evaluate with the memory of the graphs."""
