@@ -61,6 +61,7 @@ class BaseJob:
     command: ClassVar[str]  # as typed after `bench`
     precisions: ClassVar[tuple[str, ...]]
     stock_arms: ClassVar[tuple[str, ...]]  # those that run without the plugin
+    whole_processes: ClassVar[bool] = False  # whether a process is measured from its start to its end
     columns: ClassVar[dict[str, str]]  # figure -> its head in the table
     more_columns: ClassVar[tuple[str, ...]] = ()  # of the CSV file: keys and figures that only this job has
     at_least: ClassVar[dict[str, int]] = {"batch": 1, "rounds": 1}
@@ -85,6 +86,10 @@ class BaseJob:
         """Refuse an arm that does not exist by a ValueError with the nearest valid name."""
         if arm not in self.stock_arms:
             check_name(arm)
+
+    def of_round(self, number: int) -> BaseJob:
+        """The job of a round, the first of which is 1."""
+        return self
 
     def torch_device(self) -> torch.device:
         """The device that the job names; the first GPU if it names none and there is one."""
@@ -122,9 +127,21 @@ class Subject(Protocol):
 def one_round(job: BaseJob, imgsz: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every arm once, each in a process of its own: they get ready side by side, and then measure one at a time.
 
+    A job that measures whole processes has them one after the other instead, and `process_s` of each.
+
     Yields:
         The arm and its figures, or its `error`; where the process came so far, also its `machine`.
     """
+    if job.whole_processes:
+        for arm in job.arms:
+            begin = time.perf_counter()
+            with start(job, imgsz, arm) as process:
+                try:
+                    answer = answer_of(process, until_ready(process))
+                finally:
+                    process.kill()
+            yield arm, {"process_s": time.perf_counter() - begin, **answer}
+        return
     started = [(arm, start(job, imgsz, arm)) for arm in job.arms]
     try:
         said = [until_ready(process) for _, process in started]

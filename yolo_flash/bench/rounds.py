@@ -47,7 +47,7 @@ def bench(job: BaseJob) -> list[dict[str, Any]]:
         (imgsz, number, *turn)
         for imgsz in job.imgsz
         for number in range(1, job.rounds + 1)
-        for turn in one_round(job, imgsz)
+        for turn in one_round(job.of_round(number), imgsz)
     )
     told = f"bench {job.command} {job.model} imgsz={','.join(map(str, job.imgsz))} batch={job.batch}"
     for imgsz, number, arm, answer in TQDM(turns, told, total):
@@ -109,7 +109,7 @@ def size_table(results: dict[str, Any], columns: dict[str, str]) -> str:
         if "error" in median:
             lines.append(f"| {arm} | {median['error']} |{' |' * len(columns)}")
             continue
-        key = next(name for name in ("iteration_ms", "kernel_ms", "wall_ms") if name in median)
+        key = next(name for name in ("process_s", "iteration_ms", "kernel_ms", "wall_ms") if name in median)
         saved = "" if "error" in first else f"{first[key]['median'] / median[key]['median']:.2f}x"
         lines.append(f"| {arm} | {' | '.join(_cell(median, name) for name in columns)} | {saved} |")
     return "\n".join(lines)
@@ -118,8 +118,8 @@ def size_table(results: dict[str, Any], columns: dict[str, str]) -> str:
 def _cell(median: dict[str, Any], name: str) -> str:
     if name not in median:
         return "-"
-    figure = median[name]
-    return f"{figure['median']:.2f} ({figure['low']:.2f}..{figure['high']:.2f})"
+    figure, digits = median[name], 3 if name == "map50_95" else 2
+    return f"{figure['median']:.{digits}f} ({figure['low']:.{digits}f}..{figure['high']:.{digits}f})"
 
 
 def _conditions(machine: dict[str, Any], job: BaseJob) -> Row:

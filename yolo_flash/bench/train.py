@@ -97,6 +97,23 @@ class TrainJob(BaseJob):
         if arm not in TRAIN_ARMS:
             raise ValueError(f"there is no arm {arm!r}.{did_you_mean(arm, TRAIN_ARMS)}")
 
+    def default_arms(self) -> tuple[str, ...]:
+        """The arms of a job that names none."""
+        return (UNPATCHED, "eager", "graphs") if self.torch_device().type == "cuda" else (UNPATCHED, "eager")
+
+    def arguments(self, arm: str) -> dict[str, Any]:
+        """Arguments of `YOLO.train` that say what the job says."""
+        device = self.torch_device()
+        amp: bool | str = "bf16" if self.amp == "bf16" else self.amp == "fp16"
+        return {
+            **{name: getattr(self, name) for name in ("batch", "epochs", "workers", "cache", "seed")},
+            "device": str(device.index) if device.type == "cuda" else "cpu",
+            "amp": amp if device.type == "cuda" else False,
+            "mosaic": float(self.mosaic),
+            "compile": arm == COMPILE,
+            "verbose": False,
+        }
+
 
 def bench_train(job: TrainJob) -> list[dict[str, Any]]:
     """Measure all arms in turns; the results are those of `bench`.
@@ -107,10 +124,7 @@ def bench_train(job: TrainJob) -> list[dict[str, Any]]:
     data = offline.training_data(job.data)  # also makes the stand-in, before several processes would
     if str(data).endswith((".yaml", ".yml")) and "://" not in str(data):
         check_file(data, download=False)
-    if not job.arms:
-        on_gpu = job.torch_device().type == "cuda"
-        job = dataclasses.replace(job, arms=(UNPATCHED, "eager", "graphs") if on_gpu else (UNPATCHED, "eager"))
-    return bench(job)
+    return bench(job if job.arms else dataclasses.replace(job, arms=job.default_arms()))
 
 
 class Clocks:
@@ -227,18 +241,13 @@ def get_ready(job: TrainJob, arm: str) -> Callable[[int], dict[str, Any]]:
     if arm in PLUGIN:
         patch_model(model, **PLUGIN[arm])
     data = offline.training_data(job.data)
-    # The check of AMP runs these weights, of stock arms too; without them it would ask the network for minutes.
-    hopeless = offline.missing_asset("yolo26n.pt") and not offline.can_download()
     torch.zeros(1, device=job.torch_device())  # loads CUDA
 
     def measure(imgsz: int) -> dict[str, Any]:
         clocks = Clocks(job)
         for event in [name for name in vars(Clocks) if name.startswith("on_")]:
             model.add_callback(event, getattr(clocks, event))
-        with (
-            tempfile.TemporaryDirectory(prefix="yolo-flash-") as folder,
-            offline.no_downloads() if hopeless else contextlib.nullcontext(),
-        ):
+        with tempfile.TemporaryDirectory(prefix="yolo-flash-") as folder, without_amp_weights():
             model.train(data=data, imgsz=imgsz, project=folder, **train_arguments(job, arm))
         return clocks.figures()
 
@@ -250,23 +259,20 @@ def train_arguments(job: TrainJob, arm: str) -> dict[str, Any]:
 
     Ultralytics saves and validates after the last epoch whatever it is told, which is behind the last clock.
     """
-    device = job.torch_device()
-    amp: bool | str = "bf16" if job.amp == "bf16" else job.amp == "fp16"
     return {
-        "batch": job.batch,
+        **job.arguments(arm),
         "epochs": 2 * job.epochs - WARMUP_EPOCHS,  # the latter ones from memory
-        "device": str(device.index) if device.type == "cuda" else "cpu",
-        "amp": amp if device.type == "cuda" else False,
-        "workers": job.workers,
-        "cache": job.cache,
-        "seed": job.seed,
-        "mosaic": float(job.mosaic),
         "close_mosaic": 0,  # epochs are alike
-        "compile": arm == COMPILE,
         "patience": 0,
         "exist_ok": True,
-        **dict.fromkeys(("pretrained", "val", "save", "plots", "verbose"), False),
+        **dict.fromkeys(("pretrained", "val", "save", "plots"), False),
     }
+
+
+def without_amp_weights() -> contextlib.AbstractContextManager[object]:
+    """Where the weights of Ultralytics' check of AMP are missing, the check asks the network for them for minutes."""
+    hopeless = offline.missing_asset("yolo26n.pt") and not offline.can_download()
+    return offline.no_downloads() if hopeless else contextlib.nullcontext()
 
 
 if __name__ == "__main__":

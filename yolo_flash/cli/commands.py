@@ -93,6 +93,7 @@ def run_bench(args: list[str]) -> None:
     from ..bench.plot import PlotJob, bench_plot
     from ..bench.predict import PredictJob, bench_predict
     from ..bench.rounds import bench
+    from ..bench.run import RunJob
     from ..bench.step import StepJob
     from ..bench.train import TrainJob, bench_train
 
@@ -100,6 +101,7 @@ def run_bench(args: list[str]) -> None:
         "step": (StepJob, bench),
         "predict": (PredictJob, bench_predict),
         "train": (TrainJob, bench_train),
+        "run": (RunJob, bench_train),
         "op": (OpJob, bench_op),
         "plot": (PlotJob, bench_plot),
     }

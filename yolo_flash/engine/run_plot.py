@@ -9,7 +9,7 @@ from typing import Any
 from ..utils.plotting import COLORS, as_png, new_figure
 from .clock import PARTS
 
-_PARTS = dict(zip(PARTS, ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a0a0a0"), strict=True))
+_PARTS = dict(zip(PARTS, ("#332288", "#882255", "#44aa99", "#ddcc77", "#dddddd"), strict=True))
 
 
 def draw_run(file: Path) -> bytes | None:
