@@ -22,9 +22,9 @@ from yolo_flash import AttentionSpec, FlashConfig, patch_model
 from yolo_flash.backends import registry as backends_module
 from yolo_flash.backends.profiled import attention_kernels
 from yolo_flash.dispatch.dispatcher import Dispatcher
-from yolo_flash.engine import profile as profile_module
+from yolo_flash.engine import step_profile as profile_module
 from yolo_flash.engine import telemetry
-from yolo_flash.engine.profile import StepProfile
+from yolo_flash.engine.step_profile import StepProfile
 from yolo_flash.engine.telemetry import known_columns
 from yolo_flash.planning.memory import score_bytes
 from yolo_flash.utils import profiler

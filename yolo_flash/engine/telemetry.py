@@ -25,8 +25,8 @@ from ..planning.plan import PlanRow, describe, plan_entry
 from ..utils.files import write_file
 from ..utils.memory import GIB, peak_memory_gib, readable
 from .clock import EpochClock
-from .profile import StepProfile
 from .run_plot import draw_run
+from .step_profile import StepProfile
 
 COLUMNS = PEAK, SPEED = "flash/peak_allocated_gib", "flash/images_per_second"
 
