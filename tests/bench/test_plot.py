@@ -11,8 +11,9 @@ from PIL import Image
 
 from tests.bench.test_op import made_up_rows
 from yolo_flash.bench import op_table, pictures
-from yolo_flash.bench.pictures import TECHNIQUES, draw_predict, draw_sizes, draw_train, draw_waterfall
-from yolo_flash.bench.rounds import COLUMNS, NUMBERS
+from yolo_flash.bench.pictures import TECHNIQUES, draw_predict, draw_runs, draw_sizes, draw_train, draw_waterfall
+from yolo_flash.bench.plot import PlotJob, bench_plot
+from yolo_flash.bench.rounds import COLUMNS, NUMBERS, VERSIONS
 from yolo_flash.bench.train import TrainJob
 from yolo_flash.cli import main
 from yolo_flash.utils.files import as_csv, from_csv
@@ -189,6 +190,39 @@ def test_a_training_is_bars_of_iterations_with_and_without_the_loader(figures: l
     assert covered(figure) == []
 
 
+def test_whole_runs_are_bars_with_their_first_epoch(figures: list[Any]) -> None:
+    shared = {
+        "command": "run",
+        "model": "yolo12s.yaml",
+        "imgsz": 640,
+        "batch": 16,
+        "precision": "fp16",
+        "device": "a card",
+    }
+    shared |= dict.fromkeys(("error", *VERSIONS))
+    seconds = {"unpatched": (53.0, 26.2, 2.25), "auto": (50.6, 26.25, 1.44)}
+    rows = [
+        {**shared, "arm": arm, "process_s": process, "first_epoch_s": first, "epoch_s": epoch, "map50_95": 0.49}
+        for arm, (process, first, epoch) in seconds.items()
+    ]
+    draw_runs(rows)
+    (figure,) = figures
+    (axis,) = figure.axes
+    assert texts(axis) == [
+        "53.0 s, first 26.2, others 2.25, mAP 0.490",
+        "50.6 s, first 26.2, others 1.44, mAP 0.490",
+    ]
+    assert [bar.get_width() for bar in axis.patches] == [53.0, 26.2, 50.6, 26.25]
+    assert covered(figure) == []
+    assert draw_runs([{**row, "command": "train"} for row in rows]) is None
+
+
+def test_the_csv_of_whole_runs_is_drawn(tmp_path: Path) -> None:
+    source = Path(__file__).parents[2] / "docs" / "results" / "run-yolo12s-bccd-h100.csv"
+    (picture,) = bench_plot(PlotJob(files=(str(source),), folder=str(tmp_path)))
+    assert picture.name == "run.png"
+
+
 def test_the_csv_of_a_training_is_drawn(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_bytes(as_csv(TRAIN_COLUMNS, a_training()))
     (tmp_path / "step.csv").write_bytes(as_csv(COLUMNS, made_up()))
@@ -241,7 +275,7 @@ def test_rows_come_back_from_csv_as_they_were() -> None:
     ("content", "message"),
     [
         (None, "bench plot: .*a.csv"),
-        (b"", "a.csv is no CSV file of bench step, predict, train or op: it lacks the columns command, model, "),
+        (b"", "a.csv is no CSV file of bench step, predict, train, run or op: it lacks the columns command, model, "),
         (b"epoch,time\n1,2\n", "it lacks the columns command, model, "),
         (b"\x89PNG\xff", "a.csv: .*decode"),
         (as_csv(COLUMNS, []), "nothing was measured in a.csv"),

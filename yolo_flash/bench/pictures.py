@@ -137,6 +137,21 @@ def draw_train(rows: list[Row]) -> bytes | None:
     return _nested_bars(rows, "train", texts, (label, label), first=())
 
 
+def draw_runs(rows: list[Row]) -> bytes | None:
+    """A PNG with the seconds of whole trainings, of every arm, and within them those of the first epoch.
+
+    None if no run was measured.
+    """
+    texts: _Texts = {
+        "process_s": lambda seconds: f"{seconds:.1f} s",
+        "first_epoch_s": lambda seconds: f"first {seconds:.1f}",
+        "epoch_s": lambda seconds: f"others {seconds:.2f}",
+        "map50_95": lambda found: f"mAP {found:.3f}",
+    }
+    label = "a whole training, s: process (light), first epoch (full)"
+    return _nested_bars(rows, "run", texts, (label, label), first=())
+
+
 def _panels(rows: list[Row], by_size: bool = True, figure: str = "wall_ms") -> dict[Panel, list[Row]]:
     """The rows of each panel, of those with something measured in the column `figure`."""
     panels: dict[Panel, list[Row]] = {}

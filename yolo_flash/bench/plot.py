@@ -10,7 +10,8 @@ from ultralytics.utils import LOGGER, TQDM
 
 from ..utils.files import Row, columns_of, from_csv, write_file
 from . import op_table, rounds
-from .pictures import draw_predict, draw_sizes, draw_train, draw_waterfall
+from .pictures import draw_predict, draw_runs, draw_sizes, draw_train, draw_waterfall
+from .run import RunJob
 from .train import TrainJob
 
 
@@ -29,15 +30,17 @@ class PlotJob:
     def __post_init__(self) -> None:
         """Refuse to draw nothing, as a ValueError."""
         if not self.files:
-            raise ValueError("name the CSV files to draw, of bench step, predict, train or op: bench plot step.csv")
+            raise ValueError(
+                "name the CSV files to draw, of bench step, predict, train, run or op: bench plot step.csv"
+            )
 
 
 def bench_plot(job: PlotJob) -> list[Path]:
     """Draw all that the files hold.
 
     `imgsz.png` has time and memory against the image size, where there are several; `waterfall.png` the techniques of a
-    training step, one after the other; `predict.png` latencies; `train.png` iterations of a real training; `op.png` the
-    speed of attention alone.
+    training step, one after the other; `predict.png` latencies; `train.png` iterations of a real training; `run.png`
+    the seconds of whole trainings; `op.png` the speed of attention alone.
 
     Returns:
         The pictures.
@@ -48,14 +51,16 @@ def bench_plot(job: PlotJob) -> list[Path]:
     """
     samples: list[Row] = []
     trainings: list[Row] = []
+    runs: list[Row] = []
     op: list[Row] = []
     for name in job.files:
-        _read(Path(name), samples, trainings, op)
+        _read(Path(name), samples, trainings, runs, op)
     drawers: dict[str, Callable[[], bytes | None]] = {
         "imgsz.png": lambda: draw_sizes(samples),
         "waterfall.png": lambda: draw_waterfall(samples),
         "predict.png": lambda: draw_predict(samples),
         "train.png": lambda: draw_train(trainings),
+        "run.png": lambda: draw_runs(runs),
         "op.png": lambda: op_table.draw_op(op) if any(row["us"] is not None for row in op) else None,
     }
     folder = Path(job.folder or Path(job.files[0]).parent)
@@ -71,10 +76,11 @@ def bench_plot(job: PlotJob) -> list[Path]:
     return written
 
 
-def _read(file: Path, samples: list[Row], trainings: list[Row], op: list[Row]) -> None:
+def _read(file: Path, samples: list[Row], trainings: list[Row], runs: list[Row], op: list[Row]) -> None:
     """Add the rows of a file to those of its kind."""
     kinds: tuple[tuple[Sequence[str], Sequence[str], list[Row]], ...] = (
         ((*rounds.COLUMNS, *TrainJob.more_columns), (*rounds.NUMBERS, *TrainJob.more_numbers), trainings),
+        ((*rounds.COLUMNS, *RunJob.more_columns), (*rounds.NUMBERS, *RunJob.more_numbers), runs),
         (rounds.COLUMNS, rounds.NUMBERS, samples),
         (op_table.OP_COLUMNS, op_table.OP_NUMBERS, op),
     )
@@ -87,4 +93,4 @@ def _read(file: Path, samples: list[Row], trainings: list[Row], op: list[Row]) -
     except ValueError as error:
         raise ValueError(f"{file}: {error}.") from error
     missing = ", ".join(name for name in rounds.COLUMNS if name not in found)
-    raise ValueError(f"{file} is no CSV file of bench step, predict, train or op: it lacks the columns {missing}.")
+    raise ValueError(f"{file} is no CSV file of bench step, predict, train, run or op: it lacks the columns {missing}.")
