@@ -167,8 +167,8 @@ def test_speed_up_is_by_gpu_time_where_there_is_one() -> None:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("bench", "bench takes one of step, predict, train, op, plot. Found nothing"),
-        ("bench epoch", "bench takes one of step, predict, train, op, plot. Found epoch"),
+        ("bench", "bench takes one of step, predict, train, run, op, plot. Found nothing"),
+        ("bench epoch", "bench takes one of step, predict, train, run, op, plot. Found epoch"),
         ("bench step imgz=64", r"bench step takes model=\.\.\., imgsz=\.\.\., .*; found imgz"),
         ("bench step batch=0", "batch must be a whole number of at least 1, found 0"),
         ("bench step imgsz=640,0", "imgsz must be a whole number of at least 1, found 0"),
