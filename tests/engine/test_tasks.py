@@ -178,6 +178,8 @@ def test_a_model_without_attention_of_ours_warns_once_and_trains_to_the_bits_of_
     warnings = [line for line in log if "has no attention layer" in line]
     assert len(warnings) == 1
     assert "yolov8n-worldv2 has no attention layer that the plugin knows" in warnings[0]
-    assert [line for line in log if re.fullmatch(r"yolo-flash: .* images/s, peak .* GiB reserved", line)]
+    assert [
+        line for line in log if re.fullmatch(r"yolo-flash: .* images/s, peak .* GiB reserved; epoch of .* rest", line)
+    ]
     assert not ours.phases.calls
     assert ours.losses == stock.losses
