@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from yolo_flash.engine.telemetry import COLUMNS
+from yolo_flash.engine.telemetry import RESULT_COLUMNS
 
 RUN = """
 import json
@@ -61,8 +61,8 @@ def test_results_csv_has_our_columns(run: Run) -> None:
     with (run.folder / "results.csv").open(encoding="utf-8", newline="") as file:
         rows = [{name.strip(): value for name, value in row.items()} for row in csv.DictReader(file)]
     assert [float(row["epoch"]) for row in rows] == [1, 2]
-    assert all(float(row[column]) > 0 for row in rows for column in COLUMNS)
-    assert list(rows[0])[-2:] == list(COLUMNS)
+    assert all(float(row[column]) > 0 for row in rows for column in RESULT_COLUMNS)
+    assert list(rows[0])[-2:] == list(RESULT_COLUMNS)
 
 
 def test_tensorboard_has_our_scalars_and_the_graph(run: Run) -> None:
@@ -72,7 +72,7 @@ def test_tensorboard_has_our_scalars_and_the_graph(run: Run) -> None:
     )
     accumulator = event_accumulator.EventAccumulator(str(run.folder))
     accumulator.Reload()
-    for column in COLUMNS:
+    for column in RESULT_COLUMNS:
         points = accumulator.Scalars(column)
         assert [point.step for point in points] == [1, 2]
         assert all(type(point.value) is float and point.value > 0 for point in points)
@@ -90,7 +90,7 @@ def test_mlflow_has_our_metrics(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     (logged,) = client.search_runs(experiments)
     assert logged.info.status == "FINISHED"
-    for column in COLUMNS:
+    for column in RESULT_COLUMNS:
         history = client.get_metric_history(logged.info.run_id, column)
         assert [metric.step for metric in history] == [0, 1]
         assert all(type(metric.value) is float and metric.value > 0 for metric in history)
@@ -98,4 +98,4 @@ def test_mlflow_has_our_metrics(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_all_loggers_get_is_plain_numbers(run: Run) -> None:
     """They log `trainer.lr` as it is: numbers of Python, not of numpy or torch."""
-    assert run.types == dict.fromkeys(COLUMNS, "float")
+    assert run.types == dict.fromkeys(RESULT_COLUMNS, "float")

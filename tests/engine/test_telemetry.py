@@ -132,7 +132,7 @@ def test_logging_changes_no_result(tiny_args: dict[str, Any]) -> None:
     tables = [polars.read_csv(Path(run.trainer.save_dir) / "results.csv") for run in runs]
     common = [column for column in tables[1].columns if column != "time"]
     assert tables[0][common].equals(tables[1][common])
-    assert set(tables[0].columns) - set(tables[1].columns) == set(telemetry.COLUMNS)
+    assert set(tables[0].columns) - set(tables[1].columns) == set(telemetry.RESULT_COLUMNS)
 
 
 def test_a_profile_that_contradicts_the_plan_is_a_warning(

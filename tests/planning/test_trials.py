@@ -171,7 +171,7 @@ def test_a_time_that_was_scaled_is_marked_wherever_it_is_printed() -> None:
     spec = AttentionSpec(64, 2, 400, 400, 32, 32, torch.float16, "nhwc")
     trials = {
         "stock": Trial(ms=9.0, note=note),
-        "sdpa_flash": Trial(ms=3.0),
+        "sdpa_flash": Trial(ms=3.0, ms_low=2.9, ms_high=3.2, method="graph"),
         "sdpa_cudnn": Trial(why_not="no", note=note),
     }
     decision = select(spec, MACHINES["H100"], trials=trials)
@@ -179,6 +179,8 @@ def test_a_time_that_was_scaled_is_marked_wherever_it_is_printed() -> None:
     assert f"3 ms, 3.0x stock ({note}), the fastest measured" in describe([row], MACHINES["H100"])
     assert decision.fate("stock") == f"9 ms ({note})"
     assert plan_entry(row)["notes"] == {"stock": note}
+    assert plan_entry(row)["method"] == {"stock": "", "sdpa_flash": "graph"}
+    assert plan_entry(row)["spread"] == {"stock": 0.0, "sdpa_flash": 0.1}
     assert json.dumps(plan_entry(row))
     scaled = select(spec, MACHINES["H100"], trials={"stock": Trial(ms=9.0), "sdpa_flash": Trial(ms=3.0, note=note)})
     table = describe([PlanRow("model.6", "AAttn", "train", scaled)], MACHINES["H100"])

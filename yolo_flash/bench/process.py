@@ -192,7 +192,7 @@ def serve(make_job: Callable[..., CallsJob], make_subject: Callable[[CallsJob, s
     def get_ready(job: CallsJob, arm: str) -> Callable[[int], dict[str, Any]]:
         subject = make_subject(job, arm)
         list(subject.parts(64, 2).values())[-1]()
-        return lambda imgsz: _measure(subject, job, imgsz, job.torch_device())
+        return lambda imgsz: _measure_calls(subject, job, imgsz, job.torch_device())
 
     take_turn(make_job, get_ready)
 
@@ -224,7 +224,7 @@ def take_turn(
     print(f"\n{json.dumps(answer)}")
 
 
-def _measure(subject: Subject, job: TimedJob, imgsz: int, device: torch.device) -> dict[str, Any]:
+def _measure_calls(subject: Subject, job: TimedJob, imgsz: int, device: torch.device) -> dict[str, Any]:
     """Milliseconds of GPU kernels of each part, None on a CPU; of the whole, wall time, speed and peak memory."""
     on_gpu = device.type == "cuda"
     if on_gpu:

@@ -71,7 +71,7 @@ def show_plan(
         stock, planned = _kept_scores(rows)
         memory = attention_memory(rows)
         LOGGER.info(describe(rows, machine))
-        LOGGER.info(_others(rows))
+        LOGGER.info(_fates(rows))
         if "train" in modes:
             saved = memory.stock - memory.planned
             LOGGER.info(
@@ -111,7 +111,7 @@ def _kept_scores(rows: list[PlanRow]) -> tuple[int, int]:
     return score_bytes(decision.spec for decision in training), score_bytes(unfused)
 
 
-def _others(rows: list[PlanRow]) -> str:
+def _fates(rows: list[PlanRow]) -> str:
     """What became of the other backends, layers with the same fate in one block."""
     fates: dict[tuple[str, ...], list[PlanRow]] = {}
     for row in rows:

@@ -95,7 +95,7 @@ class FlashRun:
 
     def _make_plan(self, trainer: Any, model: nn.Module) -> None:
         machine = detect(trainer.device)
-        measure = functools.partial(_measure, trainer) if self.config.autotune else None
+        measure = functools.partial(_measure_for_all_ranks, trainer) if self.config.autotune else None
         try:
             self.dispatcher.recall(trainer.device)  # the steps will, and have to decide as the plan does
             self.plan = make_plan(model, self.dispatcher, machine, run_inputs(trainer), measure)
@@ -142,7 +142,7 @@ def commonest_shape(dataset: Any, batch: int, imgsz: int) -> tuple[int, int, int
     return max(counts), height, width, "" if comes_again else note
 
 
-def _measure(trainer: Any, specs: list[AttentionSpec]) -> dict[AttentionSpec, dict[str, Trial]]:
+def _measure_for_all_ranks(trainer: Any, specs: list[AttentionSpec]) -> dict[AttentionSpec, dict[str, Trial]]:
     """Trials on the device of a trainer; all ranks get those of rank 0, so that all have one plan."""
     trials = [autotune.measure(specs, trainer.device) if RANK in {-1, 0} else {}]
     if trainer.world_size > 1:

@@ -9,7 +9,7 @@ from typing import Any
 from ..utils.plotting import COLORS, as_png, new_figure
 from .clock import PARTS
 
-_PARTS = dict(zip(PARTS, ("#332288", "#882255", "#44aa99", "#ddcc77", "#dddddd"), strict=True))
+_PART_COLORS = dict(zip(PARTS, ("#332288", "#882255", "#44aa99", "#ddcc77", "#dddddd"), strict=True))
 
 
 def draw_run(file: Path) -> bytes | None:
@@ -36,7 +36,7 @@ def draw_run(file: Path) -> bytes | None:
         memory.plot(numbers, [epochs[n][f"peak_{kind}_gib"] for n in numbers], label=kind, color=color, **style)
     speed.plot(numbers, [epochs[n]["images_per_second"] for n in numbers], color="#d55e00", **style)
     heights = [0.0] * len(numbers)
-    for part, color in _PARTS.items():
+    for part, color in _PART_COLORS.items():
         # A run that was begun by an older version has epochs without this.
         seconds = [epochs[n].get("seconds", {}).get(part, 0.0) for n in numbers]
         parts.bar(numbers, seconds, 0.8, bottom=heights, label=part, color=color)

@@ -28,7 +28,7 @@ from .clock import EpochClock
 from .run_plot import draw_run
 from .step_profile import StepProfile
 
-COLUMNS = PEAK, SPEED = "flash/peak_allocated_gib", "flash/images_per_second"
+RESULT_COLUMNS = PEAK, SPEED = "flash/peak_allocated_gib", "flash/images_per_second"
 
 
 class Telemetry:
@@ -250,7 +250,7 @@ def known_columns(csv: Path, metrics: Mapping[str, float]) -> dict[str, float]:
         return dict(metrics)
     with csv.open(encoding="utf-8") as file:
         header = {column.strip() for column in file.readline().split(",")}
-    return {name: value for name, value in metrics.items() if name not in COLUMNS or name in header}
+    return {name: value for name, value in metrics.items() if name not in RESULT_COLUMNS or name in header}
 
 
 def _begin_file(trainer: Any) -> Path:

@@ -127,9 +127,11 @@ def describe(rows: list[PlanRow], machine: Machine) -> str:
 def plan_entry(row: PlanRow) -> dict[str, Any]:
     """A row of the plan as JSON: layer, block, mode, spec, backend, why, ms, error and the reasons of the refused.
 
-    `notes` has the backends whose time was scaled, and from what.
+    `method` is how a backend was timed, `spread` how far its samples lie apart, relative to the median; `notes` has the
+    backends whose time was scaled, and from what.
     """
     decision = row.decision
+    timed = {name: trial for name, trial in decision.trials.items() if trial.ms is not None}
     return {
         "layer": row.layer,
         "block": row.block,
@@ -138,6 +140,8 @@ def plan_entry(row: PlanRow) -> dict[str, Any]:
         "backend": decision.backend,
         "why": decision.why,
         "ms": decision.ms,
+        "method": {name: trial.method for name, trial in timed.items()},
+        "spread": {name: round(trial.spread, 4) for name, trial in timed.items()},
         "notes": decision.notes,
         "error": decision.error,
         "refused": {name: list(reasons) for name, reasons in decision.refused.items()},
