@@ -59,6 +59,11 @@ def test_every_folder_is_a_wing() -> None:
             assert [type(node) for node in ast.parse(source).body] == [ast.Expr], wing.name  # what it is for, no import
 
 
+def test_no_wing_has_a_public_name() -> None:
+    """Importing `yolo_flash.verify.compare` would put the wing in the place of the function `yolo_flash.verify`."""
+    assert not set(ORDER) & set(yolo_flash.__all__)
+
+
 @pytest.mark.parametrize("file", [file for file in FILES if wing_of(file) in ORDER], ids=lambda file: file.stem)
 def test_no_file_imports_from_a_wing_above(file: Path) -> None:
     wing = wing_of(file)
