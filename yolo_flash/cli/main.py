@@ -17,8 +17,7 @@ yolo-flash {version}: the `yolo` command with exact, fused attention (YOLOv10, Y
   yolo-flash verify model=best.pt [source=images] [imgsz=640] [batch=2] [all=true] [--json]      ours, stock, float64
   yolo-flash bench step model=yolo12n.yaml imgsz=640 batch=16      a training step, stock against ours
   yolo-flash bench predict model=yolo12n.yaml imgsz=640,1280       a prediction, stock against every backend
-  yolo-flash bench train model=yolo12n.yaml data=coco8.yaml        iterations of real training, stock against ours
-  yolo-flash bench run model=yolo12n.yaml data=coco8.yaml          whole trainings: seconds to the end, and mAP
+  yolo-flash bench train|run model=yolo12n.yaml data=coco8.yaml    iterations of real training; whole runs and mAP
   yolo-flash bench op             every fused attention alone, on the layers of the models
   yolo-flash bench plot FILE.csv ...         pictures of what these measured with csv=FILE.csv
   yolo-flash help                 this screen; `yolo help` explains Ultralytics' own arguments
