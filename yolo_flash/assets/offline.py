@@ -107,6 +107,16 @@ def missing_asset(weights: str | Path) -> bool:
     return name.name in downloads.GITHUB_ASSETS_NAMES and not on_disk
 
 
+def out_of_reach(weights: str | Path) -> bool:
+    """Whether `weights` names an official file that is neither on disk nor to be downloaded."""
+    return missing_asset(weights) and not can_download()
+
+
+def without_amp_weights() -> contextlib.AbstractContextManager[object]:
+    """Spare Ultralytics' check of AMP, within the context, the minutes in which it asks for weights out of reach."""
+    return no_downloads() if out_of_reach("yolo26n.pt") else contextlib.nullcontext()
+
+
 def training_data(data: Any) -> Any:
     """The data set to train on: `data` itself wherever Ultralytics can find or download it.
 

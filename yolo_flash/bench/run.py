@@ -14,7 +14,7 @@ from ..assets import offline
 from ..assets.models import open_model
 from ..engine.model import patch_model
 from .process import take_turn
-from .train import PLUGIN, UNPATCHED, TrainJob, without_amp_weights
+from .train import PLUGIN, UNPATCHED, TrainJob
 
 _MAP = "metrics/mAP50-95(B)"
 
@@ -69,7 +69,7 @@ def get_ready(job: RunJob, arm: str) -> Callable[[int], dict[str, Any]]:
             patch_model(model, **PLUGIN[arm])
         ends: list[float] = []
         model.add_callback("on_fit_epoch_end", lambda trainer: ends.append(time.perf_counter()))
-        with tempfile.TemporaryDirectory(prefix="yolo-flash-") as folder, without_amp_weights():
+        with tempfile.TemporaryDirectory(prefix="yolo-flash-") as folder, offline.without_amp_weights():
             data, begin = offline.training_data(job.data), time.perf_counter()
             model.train(data=data, imgsz=imgsz, project=folder, **job.arguments(arm))
         ends = ends[: job.epochs]  # the final evaluation is told as an epoch too

@@ -6,7 +6,6 @@ augmentation, optimizer and progress bar; callbacks hold the clocks.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import statistics
@@ -247,7 +246,7 @@ def get_ready(job: TrainJob, arm: str) -> Callable[[int], dict[str, Any]]:
         clocks = Clocks(job)
         for event in [name for name in vars(Clocks) if name.startswith("on_")]:
             model.add_callback(event, getattr(clocks, event))
-        with tempfile.TemporaryDirectory(prefix="yolo-flash-") as folder, without_amp_weights():
+        with tempfile.TemporaryDirectory(prefix="yolo-flash-") as folder, offline.without_amp_weights():
             model.train(data=data, imgsz=imgsz, project=folder, **train_arguments(job, arm))
         return clocks.figures()
 
@@ -267,12 +266,6 @@ def train_arguments(job: TrainJob, arm: str) -> dict[str, Any]:
         "exist_ok": True,
         **dict.fromkeys(("pretrained", "val", "save", "plots"), False),
     }
-
-
-def without_amp_weights() -> contextlib.AbstractContextManager[object]:
-    """Where the weights of Ultralytics' check of AMP are missing, the check asks the network for them for minutes."""
-    hopeless = offline.missing_asset("yolo26n.pt") and not offline.can_download()
-    return offline.no_downloads() if hopeless else contextlib.nullcontext()
 
 
 if __name__ == "__main__":

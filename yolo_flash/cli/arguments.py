@@ -73,7 +73,7 @@ def split_settings(args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 def refuse_missing(weights: str, what: str, mode: str | None) -> None:
     """Raise at once for official weights that Ultralytics would try to download for minutes, in vain."""
     file = weights if "://" in weights else check_model_file_from_stem(weights)
-    if not offline.missing_asset(file) or offline.can_download():
+    if not offline.out_of_reach(file):
         return
     scratch = f", or train from scratch with model={Path(file).stem}.yaml" if mode == "train" else ""
     raise UsageError(

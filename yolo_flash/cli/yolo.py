@@ -75,12 +75,12 @@ def choose_model(args: list[str]) -> list[str]:
         return choose_model([*args, f"model={resume}"])  # Ultralytics would load yolo26n.pt only to drop it
     if mode != "train" or resume:
         weights = TASK2MODEL.get(task, "yolo26n.pt")
-        if resume and offline.missing_asset(weights) and not offline.can_download():
+        if resume and offline.out_of_reach(weights):
             raise UsageError(f"resume needs the run to resume: model=path/to/last.pt ({offline.why_not()}).")
         refuse_missing(weights, f"no model= given: {weights}, which Ultralytics takes,", mode)
         return args
     weights = (TASK2MODEL | {"detect": "yolo12n.pt"}).get(task, "yolo12n.pt")
-    if offline.missing_asset(weights) and not offline.can_download():
+    if offline.out_of_reach(weights):
         weights = Path(weights).stem + ".yaml"
         LOGGER.info(f"yolo-flash: no model= given and nothing can be downloaded: training {weights} from scratch")
     else:

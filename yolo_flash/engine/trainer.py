@@ -72,8 +72,7 @@ class FlashTrainerMixin(_TrainerBase):
 
     def _setup_train(self) -> None:
         checks_amp = self.device.type == "cuda" and self.args.amp not in (False, "fp32", "bf16")
-        hopeless = checks_amp and offline.missing_asset("yolo26n.pt") and not offline.can_download()
-        with offline.no_downloads() if hopeless else contextlib.nullcontext():
+        with offline.without_amp_weights() if checks_amp else contextlib.nullcontext():
             super()._setup_train()
 
     def auto_batch(self, *args: Any, **kwargs: Any) -> Any:
