@@ -16,6 +16,7 @@ from tests.engine.test_telemetry import events, of
 from yolo_flash import patch_model
 from yolo_flash.engine import clock
 from yolo_flash.engine.clock import PARTS, EpochClock
+from yolo_flash.engine.step_profile import StepProfile
 
 
 @pytest.fixture
@@ -84,6 +85,23 @@ def test_the_seconds_of_an_epoch_are_in_its_record_and_its_line(
     lines = [line for line in log if "images/s" in line]
     assert len(lines) == 2
     assert all("; epoch of " in line for line in lines)
+
+
+def test_reading_a_profile_is_no_waiting_for_data(
+    tiny_model: str, tiny_args: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = StepProfile.compare
+
+    def slow(self: StepProfile, *args: Any) -> None:
+        time.sleep(2)
+        stock(self, *args)
+
+    monkeypatch.setattr(StepProfile, "compare", slow)
+    model = patch_model(YOLO(tiny_model))
+    model.train(**tiny_args)
+    (record,) = of(events(model), "epoch")
+    assert record["seconds"]["rest"] >= 2
+    assert record["seconds"]["data"] < 2
 
 
 def test_a_slow_loader_is_named_once_with_what_helps(

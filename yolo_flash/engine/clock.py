@@ -14,7 +14,8 @@ class EpochClock:
     """Splits an epoch among its parts: each lap belongs to what has just ended.
 
     Attributes:
-        seconds: Part -> seconds of the epoch. `data` is the loader's share: the host waits for a batch.
+        seconds: Part -> seconds of the epoch. `data` is from the end of a step to the next batch: the host waits for
+            the loader, and runs the callbacks of users.
         starved: Seconds of `data` that began when the GPU had done all its work; all of `data` on a CPU.
         batches: Batches that the loader gave.
     """

@@ -135,6 +135,8 @@ class Telemetry:
         self._write("kernels", **facts)
         self._profile.compare(facts, self._in_force())
         self._restart_clock()
+        if self._clock is not None:
+            self._clock.lap("rest")  # what the profile took: no wait for the loader
 
     def on_train_epoch_end(self, trainer: Any, replays: dict[str, Any]) -> None:
         """Sum up an epoch, before its validation, with what `GraphPolicy.end_epoch` counted.
