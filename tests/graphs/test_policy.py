@@ -307,27 +307,27 @@ def test_nothing_of_it_reaches_the_model_a_copy_or_a_checkpoint(
     assert not set.union(*seen)
 
 
-def test_a_forward_that_never_came_leaves_nothing(replays: list[Replay]) -> None:
-    model = DetectionModel("yolo12n.yaml", verbose=False)
+def before_a_replay() -> tuple[DetectionModel, GraphPolicy, Any, dict[str, Any]]:
+    """A model whose next forward is to be a replay, its policy and trainer, and the batch."""
+    model = DetectionModel("yolo12n.yaml", verbose=False).train()
     graphs, trainer = GraphPolicy("on"), a_trainer(model)
     graphs.prepare(trainer)
-    images = torch.rand(2, 3, 32, 32)
-    batch = {"img": images}
+    batch = {"img": torch.rand(2, 3, 32, 32)}
     for _ in range(2):
         graphs.before_forward(trainer, batch)
+    return model, graphs, trainer, batch
+
+
+def test_a_forward_that_never_came_leaves_nothing(replays: list[Replay]) -> None:
+    model, graphs, trainer, _ = before_a_replay()
     assert "predict" in vars(model)
     graphs.after_step(trainer)
     assert "predict" not in vars(model)
 
 
 def test_another_call_of_the_network_is_its_own(replays: list[Replay]) -> None:
-    model = DetectionModel("yolo12n.yaml", verbose=False).train()
-    graphs, trainer = GraphPolicy("on"), a_trainer(model)
-    graphs.prepare(trainer)
-    images = torch.rand(2, 3, 32, 32)
-    batch = {"img": images}
-    for _ in range(2):
-        graphs.before_forward(trainer, batch)
+    model, graphs, trainer, batch = before_a_replay()
+    images = batch["img"]
     model(torch.rand(1, 3, 64, 64))  # a callback that looks at something
     assert replays[0].calls == []
     graphs.before_forward(trainer, batch)

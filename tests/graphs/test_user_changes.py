@@ -396,16 +396,21 @@ def test_a_batch_with_too_many_boxes_for_the_memory_runs_eager_and_the_others_fr
     assert sum("a batch with 1500 boxes in an image runs without CUDA graphs" in line for line in log) == 1
 
 
-def test_a_capture_that_ran_out_of_memory_once_is_tried_on_another_batch(
-    made: list[Replay], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, graphs, trainer, batch = with_criterion("on")
+def short_of_memory_once(graphs: GraphPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first capture runs out of memory."""
 
     def short(*args: Any) -> Any:
         monkeypatch.setattr(graphs, "_capture_step", Signed)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(graphs, "_capture_step", short)
+
+
+def test_a_capture_that_ran_out_of_memory_once_is_tried_on_another_batch(
+    made: list[Replay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, graphs, trainer, batch = with_criterion("on")
+    short_of_memory_once(graphs, monkeypatch)
     for _ in range(4):
         step(graphs, trainer, batch)
         model(batch)
@@ -419,12 +424,7 @@ def test_on_that_loses_its_graphs_is_an_error_also_behind_a_capture_that_ran_out
     made: list[Replay], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, graphs, trainer, batch = with_criterion("on")
-
-    def short(*args: Any) -> Any:
-        monkeypatch.setattr(graphs, "_capture_step", Signed)
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(graphs, "_capture_step", short)
+    short_of_memory_once(graphs, monkeypatch)
     monkeypatch.setattr(Signed, "stale", lambda self: True)  # the model changes in every step
     for _ in range(6):
         step(graphs, trainer, batch)
