@@ -14,7 +14,7 @@ from ..assets import offline
 from ..assets.models import open_model
 from ..engine.model import patch_model
 from .process import take_turn
-from .train import PLUGIN, UNPATCHED, TrainJob
+from .train import PLUGIN, SETTINGS, UNPATCHED, TrainJob
 
 _MAP = "metrics/mAP50-95(B)"
 
@@ -43,11 +43,8 @@ class RunJob(TrainJob):
         "epoch_s": "median epoch s",
         "map50_95": "mAP50-95",
     }
-    more_columns: ClassVar[tuple[str, ...]] = (
-        *("data", "epochs", "workers", "cache", "seed", "mosaic"),
-        *("process_s", "first_epoch_s", "epoch_s", "map50_95"),
-    )
-    more_numbers: ClassVar[tuple[str, ...]] = more_columns[-4:]
+    more_numbers: ClassVar[tuple[str, ...]] = tuple(columns)
+    more_columns: ClassVar[tuple[str, ...]] = (*SETTINGS, *columns)
     at_least: ClassVar[dict[str, int]] = {"batch": 1, "rounds": 1, "epochs": 2, "workers": 0, "seed": 0}
 
     def default_arms(self) -> tuple[str, ...]:

@@ -34,6 +34,9 @@ WARMUP_EPOCHS = 2  # in which caches fill, kernels are compiled, the plugin prof
 _IN_MEMORY = 16  # batches at most
 
 
+SETTINGS = ("data", "epochs", "workers", "cache", "seed", "mosaic")  # columns of a CSV file beside the figures
+
+
 @dataclass(frozen=True)
 class TrainJob(BaseJob):
     """What `bench train` measures: a model in Ultralytics' trainer, from fresh weights.
@@ -74,11 +77,10 @@ class TrainJob(BaseJob):
         "peak_gib": "peak GiB",
         "reserved_gib": "reserved GiB",
     }
-    more_columns: ClassVar[tuple[str, ...]] = (
-        *("data", "epochs", "workers", "cache", "seed", "mosaic"),
+    more_numbers: ClassVar[tuple[str, ...]] = (
         *("iterations", "iteration_ms", "without_loader_ms", "wait_ms", "reserved_gib"),
     )
-    more_numbers: ClassVar[tuple[str, ...]] = more_columns[-5:]  # those of them that are figures
+    more_columns: ClassVar[tuple[str, ...]] = (*SETTINGS, *more_numbers)
     at_least: ClassVar[dict[str, int]] = {"batch": 1, "rounds": 1, "epochs": WARMUP_EPOCHS + 1, "workers": 0, "seed": 0}
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from ..bench.largest_batch import largest_batch
 from ..config import FlashConfig
 from ..engine.model import patch_from_sources, plan
 from ..machine import detect, resolve_device
-from ..patching.patch import targets
+from ..patching.patch import targets, without_known_blocks
 from ..planning.inputs import precisions, rounded_size
 from ..planning.memory import attention_memory, score_bytes
 from ..planning.plan import PlanRow, describe, plan_entry
@@ -62,10 +62,7 @@ def show_plan(
         precisions(amp, device.type == "cuda")  # a mistake is told before the model is built
         opened = open_model(model)
         if not targets(opened.model):
-            raise ValueError(
-                f"{model} has no attention layer that the plugin knows (of YOLOv10, YOLO11, YOLO12, YOLO26 or "
-                f"RT-DETR): nothing to plan."
-            )
+            raise ValueError(f"{without_known_blocks(model)}: nothing to plan.")
         run["imgsz"] = rounded_size(opened.model, run.get("imgsz", 640))
         rows = [row for row in plan(patch_from_sources(opened, sources), **run) if row.mode in modes]
         stock, planned = _kept_scores(rows)

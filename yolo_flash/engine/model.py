@@ -16,7 +16,7 @@ from ..dispatch.dispatcher import Dispatcher
 from ..machine import detect, resolve_device
 from ..patching.blocks import FlashBlock
 from ..patching.class_swap import StockPickle, become, restore
-from ..patching.patch import known_blocks, layer_choices, patch_modules, unpatch_modules
+from ..patching.patch import known_blocks, layer_choices, patch_modules, unpatch_modules, without_known_blocks
 from ..planning import autotune
 from ..planning.inputs import assumed_inputs, rounded_size
 from ..planning.plan import PlanRow, make_plan
@@ -117,10 +117,7 @@ def patch_from_sources(model: M, sources: dict[str, Any]) -> M:
         if not known_blocks(network):  # so that nobody waits for a gain
             yaml = getattr(network, "yaml", None)
             name = Path(str(yaml.get("yaml_file") if isinstance(yaml, dict) else type(network).__name__)).stem
-            LOGGER.warning(
-                f"yolo-flash: {name} has no attention layer that the plugin knows (of YOLOv10, YOLO11, YOLO12, YOLO26 "
-                f"or RT-DETR): its blocks run stock."
-            )
+            LOGGER.warning(f"yolo-flash: {without_known_blocks(name)}: its blocks run stock.")
     return model
 
 

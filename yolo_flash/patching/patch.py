@@ -23,6 +23,12 @@ BLOCKS: dict[type, type[FlashBlock]] = {
 }
 
 
+def without_known_blocks(name: str) -> str:
+    """The sentence about a model that has nothing to patch."""
+    families = "YOLOv10, YOLO11, YOLO12, YOLO26 or RT-DETR"
+    return f"{name} has no attention layer that the plugin knows (of {families})"
+
+
 def known_blocks(module: nn.Module) -> dict[str, nn.Module]:
     """Layer name -> attention block of a class that we take over, or patched, in the order of the model.
 

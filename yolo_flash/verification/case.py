@@ -26,7 +26,7 @@ from ..config import FlashConfig
 from ..dispatch.dispatcher import Dispatcher
 from ..machine import Machine, detect
 from ..patching.blocks import FlashBlock
-from ..patching.patch import targets, unpatch_modules
+from ..patching.patch import targets, unpatch_modules, without_known_blocks
 from ..planning.inputs import precisions, rounded_size
 from .compare import Mode
 
@@ -83,10 +83,7 @@ def prepare(
     given: Any = open_model(model) if by_name else model
     inner = given.model if isinstance(given, Model) else given
     if not (isinstance(inner, nn.Module) and targets(inner)):
-        raise ValueError(
-            f"{name} has no attention layer that the plugin knows (of YOLOv10, YOLO11, YOLO12, YOLO26 or RT-DETR): "
-            f"nothing to verify."
-        )
+        raise ValueError(f"{without_known_blocks(name)}: nothing to verify.")
     config = _config_of(inner, sources)
     if not config.enabled:
         raise ValueError("flash.enabled=false, or YOLO_FLASH=0: stock runs, and there is nothing to verify.")
