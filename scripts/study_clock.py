@@ -1,11 +1,13 @@
 """Where the milliseconds of a training step go, in Ultralytics' real trainer: stock, eager and from CUDA graphs.
 
-    python scripts/study_clock.py data.yaml model.yaml imgsz batch [arm ...]      arms: unpatched, eager, graphs
+    python scripts/study_clock.py data.yaml model.yaml imgsz batch [arm ...]   arms: unpatched, eager, graphs, outside
 
 Each phase is timed by the host's clock, without waiting for the GPU: GPU time counts in the phase that waits. Medians
 over the steps of three epochs but the first step of each, in one process for each arm; the batches are the loader's
-first ones, from memory, and every step has an optimizer step. With graphs, the loss is part of the network. Then ten
-steps run under torch's profiler: how long the GPU was busy, and how often the host waited for the GPU.
+first ones, from memory, and every step has an optimizer step. With graphs, nothing of Ultralytics' is replaced, since
+graphs refuse what is a user's: network, loss and backward are one phase, and optimizer, EMA and rest another. `outside`
+also times the loss of tasks whose loss is not. Then some steps run under torch's profiler: how long the GPU was busy,
+and how often the host waited for the GPU.
 """
 
 from __future__ import annotations
@@ -22,26 +24,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import DeviceType, ProfilerActivity, profile
-from ultralytics import YOLO
 
 from yolo_flash import patch_model
+from yolo_flash.assets.models import open_model
 from yolo_flash.bench.process import until_ready
 from yolo_flash.bench.train import InMemory
+from yolo_flash.utils.profiler import events_of
 
 PHASES = ("to device", "network", "loss", "backward", "optimizer and EMA", "rest")
-WARM_UP, EPOCHS, PROFILED = 2, 7, 10
+WARM_UP, EPOCHS = 2, 7
 
 
 class Clock:
     """Follows a run and keeps the milliseconds of every phase of every step."""
 
-    def __init__(self, loss_alone: bool) -> None:
-        self.loss_alone = loss_alone
+    def __init__(self, arm: str) -> None:
+        self.graphs, self.loss_alone = arm in ("graphs", "outside"), arm != "graphs"
         self.steps: defaultdict[str, list[float]] = defaultdict(list)
         self.now: dict[str, float] = {}
         self.epoch = -1
-        self.begun = 0.0
+        self.begun = self.start = 0.0
         self.profile: profile | None = None
         self.profiled = 0
         self.gpu: dict[str, float] = {}
@@ -58,24 +62,34 @@ class Clock:
         return run
 
     def on_train_start(self, trainer: Any) -> None:
-        transfer = self.timed("to device", trainer.preprocess_batch)
+        if self.graphs:
+            policy = trainer.flash_run.graphs
+            policy.before_forward = self.until("to device", policy.before_forward)
+            policy.before_optimizer = self.until("network", policy.before_optimizer, before=True)
+            return
+        trainer.preprocess_batch = self.until("to device", trainer.preprocess_batch)
         trainer.optimizer_step = self.timed("optimizer and EMA", trainer.optimizer_step)
         scale = trainer.scaler.scale
 
-        def transferred(batch: dict[str, Any]) -> dict[str, Any]:
-            batch = transfer(batch)
-            self.begun = time.perf_counter()
-            return batch
-
-        trainer.preprocess_batch = transferred
-
         def scaled(loss: torch.Tensor) -> Any:
-            self.now["forward"] = (time.perf_counter() - self.begun) * 1e3
+            self.now["network"] = (time.perf_counter() - self.begun) * 1e3 - self.now.get("loss", 0.0)
             result = scale(loss)
             result.backward = self.timed("backward", result.backward)
             return result
 
         trainer.scaler.scale = scaled
+
+    def until(self, phase: str, call: Callable[..., Any], before: bool = False) -> Callable[..., Any]:
+        """A phase from the end of the last one to the end of a call, or to its beginning."""
+
+        @functools.wraps(call)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            result = None if before else call(*args, **kwargs)
+            now = time.perf_counter()
+            self.now[phase], self.begun = (now - self.begun) * 1e3 - self.now.get("loss", 0.0), now
+            return call(*args, **kwargs) if before else result
+
+        return run
 
     def on_train_epoch_start(self, trainer: Any) -> None:
         if trainer.epoch == WARM_UP:
@@ -84,17 +98,22 @@ class Clock:
     def on_train_batch_start(self, trainer: Any) -> None:
         criterion = getattr(trainer.model, "criterion", None)
         if self.loss_alone and criterion is not None and not hasattr(criterion, "timed"):
-            trainer.model.criterion = self.timed("loss", criterion)
-            trainer.model.criterion.timed = True
-            if hasattr(criterion, "update"):
-                trainer.model.criterion.update = criterion.update
+            if isinstance(criterion, nn.Module):  # of RT-DETR
+                criterion.forward = self.timed("loss", criterion.forward)
+                criterion.timed = True
+            else:
+                trainer.model.criterion = self.timed("loss", criterion)
+                trainer.model.criterion.timed = True
+                if hasattr(criterion, "update"):
+                    trainer.model.criterion.update = criterion.update
         self.now = {}
-        self.start = time.perf_counter()
+        self.start = self.begun = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any) -> None:
-        now = self.now
-        total = (time.perf_counter() - self.start) * 1e3
-        now["network"] = now.pop("forward", 0.0) - now.get("loss", 0.0)
+        now, end = self.now, time.perf_counter()
+        total = (end - self.start) * 1e3
+        if self.graphs:
+            now["optimizer and EMA"] = (end - self.begun) * 1e3
         now["rest"] = total - sum(now.values())
         first, self.epoch = trainer.epoch != self.epoch, trainer.epoch
         if WARM_UP <= trainer.epoch < EPOCHS - 2 and not first:
@@ -102,36 +121,37 @@ class Clock:
                 self.steps[phase].append(now.get(phase, 0.0))
             self.steps["step"].append(total)
         if trainer.epoch >= EPOCHS - 2 and torch.cuda.is_available():
-            self.count()
+            self.count(last=trainer.epoch == EPOCHS - 1)
 
-    def count(self) -> None:
-        """Ten steps of the last epochs under the profiler."""
+    def count(self, last: bool) -> None:
+        """The steps of the last epoch but one, under the profiler."""
         if self.profile is None and not self.gpu:
             self.profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
             self.profile.start()
         elif self.profile is not None:
-            self.profiled += 1
-            if self.profiled < PROFILED:
+            self.profiled += not last
+            if not last:
                 return
             self.profile.stop()
             waits: Counter[str] = Counter()
             busy = 0.0
-            for event in self.profile.events() or []:
-                if event.device_type == DeviceType.CUDA:
-                    busy += event.time_range.elapsed_us() / 1e3
-                elif event.name in ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"):
+            for event in events_of(self.profile):
+                if event.device_type() == DeviceType.CUDA:
+                    busy += event.duration_ns() / 1e6
+                elif event.name() in ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"):
                     waits["waits of the host"] += 1
-                elif event.name.startswith(("cudaLaunchKernel", "cuLaunchKernel")):
+                elif event.name().startswith(("cudaLaunchKernel", "cuLaunchKernel")):
                     waits["kernels launched by the host"] += 1
-            self.gpu = {"GPU busy, ms": busy / PROFILED} | {name: n / PROFILED for name, n in waits.items()}
+            steps = self.profiled + 1
+            self.gpu = {"GPU busy, ms": busy / steps} | {name: n / steps for name, n in waits.items()}
             self.profile = None
 
 
 def one_arm(data: str, config: str, imgsz: int, batch: int, arm: str) -> dict[str, float]:
     """Get ready, wait for the turn, and train."""
-    clock, model = Clock(loss_alone=arm != "graphs"), YOLO(config)  # there it is part of the network
+    clock, model = Clock(arm), open_model(config)
     if arm != "unpatched":
-        model = patch_model(model, graphs="on" if arm == "graphs" else "off")
+        model = patch_model(model, graphs="on" if arm in ("graphs", "outside") else "off")
     for event in ("on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end"):
         model.add_callback(event, getattr(clock, event))
     device = 0 if torch.cuda.is_available() else "cpu"

@@ -207,6 +207,26 @@ def test_the_backward_is_tried_once_on_one_head() -> None:
     assert area._try_backward.cache_info().misses == 1
 
 
+def test_kernels_are_compiled_ahead_once_each_and_what_fails_is_left_to_the_first_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launched, launch = [], area.launch
+
+    def record(kernel: area.Kernel, qkv: Tensor, *rest: Any) -> None:
+        launched.append((kernel, qkv.shape[1], qkv.dtype))
+        if kernel == "area_backward_kv":
+            raise RuntimeError("out of resource: shared memory")
+        launch(kernel, qkv, *rest)
+
+    monkeypatch.setattr(area, "launch", record)
+    train, val = area.Problem(80, 32, 32, HALF, True), area.Problem(144, 32, 32, HALF, False)
+    area.compile_ahead([train, val, train], torch.device(DEVICE))  # both are whole tiles and a rest of 16
+    assert sorted(launched) == [(f"area_{name}", 80, HALF) for name in ("backward_kv", "backward_q", "forward")]
+    launched.clear()
+    area.compile_ahead([val, area.Problem(128, 32, 64, HALF, False)], torch.device(DEVICE))
+    assert sorted(launched) == [("area_forward", 128, HALF), ("area_forward", 144, HALF)]
+
+
 def test_a_second_launch_goes_to_the_compiled_kernel() -> None:
     """With every argument, in order: a kernel has no keywords any more."""
     launches: list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]] = []
