@@ -40,15 +40,19 @@ class StepProfile:
         return True
 
     def stop(self) -> list[Any]:
-        """Stop the profiler and return its events; none if no profiler is running."""
+        """Stop the profiler and return its events; none if no profiler is running.
+
+        The coming steps do not wait for the profiler to let go of the driver. Until then no other profiler starts.
+        """
         running, self.running = self.running, None
         if running is None:
             return []
         try:
             with hushed():
-                stop_profiler(running)
-        finally:
+                stop_profiler(running, then=PROFILER.release)
+        except BaseException:
             PROFILER.release()
+            raise
         return events_of(running)
 
     def profile_graphs(self) -> None:
