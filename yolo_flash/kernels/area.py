@@ -57,10 +57,10 @@ def tiles_for(kernel: Kernel, seq_len: int, head_dim: int, head_dim_v: int, capa
     if kernel == "area_forward":
         return Tiles(64, 64, 4, 3, 80 if width <= 64 else None)
     if kernel == "area_backward_q":
-        return Tiles(64, 32, 4, 4) if width <= 64 and not 1024 <= seq_len < 8192 else Tiles(64, 64, 4, 3)
+        return Tiles(64, 32, 4, 4) if width <= 64 and seq_len < 1024 else Tiles(64, 64, 4, 3)
     if width <= 64:
         return Tiles(64, 32, 4, 3, 96) if seq_len < 2048 else Tiles(128, 64, 4, 3)
-    return Tiles(128, 64, 4, 3) if seq_len < 1024 else Tiles(128, 32, 4, 3)
+    return Tiles(128, 32, 4, 3)
 
 
 # Operators ------------------------------------------------------------------------------------------------------------
