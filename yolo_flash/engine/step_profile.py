@@ -40,19 +40,15 @@ class StepProfile:
         return True
 
     def stop(self) -> list[Any]:
-        """Stop the profiler and return its events; none if no profiler is running.
-
-        The coming steps do not wait for the profiler to let go of the driver. Until then no other profiler starts.
-        """
+        """Stop the profiler and return its events; none if no profiler is running."""
         running, self.running = self.running, None
         if running is None:
             return []
         try:
             with hushed():
-                stop_profiler(running, then=PROFILER.release)
-        except BaseException:
+                stop_profiler(running)
+        finally:
             PROFILER.release()
-            raise
         return events_of(running)
 
     def profile_graphs(self) -> None:

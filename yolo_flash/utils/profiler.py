@@ -8,7 +8,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ _LET_GO = "TEARDOWN_CUPTI"  # has torch's profiler detach from the driver
 _VARIABLE = "KINETO_LOG_LEVEL"  # torch reads it before the first profile of the process; Ultralytics sets it to 5
 _LEVEL = "_ZN9libkineto6Logger14severityLevel_E"  # libkineto::Logger::severityLevel_: what the variable sets
 _ERRORS, _NOTHING = 4, 6  # what torch sets where there is no variable; above the highest severity, which is 5
-_SECONDS = 0.2  # for the profiler to let go
 _LOCK = threading.Lock()
 _blocks = 0  # under way, of all threads
 _before: tuple[int, str | None] = (_ERRORS, None)  # the number and the variable, to give back
@@ -78,46 +77,24 @@ def profiler_lets_go() -> bool:
     return torch.version.cuda is None or Version(torch.version.cuda) >= Version("12.6")
 
 
-def stop_profiler(running: profile, then: Callable[[], object] | None = None) -> None:
+def stop_profiler(running: profile) -> None:
     """Stop a profiler and detach it from the driver, unless the user has set TEARDOWN_CUPTI.
 
     A thread of kineto (CuptiActivityApi.cpp) reads the variable twice and detaches within some later call of CUDA,
     without saying when; a fifth of a second is many times what the thread needs. Without the variable the thread would
     attach again.
-
-    Args:
-        running: A profiler that was started.
-        then: Called when the profiler has let go, by a thread that waits for that beside a caller who goes on to call
-            CUDA; or before this returns. Without it, the caller waits.
     """
     if _LET_GO in os.environ or not profiler_lets_go() or ProfilerActivity.CUDA not in running.activities:
         running.stop()
-        if then is not None:
-            then()
         return
     os.environ[_LET_GO] = "1"
-
-    def forget() -> None:
-        os.environ.pop(_LET_GO, None)
-        if then is not None:
-            then()
-
     try:
         running.stop()
-    except BaseException:
-        os.environ.pop(_LET_GO, None)
-        raise
-    if then is not None:
-        timer = threading.Timer(_SECONDS, forget)
-        timer.daemon = True
-        timer.start()
-        return
-    try:
         for _ in range(20):
             torch.cuda.synchronize()
-            time.sleep(_SECONDS / 20)
+            time.sleep(0.01)
     finally:
-        forget()
+        os.environ.pop(_LET_GO, None)
 
 
 def events_of(stopped: profile) -> list[Any]:
