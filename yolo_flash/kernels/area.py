@@ -58,9 +58,9 @@ def tiles_for(kernel: Kernel, seq_len: int, head_dim: int, head_dim_v: int, capa
         return Tiles(64, 64, 4, 3, 80 if width <= 64 else None)
     if kernel == "area_backward_q":
         return Tiles(64, 32, 4, 4) if width <= 64 and seq_len < 1024 else Tiles(64, 64, 4, 3)
-    if width <= 64:
+    if width <= 64 and seq_len < 8192:
         return Tiles(64, 32, 4, 3, 96) if seq_len < 2048 else Tiles(128, 64, 4, 3)
-    return Tiles(128, 32, 4, 3)
+    return Tiles(128, 32, 4, 3, 168 if width <= 64 else None)
 
 
 # Operators ------------------------------------------------------------------------------------------------------------
