@@ -4,8 +4,9 @@
 
 Each phase is timed by the host's clock, without waiting for the GPU: GPU time counts in the phase that waits. Medians
 over the steps of three epochs but the first step of each, in one process for each arm; the batches are the loader's
-first ones, from memory, and every step has an optimizer step. With graphs, the loss is part of the network. Then ten
-steps run under torch's profiler: how long the GPU was busy, and how often the host waited for the GPU.
+first ones, from memory, and every step has an optimizer step. With graphs, the loss is part of the network. Of RT-DETR,
+drawing noisy labels and matching have phases of their own. Then ten steps run under torch's profiler: how long the GPU
+was busy, and how often the host waited for the GPU.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from typing import Any
 
 import torch
 from torch.profiler import DeviceType, ProfilerActivity, profile
-from ultralytics import YOLO
+from ultralytics.models.utils import ops
 
 from yolo_flash import patch_model
+from yolo_flash.assets.models import open_model
 from yolo_flash.bench.process import until_ready
 from yolo_flash.bench.train import InMemory
 
-PHASES = ("to device", "network", "loss", "backward", "optimizer and EMA", "rest")
+WITHIN = {"noisy labels": "network", "matching": "loss"}  # phase of RT-DETR -> the phase in which it lies
+PHASES = ("to device", "network", *WITHIN, "loss", "backward", "optimizer and EMA", "rest")
 WARM_UP, EPOCHS, PROFILED = 2, 7, 10
 
 
@@ -58,6 +61,7 @@ class Clock:
         return run
 
     def on_train_start(self, trainer: Any) -> None:
+        ops.get_cdn_group = self.timed("noisy labels", ops.get_cdn_group)  # which the decoder imports in every call
         transfer = self.timed("to device", trainer.preprocess_batch)
         trainer.optimizer_step = self.timed("optimizer and EMA", trainer.optimizer_step)
         scale = trainer.scaler.scale
@@ -83,7 +87,11 @@ class Clock:
 
     def on_train_batch_start(self, trainer: Any) -> None:
         criterion = getattr(trainer.model, "criterion", None)
-        if self.loss_alone and criterion is not None and not hasattr(criterion, "timed"):
+        if self.loss_alone and isinstance(criterion, torch.nn.Module):  # RT-DETR's
+            if "forward" not in vars(criterion):
+                criterion.forward = self.timed("loss", criterion.forward)
+                criterion.matcher.forward = self.timed("matching", criterion.matcher.forward)
+        elif self.loss_alone and criterion is not None and not hasattr(criterion, "timed"):
             trainer.model.criterion = self.timed("loss", criterion)
             trainer.model.criterion.timed = True
             if hasattr(criterion, "update"):
@@ -95,6 +103,8 @@ class Clock:
         now = self.now
         total = (time.perf_counter() - self.start) * 1e3
         now["network"] = now.pop("forward", 0.0) - now.get("loss", 0.0)
+        for inner, outer in WITHIN.items():
+            now[outer] = now.get(outer, 0.0) - now.get(inner, 0.0) if outer in now else 0.0
         now["rest"] = total - sum(now.values())
         first, self.epoch = trainer.epoch != self.epoch, trainer.epoch
         if WARM_UP <= trainer.epoch < EPOCHS - 2 and not first:
@@ -129,7 +139,7 @@ class Clock:
 
 def one_arm(data: str, config: str, imgsz: int, batch: int, arm: str) -> dict[str, float]:
     """Get ready, wait for the turn, and train."""
-    clock, model = Clock(loss_alone=arm != "graphs"), YOLO(config)  # there it is part of the network
+    clock, model = Clock(loss_alone=arm != "graphs"), open_model(config)  # there it is part of the network
     if arm != "unpatched":
         model = patch_model(model, graphs="on" if arm == "graphs" else "off")
     for event in ("on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end"):
@@ -155,15 +165,15 @@ def main() -> None:
     pipe, found = subprocess.PIPE, {}
     commands = [[sys.executable, __file__, data, config, imgsz, batch, arm, "only"] for arm in arms]
     started = [subprocess.Popen(c, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True) for c in commands]
-    for process in started:
-        until_ready(process)
-    for arm, process in zip(arms, started, strict=True):
+    told = [until_ready(process) for process in started]
+    for arm, process, before in zip(arms, started, told, strict=True):
         text, _ = process.communicate("go\n")
         lines = [line for line in text.splitlines() if line.startswith('{"')]
         if not lines:
-            sys.exit(f"{arm}: {text[-2000:]}")
+            sys.exit("\n".join([f"{arm}:", *before, text[-2000:]]))
         found[arm] = json.loads(lines[-1])
-    print(f"{config} imgsz={imgsz} batch={batch}\n")
+        print(arm, lines[-1], flush=True)
+    print(f"\n{config} imgsz={imgsz} batch={batch}\n")
     print(f"| milliseconds of the host | {' | '.join(arms)} |\n| --- |{' --- |' * len(arms)}")
     for name in dict.fromkeys(name for values in found.values() for name in ("step", *values)):
         print(f"| {name} | {' | '.join(f'{found[arm].get(name, 0.0):.1f}' for arm in arms)} |")

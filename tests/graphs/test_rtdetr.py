@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -9,21 +10,28 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from ultralytics import RTDETR
 from ultralytics.models.utils.loss import RTDETRDetectionLoss
 from ultralytics.models.utils.ops import HungarianMatcher
 from ultralytics.nn.tasks import RTDETRDetectionModel
 from ultralytics.utils import YAML
+from ultralytics.utils.torch_utils import init_seeds
 
 from tests.engine.test_telemetry import events, of
+from tests.graphs.test_limits import a_trainer
 from tests.graphs.test_policy import Replay, replays  # noqa: F401  a fixture
-from tests.versions import needs_triton
+from tests.versions import few_queries, needs_triton
 from yolo_flash import patch_model
 from yolo_flash.graphs import rtdetr, rtdetr_loss
 from yolo_flash.graphs.fixed_loss import Capacity
 from yolo_flash.graphs.kinds import RTDETR as KIND
 from yolo_flash.graphs.kinds import kind_of
+from yolo_flash.graphs.limits import not_supported_reasons
+from yolo_flash.graphs.policy import GraphPolicy
 from yolo_flash.graphs.rtdetr_loss import MatchedLoss, not_supported_reason, pad_targets
+from yolo_flash.graphs.signature import Signature
 
 needs_triton()
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, about infinities in Triton's interpreter
@@ -155,6 +163,7 @@ def test_half_precision_is_that_of_an_eager_step(inside: bool) -> None:
         compare(a_model(), BATCHES["some"], inside, 2e-2)
 
 
+@few_queries
 def test_a_shipped_model_with_fused_attention() -> None:
     yolo = patch_model(RTDETR("rtdetr-resnet50.yaml"), backend="sdpa_flash")
     model: Any = yolo.model.train()
@@ -176,6 +185,45 @@ def test_a_capture_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not {"predict", "loss"} & vars(model).keys()
+
+
+class MeetsHost(TorchDispatchMode):
+    """Notes the operators that a capture forbids: with tensors of both the host and the device, or with a wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+        if len({leaf.device.type for leaf in leaves if leaf.dim()}) > 1:
+            self.found.append(func.name())
+        return out
+
+
+def test_nothing_that_is_captured_meets_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told by tensors without data, on another device than the host's: operators that read data raise."""
+    monkeypatch.setattr(rtdetr_loss.assignment, "assign", lambda costs, counts: costs[:, :, 0].long())
+    monkeypatch.setattr("ultralytics.utils.loss.autocast", lambda **keys: contextlib.nullcontext())  # unknown there
+    with torch.device("meta"):
+        model: Any = RTDETRDetectionModel(TINY, verbose=False).train()
+        images, targets = torch.zeros(2, 3, SIDE, SIDE), torch.zeros(2, 8, 5)
+        classes, boxes = torch.zeros(2, 200, dtype=torch.int64), torch.zeros(2, 200, 4)
+        hidden = torch.zeros(200 + QUERIES, 200 + QUERIES, dtype=torch.bool)
+    loss = MatchedLoss(RTDETRDetectionLoss(CLASSES, use_vfl=True), 200)
+    rtdetr.Network(model, QUERIES)(images, classes, boxes, hidden)  # as an eager step, which makes anchors
+    network = rtdetr.Network(model, QUERIES)
+    found: list[list[str]] = []
+    for _ in range(2):
+        with MeetsHost() as seen:
+            total, _ = loss(network(images, classes, boxes, hidden), targets, classes)
+            gradients = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+        found.append(seen.found)
+    assert total.device.type == "meta"
+    assert any(gradient is not None for gradient in gradients)
+    assert set(found[0]) == {"aten::_to_copy"}  # the constants: each goes to the device once
+    assert found[1] == []
 
 
 # Batches that run eager -----------------------------------------------------------------------------------------------
@@ -337,12 +385,48 @@ def test_numbers_of_the_loss_that_change_are_noticed() -> None:
     compare(model, BATCHES["some"], True, 1e-5)
 
 
+def test_what_the_loss_writes_or_does_is_no_change_of_the_network() -> None:
+    model = a_model()
+    network = Signature.of_model(rtdetr.Network(model, QUERIES))
+    model(a_batch([]))
+    model.criterion.fl.alpha = torch.tensor(0.25)  # as such a batch leaves it on another device
+    assert not network.changed()
+    model.criterion = OwnLoss(CLASSES, use_vfl=True)
+    assert network.changed()
+    assert not_supported_reasons(a_trainer(model, "cuda"), "auto") == []
+    model.model[0].add_module("mine", OwnLoss(CLASSES))
+    assert "OwnLoss is neither torch's nor Ultralytics'" in not_supported_reasons(a_trainer(model, "cuda"), "auto")[0]
+
+
 def test_the_kind_of_a_model() -> None:
     model = a_model()
     assert kind_of(model) is KIND
     assert kind_of(nn.Identity()) is None
     model.__class__ = type("Mine", (RTDETRDetectionModel,), {"predict": lambda self, x: x})
     assert kind_of(model) is None
+
+
+# In a run's policy ----------------------------------------------------------------------------------------------------
+def test_more_boxes_and_another_loss_are_captured_anew(replays: list[Replay]) -> None:  # noqa: F811
+    model = a_model()
+    graphs, trainer = GraphPolicy("on"), a_trainer(model, imgsz=SIDE)
+    graphs.prepare(trainer)
+
+    def step(batch: Batch) -> dict[str, Any]:
+        facts = graphs.before_forward(trainer, batch, graphs.before_transfer(trainer, batch))
+        wanted = trained(copy.deepcopy(model), batch)[0]
+        assert float(abs(trained(model, batch)[0] - wanted)) < 1e-4 * float(wanted)
+        return facts
+
+    few, many = a_batch([0, 1], images=2), a_batch([0] * 12, images=2)
+    assert [step(few).get("boxes") for _ in range(3)] == [None, 8, None]
+    assert step(many)["again"] == "a batch had up to 12 boxes an image"
+    model.criterion.loss_gain["bbox"] = 7
+    assert step(few)["again"] == "the model changed"
+    assert step(a_batch([], images=2)) == {}
+    assert [replay.calls for replay in replays] == [[2, 2], [2], [2]]
+    counted = graphs.end_epoch(trainer)
+    assert (counted["replayed"], counted["eager"]) == (4, {"before there were graphs": 1, "no boxes": 1})
 
 
 # A run ----------------------------------------------------------------------------------------------------------------
@@ -362,15 +446,15 @@ def test_losses_of_a_run_are_those_of_eager_steps(
 ) -> None:
     losses: dict[str, list[float]] = {}
     for mode in ("off", "on"):
-        torch.manual_seed(0)
         model = patch_model(RTDETR(tiny), graphs=mode)
         found = losses[mode] = []
 
-        def own(trainer: Any) -> None:
+        def begin(trainer: Any) -> None:
+            init_seeds(0)  # older Ultralytics draw numbers while they look through a data set for the first time
             if loss == "own":
                 trainer.model.criterion = OwnLoss(80, use_vfl=True)
 
-        model.add_callback("on_train_start", own)
+        model.add_callback("on_train_start", begin)
         model.add_callback("on_train_batch_end", lambda trainer, found=found: found.append(trainer.loss.item()))
         model.train(**{**tiny_args, "imgsz": 64, "epochs": 2, "mosaic": 0.0})
     (replay,) = replays

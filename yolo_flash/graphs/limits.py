@@ -12,7 +12,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from ..utils.stock_code import foreign
 from .kinds import ENTRANCES, RTDETR, kind_of
-from .signature import has_hooks, kept_graph
+from .signature import has_hooks, kept_graph, network_modules
 
 
 def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
@@ -42,7 +42,7 @@ def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
         reasons.append(f"a hook on {hooked[0] or 'the model'} would not be called")
     if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         reasons.append("SyncBatchNorm talks to other ranks")
-    if mode == "auto" and not reasons and (unknown := foreign(model.modules())):
+    if mode == "auto" and not reasons and (unknown := foreign(network_modules(model))):
         reasons.append(
             f"{unknown} is neither torch's nor Ultralytics' and may do something else in every step: "
             f"flash.graphs=on captures it as it is"

@@ -306,7 +306,8 @@ class GraphPolicy:
         if self._votes(trainer) or boxes.needed is None or self._growths >= _CAPTURES:
             return ""
         self._growths += 1
-        return f"a batch had up to {boxes.needed.boxes} boxes an image, {boxes.needed.total} in all"
+        in_all = f", {boxes.needed.total} in all" if boxes.needed.total else ""
+        return f"a batch had up to {boxes.needed.boxes} boxes an image{in_all}"
 
     def _capture(self, trainer: Any, batch: dict[str, Any], boxes: BatchBoxes, again: str) -> dict[str, Any]:
         """Capture on this batch; the first time on all ranks or on none. What came of it."""

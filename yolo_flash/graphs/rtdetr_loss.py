@@ -51,7 +51,7 @@ def not_supported_reason(criterion: Any) -> str:
 def needed(batch: dict[str, Any], images: int, side: tuple[int, int], criterion: Any) -> Capacity:
     """The capacity that a batch of the loader needs; computed on the CPU, as `fixed_loss.needed`."""
     counts = torch.bincount(batch["batch_idx"].long().view(-1), minlength=images)
-    return Capacity(int(counts.max()), int(counts.sum()))
+    return Capacity(int(counts.max()))  # how many there are in all does not matter
 
 
 def needed_bytes(capacity: Capacity, images: int, side: tuple[int, int], criterion: Any) -> int:
