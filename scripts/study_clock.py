@@ -1,12 +1,16 @@
 """Where the milliseconds of a training step go, in Ultralytics' real trainer: stock, eager and from CUDA graphs.
 
-    python scripts/study_clock.py data.yaml model.yaml imgsz batch [arm ...]   arms: unpatched, eager, graphs, outside
+    python scripts/study_clock.py data.yaml model.yaml imgsz batch [arm ...]
+
+Arms: unpatched, eager, graphs; outside: graphs of a task whose loss is not in them, which is timed; and stock-step: graphs
+with the optimizer step of Ultralytics. Each may have `:MuSGD`, or another optimizer, behind it; else the optimizer is
+Ultralytics' choice. There is no warm-up, whose momentum changes in every step.
 
 Each phase is timed by the host's clock, without waiting for the GPU: GPU time counts in the phase that waits. Medians
 over the steps of three epochs but the first step of each, in one process for each arm; the batches are the loader's
 first ones, from memory, and every step has an optimizer step. With graphs, nothing of Ultralytics' is replaced, since
-graphs refuse what is a user's: network, loss and backward are one phase, and optimizer, EMA and rest another. `outside`
-also times the loss of tasks whose loss is not. Then some steps run under torch's profiler: how long the GPU was busy,
+graphs refuse what is a user's: network, loss and backward are one phase, and optimizer, EMA and rest another. Of RT-DETR,
+drawing noisy labels and matching have phases of their own. Then some steps run under torch's profiler: how long the GPU was busy,
 and how often the host waited for the GPU.
 """
 
@@ -26,6 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.profiler import DeviceType, ProfilerActivity, profile
+from ultralytics.models.utils import ops
 
 from yolo_flash import patch_model
 from yolo_flash.assets.models import open_model
@@ -33,7 +38,8 @@ from yolo_flash.bench.process import until_ready
 from yolo_flash.bench.train import InMemory
 from yolo_flash.utils.profiler import events_of
 
-PHASES = ("to device", "network", "loss", "backward", "optimizer and EMA", "rest")
+WITHIN = {"noisy labels": "network", "matching": "loss"}  # phase of RT-DETR -> the phase in which it lies
+PHASES = ("to device", "network", *WITHIN, "loss", "backward", "optimizer and EMA", "rest")
 WARM_UP, EPOCHS = 2, 7
 
 
@@ -41,7 +47,10 @@ class Clock:
     """Follows a run and keeps the milliseconds of every phase of every step."""
 
     def __init__(self, arm: str) -> None:
-        self.graphs, self.loss_alone = arm in ("graphs", "outside"), arm != "graphs"
+        self.graphs, self.loss_alone = (
+            arm in ("graphs", "outside", "stock-step"),
+            arm in ("unpatched", "eager", "outside"),
+        )
         self.steps: defaultdict[str, list[float]] = defaultdict(list)
         self.now: dict[str, float] = {}
         self.epoch = -1
@@ -67,6 +76,7 @@ class Clock:
             policy.before_forward = self.until("to device", policy.before_forward)
             policy.before_optimizer = self.until("network", policy.before_optimizer, before=True)
             return
+        ops.get_cdn_group = self.timed("noisy labels", ops.get_cdn_group)  # which the decoder imports in every call
         trainer.preprocess_batch = self.until("to device", trainer.preprocess_batch)
         trainer.optimizer_step = self.timed("optimizer and EMA", trainer.optimizer_step)
         scale = trainer.scaler.scale
@@ -100,6 +110,7 @@ class Clock:
         if self.loss_alone and criterion is not None and not hasattr(criterion, "timed"):
             if isinstance(criterion, nn.Module):  # of RT-DETR
                 criterion.forward = self.timed("loss", criterion.forward)
+                criterion.matcher.forward = self.timed("matching", criterion.matcher.forward)
                 criterion.timed = True
             else:
                 trainer.model.criterion = self.timed("loss", criterion)
@@ -114,6 +125,8 @@ class Clock:
         total = (end - self.start) * 1e3
         if self.graphs:
             now["optimizer and EMA"] = (end - self.begun) * 1e3
+        for inner, outer in WITHIN.items():
+            now[outer] = now.get(outer, 0.0) - now.get(inner, 0.0)
         now["rest"] = total - sum(now.values())
         first, self.epoch = trainer.epoch != self.epoch, trainer.epoch
         if WARM_UP <= trainer.epoch < EPOCHS - 2 and not first:
@@ -149,9 +162,10 @@ class Clock:
 
 def one_arm(data: str, config: str, imgsz: int, batch: int, arm: str) -> dict[str, float]:
     """Get ready, wait for the turn, and train."""
+    arm, _, optimizer = arm.partition(":")
     clock, model = Clock(arm), open_model(config)
     if arm != "unpatched":
-        model = patch_model(model, graphs="on" if arm in ("graphs", "outside") else "off")
+        model = patch_model(model, graphs="on" if clock.graphs else "off")
     for event in ("on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end"):
         model.add_callback(event, getattr(clock, event))
     device = 0 if torch.cuda.is_available() else "cpu"
@@ -161,7 +175,8 @@ def one_arm(data: str, config: str, imgsz: int, batch: int, arm: str) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         model.train(
             data=data, imgsz=imgsz, batch=batch, nbs=batch, epochs=EPOCHS, cache="ram", project=folder, plots=False,
-            val=False, save=False, pretrained=False, close_mosaic=0, device=device, verbose=False,
+            val=False, save=False, pretrained=False, close_mosaic=0, device=device, verbose=False, warmup_epochs=0.0,
+            optimizer=optimizer or "auto",
         )  # fmt: skip
     return {name: statistics.median(values) for name, values in clock.steps.items()} | clock.gpu
 
@@ -175,15 +190,15 @@ def main() -> None:
     pipe, found = subprocess.PIPE, {}
     commands = [[sys.executable, __file__, data, config, imgsz, batch, arm, "only"] for arm in arms]
     started = [subprocess.Popen(c, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True) for c in commands]
-    for process in started:
-        until_ready(process)
-    for arm, process in zip(arms, started, strict=True):
+    told = [until_ready(process) for process in started]
+    for arm, process, before in zip(arms, started, told, strict=True):
         text, _ = process.communicate("go\n")
         lines = [line for line in text.splitlines() if line.startswith('{"')]
         if not lines:
-            sys.exit(f"{arm}: {text[-2000:]}")
+            sys.exit("\n".join([f"{arm}:", *before, text[-2000:]]))
         found[arm] = json.loads(lines[-1])
-    print(f"{config} imgsz={imgsz} batch={batch}\n")
+        print(arm, lines[-1], flush=True)
+    print(f"\n{config} imgsz={imgsz} batch={batch}\n")
     print(f"| milliseconds of the host | {' | '.join(arms)} |\n| --- |{' --- |' * len(arms)}")
     for name in dict.fromkeys(name for values in found.values() for name in ("step", *values)):
         print(f"| {name} | {' | '.join(f'{found[arm].get(name, 0.0):.1f}' for arm in arms)} |")
