@@ -2,16 +2,16 @@
 
     python scripts/study_clock.py data.yaml model.yaml imgsz batch [arm ...]
 
-Arms: unpatched, eager, graphs; outside: graphs of a task whose loss is not in them, which is timed; and stock-step: graphs
-with the optimizer step of Ultralytics. Each may have `:MuSGD`, or another optimizer, behind it; else the optimizer is
-Ultralytics' choice. There is no warm-up, whose momentum changes in every step.
+Arms: unpatched, eager, graphs; outside: graphs of a task whose loss is not in them, which is timed; and stock-step:
+graphs with the optimizer step of Ultralytics. Each may have `:MuSGD`, or another optimizer, behind it; else the
+optimizer is Ultralytics' choice. There is no warm-up, whose momentum changes in every step.
 
 Each phase is timed by the host's clock, without waiting for the GPU: GPU time counts in the phase that waits. Medians
 over the steps of three epochs but the first step of each, in one process for each arm; the batches are the loader's
 first ones, from memory, and every step has an optimizer step. With graphs, nothing of Ultralytics' is replaced, since
-graphs refuse what is a user's: network, loss and backward are one phase, and optimizer, EMA and rest another. Of RT-DETR,
-drawing noisy labels and matching have phases of their own. Then some steps run under torch's profiler: how long the GPU was busy,
-and how often the host waited for the GPU.
+graphs refuse what is a user's: network, loss and backward are one phase, and optimizer, EMA and rest another. Of
+RT-DETR, drawing noisy labels and matching have phases of their own. Then some steps run under torch's profiler: how
+long the GPU was busy, and how often the host waited for the GPU.
 """
 
 from __future__ import annotations
