@@ -1,6 +1,10 @@
 """Where the milliseconds of a training step go, in Ultralytics' real trainer: stock, eager and from CUDA graphs.
 
-    python scripts/study_clock.py data.yaml model.yaml imgsz batch [arm ...]      arms: unpatched, eager, graphs
+    python scripts/study_clock.py data.yaml model.yaml imgsz batch [arm ...]
+
+Arms: unpatched, eager, graphs, and stock-step: graphs with the optimizer step of Ultralytics; each with `:MuSGD`, or
+another optimizer, behind it if it is not to be Ultralytics' choice. There is no warm-up, whose momentum changes in
+every step.
 
 Each phase is timed by the host's clock, without waiting for the GPU: GPU time counts in the phase that waits. Medians
 over the steps of three epochs but the first step of each, in one process for each arm; the batches are the loader's
@@ -129,9 +133,13 @@ class Clock:
 
 def one_arm(data: str, config: str, imgsz: int, batch: int, arm: str) -> dict[str, float]:
     """Get ready, wait for the turn, and train."""
-    clock, model = Clock(loss_alone=arm != "graphs"), YOLO(config)  # there it is part of the network
+    arm, _, optimizer = arm.partition(":")
+    graphs = arm in ("graphs", "stock-step")
+    clock, model = Clock(loss_alone=not graphs), YOLO(config)  # there it is part of the network
     if arm != "unpatched":
-        model = patch_model(model, graphs="on" if arm == "graphs" else "off")
+        model = patch_model(model, graphs="on" if graphs else "off")
+    if arm == "stock-step":
+        model.add_callback("on_train_start", lambda trainer: setattr(trainer.flash_run.optimizer, "_mode", "off"))
     for event in ("on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end"):
         model.add_callback(event, getattr(clock, event))
     device = 0 if torch.cuda.is_available() else "cpu"
@@ -141,9 +149,11 @@ def one_arm(data: str, config: str, imgsz: int, batch: int, arm: str) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         model.train(
             data=data, imgsz=imgsz, batch=batch, nbs=batch, epochs=EPOCHS, cache="ram", project=folder, plots=False,
-            val=False, save=False, pretrained=False, close_mosaic=0, device=device, verbose=False,
+            val=False, save=False, pretrained=False, close_mosaic=0, device=device, verbose=False, warmup_epochs=0.0,
+            optimizer=optimizer or "auto",
         )  # fmt: skip
-    return {name: statistics.median(values) for name, values in clock.steps.items()} | clock.gpu
+    direct = {} if arm == "unpatched" else {"direct optimizer steps": float(model.trainer.flash_run.optimizer.direct)}
+    return {name: statistics.median(values) for name, values in clock.steps.items()} | clock.gpu | direct
 
 
 def main() -> None:
