@@ -271,6 +271,18 @@ def test_a_state_that_is_loaded_replaces_the_lists(name: str, net: Any, tmp_path
     assert_equal(all_of(ours), all_of(stock))
 
 
+def test_groups_that_are_loaded_are_read(net: Any) -> None:
+    """Of a state dict of its own an optimizer takes over the tensors, and makes other groups."""
+    ours, stock = twins(net, "SGD")
+    policy = OptimizerPolicy("auto")
+    run(policy, ours, stock, range(3))
+    for trainer in (ours, stock):
+        trainer.optimizer.load_state_dict(trainer.optimizer.state_dict())
+    run(policy, ours, stock, range(3, 5))
+    assert policy.direct == 4
+    assert_equal(all_of(ours), all_of(stock))
+
+
 def test_another_optimizer_scaler_and_ema_are_taken_up(net: Any) -> None:
     ours, stock = twins(net, "AdamW")
     policy = OptimizerPolicy("auto")

@@ -96,7 +96,8 @@ class DirectStep:
         self._kind = {(p.device, p.dtype, torch.strided) for p in self._updated}
         self.recurring = [clip, *(part.muon for part in parts if part.muon is not None)]
         self._read = self._now()
-        self._held = [*self._states(), *chain.from_iterable(held.values() for held in self._children)]  # for their ids
+        children = chain.from_iterable(held.values() for held in self._children)
+        self._held = [*self._optimizer.param_groups, *self._states(), *children]  # for no other to get the id of one
 
     def __call__(self) -> bool:
         """Unscale, clip, update, and average the weights; False, with nothing done, if the lists are out of date."""
@@ -145,6 +146,7 @@ class DirectStep:
             getattr(optimizer, "_step_supports_amp_scaling", False),
             any(HOOKS) or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks),
             *functions(optimizer),
+            *map(id, optimizer.param_groups),
             *map(id, _in_groups(optimizer)),
             *map(id, self._states()),
             *map(id, chain.from_iterable(held.values() for held in self._children)),
