@@ -166,6 +166,8 @@ def one_arm(data: str, config: str, imgsz: int, batch: int, arm: str) -> dict[st
     clock, model = Clock(arm), open_model(config)
     if arm != "unpatched":
         model = patch_model(model, graphs="on" if clock.graphs else "off")
+    if arm == "stock-step":
+        model.add_callback("on_train_start", lambda trainer: setattr(trainer.flash_run.optimizer, "_mode", "off"))
     for event in ("on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end"):
         model.add_callback(event, getattr(clock, event))
     device = 0 if torch.cuda.is_available() else "cpu"
@@ -178,7 +180,8 @@ def one_arm(data: str, config: str, imgsz: int, batch: int, arm: str) -> dict[st
             val=False, save=False, pretrained=False, close_mosaic=0, device=device, verbose=False, warmup_epochs=0.0,
             optimizer=optimizer or "auto",
         )  # fmt: skip
-    return {name: statistics.median(values) for name, values in clock.steps.items()} | clock.gpu
+    direct = {} if arm == "unpatched" else {"direct optimizer steps": float(model.trainer.flash_run.optimizer.direct)}
+    return {name: statistics.median(values) for name, values in clock.steps.items()} | clock.gpu | direct
 
 
 def main() -> None:

@@ -63,7 +63,9 @@ class Network(nn.Module):
         self.model, self.queries = model, queries
         self.room = 2 * model.model[-1].num_denoising
         self._constants = HostConstants()
-        self._side: torch.cuda.Stream | None = None
+        device = next(model.parameters()).device
+        # Made here: an attribute that came later would be a change of the network.
+        self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def forward(self, images: Tensor, classes: Tensor, boxes: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
         """As RTDETRDetectionModel.predict and RTDETRDecoder.forward in training.
@@ -146,17 +148,16 @@ class Network(nn.Module):
         return found
 
     @contextlib.contextmanager
-    def aside(self, device: torch.device) -> Iterator[Callable[[Any], Any]]:
+    def aside(self) -> Iterator[Callable[[Any], Any]]:
         """Work on a stream of its own, on which the host waits for no step under way.
 
         Yields:
             A function that hands tensors on to the stream of the caller.
         """
-        if device.type != "cuda":
+        if self._side is None:
             yield lambda tensors: tensors
             return
-        self._side = self._side or torch.cuda.Stream(device, priority=-1)
-        current = torch.cuda.current_stream(device)
+        current = torch.cuda.current_stream(self._side.device)
 
         def hand_on(tensors: Any) -> Any:
             for leaf in pytree.tree_leaves(tensors):
@@ -247,7 +248,7 @@ def replay_next_call(
         return None
 
     def replay() -> Any:
-        with network.aside(images.device) as hand_on:
+        with network.aside() as hand_on:
             labels = labels_of(targets, images.device)
             drawn = hand_on(network.draw(labels))
         if drawn is None:
