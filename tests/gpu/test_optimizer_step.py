@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from ultralytics import RTDETR, YOLO
 
-from tests.engine.test_telemetry import of
+from tests.engine.test_telemetry import events, of
 from tests.gpu.test_graphs import train
 from tests.graphs.test_optimizer import (
     NAMES,
@@ -174,8 +174,8 @@ def test_a_run_saves_what_it_saves_with_the_step_of_stock(name: str, amp: Any, t
 
 
 def test_a_run_tells_what_came_from_graphs(tiny_args: dict[str, Any]) -> None:
-    *_, written = train({**tiny_args, "epochs": 8, "nbs": 2, "optimizer": "MuSGD"}, graphs="on")
-    told = of(written, "optimizer")
+    model, _ = train({**tiny_args, "epochs": 8, "nbs": 2, "optimizer": "MuSGD"}, "yolo12n.yaml", graphs="on")
+    told = of(events(model), "optimizer")
     assert [facts["why_not"] for facts in told] == [""] * len(told)
     assert told[0]["captures"] == 0
     assert told[-1]["captures"] == 3
@@ -184,7 +184,6 @@ def test_a_run_tells_what_came_from_graphs(tiny_args: dict[str, Any]) -> None:
 
 
 def test_rtdetr_steps_directly_too(tiny_args: dict[str, Any]) -> None:
-    """Its network never runs from graphs."""
     model = patch_model(RTDETR("rtdetr-resnet50.yaml"))
     model.train(**{**tiny_args, "device": 0, "imgsz": 160, "epochs": 3, "nbs": 2})
     assert model.trainer.flash_run.optimizer.why_not == ""
