@@ -167,7 +167,7 @@ def test_a_run_saves_what_it_saves_with_the_step_of_stock(name: str, amp: Any, t
         saved.append(Saved(model))
         arguments = {**tiny_args, "device": 0, "imgsz": 128, "epochs": 8, "nbs": 2, "warmup_epochs": 0.0, "amp": amp}
         model.train(**arguments, optimizer=name, deterministic=True)
-        assert (model.trainer.flash_run.optimizer.direct > 10) is (mode == "auto")
+        assert (model.trainer.flash_run.optimizer.direct > 6) is (mode == "auto")  # the first ones overflow
     assert len(losses[0]) == 16
     assert losses[0] == losses[1]
     assert_equal(saved[0].epochs, saved[1].epochs)

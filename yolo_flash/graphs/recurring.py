@@ -95,6 +95,7 @@ class SmallGraph:
         with torch.cuda.device(device), mended_generator(device), torch.cuda.stream(side):
             warm_up()
             side.synchronize()
+            torch.cuda.empty_cache()  # as `torch.cuda.graph` does: what it frees is not of the graph
             before = torch.cuda.memory_reserved(device)
             self._graph = torch.cuda.CUDAGraph()
             # Other threads, such as those that pin the next batch, may make calls that a capture forbids in its thread.
