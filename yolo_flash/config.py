@@ -32,8 +32,8 @@ class FlashConfig:
         layers: fnmatch pattern of layer names -> backend, over `backend`; the last matching pattern wins.
         deterministic: `strict` trains with reproducible backends only, `prefer` with the fastest.
         autotune: Choose by measuring the backends on this machine, before the first step; False chooses by rules.
-        graphs: Run the training step from CUDA graphs: `on`, `off`, or `auto`, where it pays.
-        graphs_predict: Run the network of `predict` from CUDA graphs, for image shapes that come again.
+        graphs: Run training steps and validation from CUDA graphs: `off`, `auto`, where it pays, or `on`, which takes
+            predictions too.
         log: Report plan, kernels, memory and speed in the log and in the run folder.
 
     Raises:
@@ -46,7 +46,6 @@ class FlashConfig:
     deterministic: Literal["prefer", "strict"] = "prefer"
     autotune: bool = True
     graphs: Literal["off", "on", "auto"] = "auto"
-    graphs_predict: bool = False
     log: bool = True
 
     def __post_init__(self) -> None:

@@ -430,7 +430,7 @@ def test_predictions_from_graphs_are_those_without(config: str, half: bool) -> N
     say: dict[str, Any] = {"conf": 1e-5, "verbose": False, "device": 0, "quantize": 16 if half else None}
     pictures = [str(ASSETS / name) for name in ("bus.jpg", "zidane.jpg")]  # one batch
     wanted = [result.boxes.data for result in model.predict(pictures, imgsz=320, **say)]
-    patch_model(model, graphs_predict=True)
+    patch_model(model, graphs="on")
     for side in (320, 160, 320, 160, 320):  # the head's anchors are other ones in between
         found = [result.boxes.data for result in model.predict(pictures, imgsz=side, **say)]
         if side == 320:
@@ -439,4 +439,4 @@ def test_predictions_from_graphs_are_those_without(config: str, half: bool) -> N
     predictor: Any = model.predictor
     assert isinstance(predictor, FlashPredictorMixin)
     assert predictor._flash_graphs.why_not == ""
-    assert [key[2] for key in predictor._flash_graphs._graphs] == [160, 320]
+    assert [key[2] for key in predictor._flash_graphs._graphs] == [320, 160]

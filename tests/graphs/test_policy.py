@@ -371,7 +371,7 @@ def test_auto_keeps_graphs_that_pay(
 def test_auto_refuses_where_the_batches_beside_the_graphs_would_not_fit(
     tiny_args: dict[str, Any], replays: list[Replay], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(policy_module, "free_bytes", lambda device: 2**29)
+    monkeypatch.setattr(policy_module, "free_bytes", lambda device: 2**29 + 2**30)  # with that of the graphs
     clock_of(monkeypatch, 2.0, 1.0)
     model = train({**tiny_args, "epochs": 4}, graphs="auto")
     assert [replay.calls for replay in replays] == [[]]
@@ -563,7 +563,7 @@ def test_auto_batch_leaves_the_graphs_their_memory(
 def test_ranks_want_room_for_their_validation_too(
     ranks: int, room: float, fits: bool, detector: Any, replays: list[Replay], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(policy_module, "free_bytes", lambda device: int(room * 2**30))
+    monkeypatch.setattr(policy_module, "free_bytes", lambda device: int((room + 1.0) * 2**30))
     monkeypatch.setattr(policy_module, "everywhere", lambda trainer, mine: mine)
     graphs, trainer = GraphPolicy("auto"), a_trainer(copy.deepcopy(detector))
     if ranks > 1:

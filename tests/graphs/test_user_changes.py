@@ -32,9 +32,9 @@ from yolo_flash.graphs import policy as policy_module
 from yolo_flash.graphs.capture import NextCall
 from yolo_flash.graphs.fixed_loss import Capacity, FixedShapeLoss
 from yolo_flash.graphs.graphed_step import FlashGraphError, _Replay
+from yolo_flash.graphs.inference import InferenceGraphs
 from yolo_flash.graphs.limits import not_supported_reasons
 from yolo_flash.graphs.policy import GraphPolicy, Phase
-from yolo_flash.graphs.predict import PredictGraphs
 from yolo_flash.graphs.signature import Signature
 
 pytestmark = [pytest.mark.usefixtures("tiny_model"), loss_in_graphs]
@@ -554,27 +554,34 @@ def test_a_gradient_of_a_replays_gradient_is_an_error() -> None:
         torch.autograd.grad(loss, weight, create_graph=True)
 
 
-# Prediction -----------------------------------------------------------------------------------------------------------
+# Inference ------------------------------------------------------------------------------------------------------------
 def counting(made: list[int]) -> Any:
     """Captures nothing: the network itself answers."""
 
-    def capture(network: nn.Module, images: Tensor) -> nn.Module:
-        made.append(1)
-        return network
+    class Captured:
+        held, room = 0, 0
 
-    return capture
+        def __init__(self, network: nn.Module, images: Tensor, earlier: Any) -> None:
+            made.append(1)
+            self.network = network
+
+        def __call__(self, images: Tensor) -> Any:
+            return self.network(images)
+
+    return Captured
 
 
-def test_captures_for_prediction_are_bounded(log: list[str]) -> None:
+def test_a_network_that_changes_all_the_time_is_captured_three_times() -> None:
     count: list[int] = []
-    graphs = PredictGraphs(counting(count))
-    network = nn.Sequential(nn.Conv2d(3, 4, 1)).eval()
+    graphs = InferenceGraphs(capture=counting(count))
+    network: Any = nn.Sequential(nn.Conv2d(3, 4, 1)).eval()
     with torch.no_grad():
-        for call in range(100):
-            graphs(network, torch.rand(1, 3, 32, 32 * (call % 5 + 1)))
-    assert len(count) == 8
-    assert "those 4 that are held stay" in graphs.why_not
-    assert sum("no more CUDA graphs for prediction" in line for line in log) == 1
+        for _ in range(10):
+            network[0].padding = (network[0].padding[0] + 1, 0)
+            for _ in range(3):
+                graphs(network, torch.rand(1, 3, 32, 32))
+    assert len(count) == 3
+    assert graphs.why_not == graphs.outcome == "the network changed 3 times since it was captured"
 
 
 @pytest.mark.parametrize(
@@ -601,7 +608,7 @@ def test_a_changed_network_is_captured_anew_for_prediction(change: Any, anew: in
             return x * self.text.to(x) * self.factor
 
     made: list[int] = []
-    graphs = PredictGraphs(counting(made))
+    graphs = InferenceGraphs(capture=counting(made))
     network: Any = nn.Sequential(nn.Conv2d(3, 4, 1), Text()).eval().requires_grad_(False)
     images = torch.rand(1, 3, 32, 32)
     for _ in range(3):
@@ -617,7 +624,7 @@ def test_a_changed_network_is_captured_anew_for_prediction(change: Any, anew: in
 def test_shapes_in_turn_and_a_fused_model_are_told_apart() -> None:
     """Anchors, which the head writes for every shape, are no change."""
     made: list[int] = []
-    graphs = PredictGraphs(counting(made))
+    graphs = InferenceGraphs(capture=counting(made))
     model: Any = YOLO("yolo12n.yaml").model.eval().requires_grad_(False)
     for _ in range(3):
         for side in (32, 64):

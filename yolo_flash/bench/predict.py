@@ -21,7 +21,7 @@ from ..assets.models import open_model
 from ..backends.registry import BACKENDS
 from ..config import FlashConfig
 from ..dispatch.dispatcher import Dispatcher
-from ..graphs.predict import PredictGraphs
+from ..graphs.inference import InferenceGraphs
 from ..machine import Machine, detect
 from ..patching.patch import patch_modules
 from ..planning.inputs import RunInput
@@ -96,7 +96,7 @@ class Prediction:
         predictor.args.device = device if device.type == "cuda" else "cpu"  # a string sets the threads, as predict does
         predictor.setup_model(model, verbose=False)
         self.network: Any = predictor.model
-        self.graphs = PredictGraphs() if arm == GRAPHS else None
+        self.graphs = InferenceGraphs() if arm == GRAPHS else None
 
     def parts(self, imgsz: int, batch: int) -> dict[str, Callable[[], None]]:
         """The forward on random images, laid out as the predictor hands them over."""

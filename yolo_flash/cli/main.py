@@ -34,7 +34,7 @@ Settings (flash.KEY=VALUE; also YOLO_FLASH_KEY in the environment, or a `flash:`
   flash.config=strict             a shipped or own YAML file of settings
   flash.enabled=false             stock attention; so does YOLO_FLASH=0
   flash.autotune=false            choose by rules instead of measuring before the first step
-  flash.graphs=auto               training steps from CUDA graphs; predict: flash.graphs_predict=true
+  flash.graphs=auto               training steps and validation from CUDA graphs; on: predictions too; off: none
   flash.log=false                 no plan in the log
 
 In Python: from yolo_flash import patch_model; patch_model(YOLO("yolo12n.yaml")).train(data="coco8.yaml")

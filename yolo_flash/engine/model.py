@@ -13,6 +13,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from ..config import FlashConfig, known_keys
 from ..dispatch.dispatcher import Dispatcher
+from ..graphs.validation import ValidationGraphs
 from ..machine import detect, resolve_device
 from ..patching.blocks import FlashBlock
 from ..patching.class_swap import StockPickle, become, restore
@@ -23,6 +24,7 @@ from ..planning.plan import PlanRow, make_plan
 from .predictor import predictor_class
 from .run import FlashRun
 from .trainer import trainer_class
+from .validator import with_graphs
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -49,13 +51,25 @@ class FlashModelMixin(StockPickle, Model):
             self.predictor = None  # which holds a copy of the network before
 
     def predict(self, source: Any = None, stream: bool = False, *args: Any, **kwargs: Any) -> Any:
-        """As `YOLO.predict`, with the network from CUDA graphs if `flash.graphs_predict` says so."""
+        """As `YOLO.predict`, with the network from CUDA graphs under `flash.graphs=on`."""
         stock: Any = type(self)._stock
         plain = stock.predict is Model.predict  # that of YOLOE takes prompts, and a predictor for them
-        if plain and self._flash_config.enabled and self._flash_config.graphs_predict:
+        if plain and self._flash_config.enabled and self._flash_config.graphs == "on":
             given = args[0] if args else kwargs.pop("predictor", None)
             args = (predictor_class(given or self._smart_load("predictor")),)
         return super().predict(source, stream, *args, **kwargs)
+
+    def val(self, validator: Any = None, **kwargs: Any) -> Any:
+        """As `YOLO.val`, with the network from CUDA graphs unless `flash.graphs=off`."""
+        stock: Any = type(self)._stock
+        if stock.val is Model.val and self._flash_config.enabled:  # that of YOLOE takes prompts
+            base, config = validator or self._smart_load("validator"), self._flash_config
+
+            def replaying(*args: Any, **settings: Any) -> Any:
+                return with_graphs(base(*args, **settings), ValidationGraphs(config.graphs, config.log))
+
+            validator = replaying
+        return super().val(validator, **kwargs)
 
     def export(self, **kwargs: Any) -> Any:
         """As `YOLO.export`, of the stock model."""

@@ -5,35 +5,37 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 from ultralytics.engine.predictor import BasePredictor
 from ultralytics.utils import LOGGER
 
-from ..graphs.predict import PredictGraphs
+from ..graphs.inference import InferenceGraphs
+from ..graphs.limits import no_nvidia_gpu
 
 
 class FlashPredictorMixin(BasePredictor):
     """First base of a class generated for each predictor class, see `predictor_class`."""
 
-    _flash_graphs: PredictGraphs
+    _flash_graphs: InferenceGraphs
+    _flash_told: str
 
     def setup_model(self, *args: Any, **kwargs: Any) -> None:
         """Drop the graphs of the network before."""
-        self._flash_graphs = PredictGraphs()
+        self._flash_graphs, self._flash_told = InferenceGraphs(), ""
         super().setup_model(*args, **kwargs)
 
     def inference(self, im: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Replay plain forwards of a PyTorch model on a GPU; run all others as the predictor does."""
         model: Any = self.model
         special = args or kwargs or self.args.augment or self.args.embed or self.args.visualize
-        if special or not _has_graphs(im) or getattr(model, "format", "") != "pt":
+        if special or no_nvidia_gpu(im.device) or getattr(model, "format", "") != "pt":
             return super().inference(im, *args, **kwargs)
-        return self._flash_graphs(model, im)
-
-
-def _has_graphs(images: Tensor) -> bool:
-    return images.is_cuda and not torch.version.hip
+        outputs = self._flash_graphs(model, im)
+        if (why_not := self._flash_graphs.why_not) != self._flash_told:
+            self._flash_told = why_not
+            held = len(self._flash_graphs)
+            LOGGER.warning(f"yolo-flash: prediction captures no more CUDA graphs, and holds {held}: {why_not}")
+        return outputs
 
 
 @functools.lru_cache

@@ -21,12 +21,14 @@ from ..dispatch.decision import Trial
 from ..dispatch.dispatcher import Dispatcher
 from ..graphs.optimizer import OptimizerPolicy
 from ..graphs.policy import GraphPolicy
+from ..graphs.validation import ValidationGraphs
 from ..machine import detect
 from ..patching.patch import patch_modules, targets
 from ..planning import autotune
 from ..planning.inputs import RunInput, precisions
 from ..planning.plan import PlanRow, make_plan
 from ..utils.errors import is_out_of_memory
+from ..utils.memory import needed_again
 from .telemetry import Telemetry
 
 
@@ -36,8 +38,10 @@ class FlashRun:
     def __init__(self, config: FlashConfig) -> None:
         self.config = config
         self.dispatcher = Dispatcher(config)  # shared by the patched layers
-        self.graphs = GraphPolicy(config.graphs if config.enabled else "off")
-        self.optimizer = OptimizerPolicy(self.graphs.mode)
+        mode = config.graphs if config.enabled else "off"
+        self.graphs = GraphPolicy(mode)
+        self.validation = ValidationGraphs(mode, config.log)
+        self.optimizer = OptimizerPolicy(mode)
         self.plan: list[PlanRow] = []  # empty until the batch size is known
         tells = config.enabled and config.log and RANK in {-1, 0}
         self.telemetry = Telemetry(config, self.dispatcher) if tells else None  # None after an error of its own too
@@ -67,6 +71,11 @@ class FlashRun:
         if event in vars(Telemetry):
             self.tell(trainer, event, *facts)
 
+    def keep_free(self, trainer: Any) -> None:
+        """Tell the graphs of validation what has to stay free: what eager steps and batches have needed so far."""
+        pool = 0 if self.graphs.step is None else self.graphs.step.pool_bytes  # as much for eager steps beside graphs
+        self.validation.beside = max(self.validation.beside, pool, needed_again(trainer.device) - pool)
+
     def frees_memory(self, trainer: Any, error: Exception) -> bool:
         """Free the graphs for good if a validation ran out of memory beside them; whether another try makes sense."""
         why_not = "validation ran out of memory beside the graphs"
@@ -81,6 +90,7 @@ class FlashRun:
 
     def release_graphs(self, trainer: Any) -> None:
         """Free all graphs and their memory."""
+        self.validation.release()
         self.graphs.release(trainer)
         if self.optimizer.release():
             trainer._clear_memory()

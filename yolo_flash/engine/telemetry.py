@@ -184,9 +184,13 @@ class Telemetry:
         self._epoch = facts, line
         self._lap("rest")
 
-    def validated(self, trainer: Any) -> None:
-        """Count the time of a validation."""
+    def validated(self, trainer: Any, replays: dict[str, Any]) -> None:
+        """Count the time of a validation, and what `ValidationGraphs` counted in it."""
         self._lap("validation")
+        if self._epoch is not None and replays:
+            facts, line = self._epoch
+            replayed = f"; {replays['replayed']} of {replays['batches']} validation batches from CUDA graphs"
+            self._epoch = facts | {"validation": replays}, line + (replayed if replays["replayed"] else "")
 
     def on_model_save(self, trainer: Any) -> None:
         """Count the time of saving."""

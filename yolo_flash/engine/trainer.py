@@ -18,6 +18,7 @@ from ..graphs.graphed_step import EarlyCopy
 from ..planning.plan import PlanRow
 from .run import FlashRun
 from .telemetry import known_columns
+from .validator import with_graphs
 
 if TYPE_CHECKING:
     from ultralytics.engine.trainer import BaseTrainer as _TrainerBase
@@ -92,7 +93,7 @@ class FlashTrainerMixin(_TrainerBase):
             offline.note_standin(self.args.data, self.save_dir)
 
     def get_validator(self) -> Any:
-        """Patch the checkpoint that the final evaluation loads by its path."""
+        """Let validation run from graphs; patch the checkpoint that the final evaluation loads by its path."""
         validator = super().get_validator()
         stock_get_model = validator.get_model
 
@@ -104,7 +105,7 @@ class FlashTrainerMixin(_TrainerBase):
             return stock_get_model(model, trainer, **kwargs)
 
         validator.get_model = get_model
-        return validator
+        return with_graphs(validator, self.flash_run.validation) if self.flash.enabled else validator
 
     def run_callbacks(self, event: str) -> None:
         """Follow the event before the loggers do: our numbers have to be there when they look."""
@@ -140,13 +141,15 @@ class FlashTrainerMixin(_TrainerBase):
 
     def validate(self) -> Any:
         """Validate, a second time without the memory of the graphs where it did not suffice."""
+        self.flash_run.keep_free(self)
         try:
             found = super().validate()
         except RuntimeError as error:
             if not self.flash_run.frees_memory(self, error):
                 raise
             found = super().validate()
-        self.flash_run.tell(self, "validated")
+        self.flash_run.keep_free(self)
+        self.flash_run.tell(self, "validated", self.flash_run.validation.facts)
         return found
 
     def final_eval(self) -> None:

@@ -83,7 +83,7 @@ def replay_next_call(
     if not isinstance(step.loss, FixedShapeLoss):
 
         def predict(x: Any, *args: Any, **kwargs: Any) -> Any:
-            if not isinstance(x, Tensor) or args or kwargs or not step.fits(x):
+            if not isinstance(x, Tensor) or args or kwargs or not step.fits(x) or not torch.is_grad_enabled():
                 ended("the network was called for something else")
                 return NotImplemented
             ended("")
@@ -119,7 +119,8 @@ def next_loss(model: Any, batch: dict[str, Any], ended: Callable[[str], object],
     labels = [(name, batch[name], batch[name]._version) for name in LABELS]
 
     def loss(given: Any, preds: Any = None) -> Any:
-        if given["img"] is not images or preds is not None:  # DDP hands on another dict
+        # DDP hands on another dict.
+        if given["img"] is not images or preds is not None or not torch.is_grad_enabled():
             ended("the model was called for something else")
             return NotImplemented
         if any(given[name] is not tensor or tensor._version != version for name, tensor, version in labels):
@@ -138,7 +139,7 @@ class NextCall:
     """
 
     def __init__(self, model: Any, name: str, answer: Callable[..., Any]) -> None:
-        """Take the place of `predict` or `loss`; where `answer` returns NotImplemented, the method itself is called."""
+        """Take the place of a method; where `answer` returns NotImplemented, the method itself is called."""
         self._model, self._name = model, name
         self._answer: Callable[..., Any] | None = answer
         vars(model)[name] = self
@@ -147,7 +148,7 @@ class NextCall:
         """The result of `answer`, or of the method."""
         answer = self._answer
         self.withdraw()
-        given = answer(*args, **kwargs) if answer is not None and torch.is_grad_enabled() else NotImplemented
+        given = NotImplemented if answer is None else answer(*args, **kwargs)
         own = getattr(type(self._model), self._name)
         return own(self._model, *args, **kwargs) if given is NotImplemented else given
 

@@ -1,4 +1,4 @@
-"""What forbids CUDA graphs in a run: a user's code, which a replay would not run, and what changes in every step."""
+"""What forbids CUDA graphs: a user's code, which a replay would not run, and what changes in every step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ultralytics.nn.modules.head import RTDETRDecoder
 from ultralytics.utils.torch_utils import unwrap_model
 
 from ..utils.stock_code import foreign
+from .inference import model_of
 from .kinds import ENTRANCES, RTDETR, kind_of
 from .signature import has_hooks, kept_graph, network_modules
 
@@ -24,9 +25,8 @@ def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
     """
     args, model = trainer.args, unwrap_model(trainer.model)
     reasons = []
-    if trainer.device.type != "cuda" or torch.version.hip:
-        device = "ROCm" if trainer.device.type == "cuda" else trainer.device.type
-        reasons.append(f"needs an NVIDIA GPU, the device is {device}")
+    if no_gpu := no_nvidia_gpu(trainer.device):
+        reasons.append(no_gpu)
     if args.compile:
         reasons.append("compile=True has graphs of its own")
     if hasattr(model, "teacher_model"):
@@ -71,6 +71,30 @@ def _foreign_head(head: Any) -> str:
     return foreign([head], ["forward"]) if isinstance(head, RTDETRDecoder) else type(head).__name__
 
 
+def why_validation_is_eager(validator: Any, network: Any, mode: str) -> str:
+    """What forbids CUDA graphs in a validation on an NVIDIA GPU; empty if nothing does.
+
+    Args:
+        validator: Ultralytics' validator, about to run its batches.
+        network: What it calls with them: the EMA of a training, or an AutoBackend.
+        mode: `auto` also refuses modules of a user's.
+    """
+    args, model = validator.args, model_of(network)
+    if not isinstance(model, nn.Module) or getattr(network, "format", "pt") != "pt":
+        return f"a model of format {getattr(network, 'format', '')} runs as it was exported"
+    reasons = []
+    if args.compile:
+        reasons.append("compile=True has graphs of its own")
+    if args.augment and not validator.training:
+        reasons.append("augment=True runs the network at several sizes")
+    parts = [part for part in (network, getattr(network, "backend", None), model) if part is not None]
+    if own := foreign(parts, ENTRANCES[:2]) or foreign([validator], ("__call__",)):
+        reasons.append(f"{own} is not Ultralytics' own")
+    elif mode == "auto" and (unknown := foreign([network, *model.modules()])):
+        reasons.append(f"{unknown} is neither torch's nor Ultralytics': flash.graphs=on captures it as it is")
+    return "; ".join(reasons)
+
+
 def boxes_stay(trainer: Any) -> bool:
     """Whether boxes reach the device as the loader gives them: a user's `preprocess_batch` might change them."""
     return not foreign([trainer], ("preprocess_batch",))
@@ -79,3 +103,10 @@ def boxes_stay(trainer: Any) -> bool:
 def own_loop(trainer: Any) -> bool:
     """Whether the training loop is a user's own, which may ask autograd for gradients."""
     return bool(foreign([trainer], ("_do_train",)))
+
+
+def no_nvidia_gpu(device: torch.device) -> str:
+    """Why a device has no CUDA graphs; empty if it may have."""
+    if device.type == "cuda" and not torch.version.hip:
+        return ""
+    return f"needs an NVIDIA GPU, the device is {'ROCm' if device.type == 'cuda' else device.type}"

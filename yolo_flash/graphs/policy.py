@@ -349,7 +349,8 @@ class GraphPolicy:
         """Why there is no memory for graphs that hold so many bytes; empty if the batches beside them have room."""
         # The last batch of an epoch and validation run beside the graphs, whose memory they cannot use.
         # Ranks cannot free them in the middle of a validation, whose batches are twice as large.
-        beside, room = held * (2 if trainer.world_size > 1 else 1), free_bytes(device)
+        beside = held * (2 if trainer.world_size > 1 else 1)
+        room = max(0, free_bytes(device) - held)  # torch counts the memory of graphs as cached: nothing lives in it
         if room >= beside:
             return ""
         need = f"its graphs hold {readable(held)}, and the batches beside them need up to {readable(beside)}"

@@ -25,6 +25,13 @@ def free_bytes(device: torch.device) -> int:
     return min(psutil.virtual_memory().available, *container_bytes())
 
 
+def needed_again(device: torch.device) -> int:
+    """Bytes of a GPU that the process has reserved at its peak, beyond what it holds now: it may need them again."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.max_memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def container_bytes(root: Path = Path("/")) -> Iterator[int]:
     """Bytes that the control groups of this process leave it, one number for each limit; none without such groups.
 
