@@ -71,7 +71,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[Replay]:
     monkeypatch.setattr(GraphPolicy.__init__, "__defaults__", (Replay,))
     monkeypatch.setattr(policy_module, "not_supported_reasons", lambda trainer, mode: [])
     for module in (policy_module, boxes_module):
-        monkeypatch.setattr(module, "free_bytes", lambda device: 2**31)
+        monkeypatch.setattr(module, "free_bytes", lambda device: 2**32)
     monkeypatch.setattr(Replay, "made", [])
     return Replay.made
 

@@ -58,7 +58,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Replay]:
     on_card = lambda trainer, mode: [r for r in not_supported_reasons(trainer, mode) if "NVIDIA" not in r]  # noqa: E731
     monkeypatch.setattr(policy_module, "not_supported_reasons", on_card)
     for module in (policy_module, boxes_module):
-        monkeypatch.setattr(module, "free_bytes", lambda device: 2**31)
+        monkeypatch.setattr(module, "free_bytes", lambda device: 2**32)
     monkeypatch.setattr(Replay, "made", [])
     return Replay.made
 
