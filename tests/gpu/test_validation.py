@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from ultralytics import ASSETS, RTDETR, YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils.metrics import box_iou
+from ultralytics.utils.ops import xywh2xyxy
 
 from tests.counting import settle
 from tests.datasets import create_dataset
@@ -60,6 +62,17 @@ def assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
 def as_in_training() -> Iterator[None]:
     with torch.inference_mode(), torch.autocast("cuda", torch.float16):
         yield
+
+
+# Metrics --------------------------------------------------------------------------------------------------------------
+def test_boxes_are_compared_alike_on_every_device() -> None:
+    """Every operation of these functions rounds once, so that the CPU finds the bits of the GPU."""
+    corners = torch.rand(2000, 2, 2, device="cuda") * 640
+    boxes = torch.cat((corners.amin(1), corners.amax(1)), 1)
+    for dtype in (torch.float32, torch.float16):
+        mine = boxes.to(dtype)
+        assert torch.equal(box_iou(mine[:50], mine).cpu(), box_iou(mine[:50].cpu(), mine.cpu()))
+        assert torch.equal(xywh2xyxy(mine).cpu(), xywh2xyxy(mine.cpu()))
 
 
 # Forwards -------------------------------------------------------------------------------------------------------------

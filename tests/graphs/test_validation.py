@@ -303,6 +303,43 @@ def test_detections_of_a_validation_by_itself_are_those_of_stock(ten_pictures: s
     assert [graph.calls for graph in captured] == [1 + 4] * 2
 
 
+# Metrics --------------------------------------------------------------------------------------------------------------
+class OwnMatching(DetectionValidator):
+    def match_predictions(self, *args: Any, **kwargs: Any) -> Any:
+        return super().match_predictions(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("more", "here"),
+    [
+        ({}, True),
+        ({"plots": True}, True),  # with the confusion matrix
+        ({"single_cls": True}, False),  # which changes the predictions themselves
+        ({"save_txt": True}, False),
+        ({"validator": OwnMatching}, False),
+    ],
+)
+def test_predictions_are_compared_where_nobody_waits_for_the_device(
+    more: dict[str, Any], here: bool, ten_pictures: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validator_module, "_DEVICES", ("cpu",))  # as if it were one that has to be waited for
+    looked: list[bool] = []
+    compares = FlashValidatorMixin._compares_as_stock
+
+    def look(validator: Any) -> bool:
+        looked.append(compares(validator))
+        return looked[-1]
+
+    monkeypatch.setattr(FlashValidatorMixin, "_compares_as_stock", look)
+    monkeypatch.setattr(DetectionValidator, "plot_predictions", lambda *args: None)  # of weights that no training made
+    stock, ours = (settled() for _ in range(2))
+    wanted = validate(stock, ten_pictures, **more)
+    assert looked == []
+    assert validate(patch_model(ours, backend="stock", graphs="on"), ten_pictures, **more) == wanted
+    assert set(looked) == {here}
+    assert any(len(set(numbers)) > 4 for numbers in wanted[1])
+
+
 def test_a_validation_without_graphs_says_so_only_if_asked(ten_pictures: str, log: list[str]) -> None:
     for settings, told in (({}, 0), ({"graphs": "on"}, 1), ({"graphs": "on", "log": False}, 0)):
         log.clear()
