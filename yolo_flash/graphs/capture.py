@@ -52,7 +52,7 @@ def capture_step(
             loss = FixedShapeLoss(model.criterion, capacity)
             off = loss_error(model, loss, *_labelled(batch, targets))
             if off <= _LOSS_ERROR:
-                extra = [targets, fixed_loss.gains(model.criterion)]
+                extra = [targets, fixed_loss.gains(model.criterion), *loss.masks_of(batch)]
                 return capture(model, images, loss, extra), ""
             why_not = f"in fixed shapes it is off by {off:.1e}"
         except Exception as error:  # of another Ultralytics or torch
@@ -97,15 +97,18 @@ def replay_next_call(
     if targets is None:
         return None
     names = step.loss.names
-    extra = [_pinned(targets), _pinned(fixed_loss.gains(model.criterion))]
-    labels = [(name, batch[name], batch[name]._version) for name in LABELS]
+    extra = [_pinned(targets), _pinned(fixed_loss.gains(model.criterion)), *step.loss.masks_of(batch)]
+    if not step.fits(images, *extra):
+        ended(f"masks of shape {list(extra[-1].shape)}")
+        return None
+    labels = [(name, batch[name], batch[name]._version) for name in (*LABELS, *step.loss.reads)]
 
     def loss(given: Any, preds: Any = None) -> Any:
         if given["img"] is not images or preds is not None:  # DDP hands on another dict
             ended("the model was called for something else")
             return NotImplemented
         if any(given[name] is not tensor or tensor._version != version for name, tensor, version in labels):
-            ended("boxes were changed after preprocess_batch")
+            ended("boxes or masks were changed after preprocess_batch")
             return NotImplemented
         ended("")
         losses, items = step(images, *extra)
@@ -154,7 +157,7 @@ def loss_error(model: Any, loss: FixedShapeLoss, batch: dict[str, Any], targets:
     device = batch["img"].device
     with no_trace(model, device), without_cached_casts(device), torch.no_grad():
         outputs = model.predict(batch["img"])
-    extra = targets.to(device), fixed_loss.gains(model.criterion).to(device)
+    extra = targets.to(device), fixed_loss.gains(model.criterion).to(device), *loss.masks_of(batch)
 
     def criterion(inputs: Any) -> tuple[Tensor, Tensor]:
         losses, items = model.criterion(inputs, batch)
@@ -178,6 +181,8 @@ def _labelled(batch: dict[str, Any], targets: Tensor) -> tuple[dict[str, Any], T
         "cls": torch.zeros(count, 1, device=device),
         "bboxes": box.expand(count, 4).to(device),
     }
+    if "masks" in batch:
+        made["masks"] = torch.ones_like(batch["masks"])
     targets = targets.clone()
     targets[:count, 0, 1:] = box
     return {**batch, **made}, targets
