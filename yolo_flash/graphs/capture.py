@@ -99,7 +99,7 @@ def replay_next_call(
     names = step.loss.names
     extra = [_pinned(targets), _pinned(fixed_loss.gains(model.criterion)), *step.loss.masks_of(batch)]
     if not step.fits(images, *extra):
-        ended(f"masks of shape {list(extra[-1].shape)}")
+        ended("masks of another shape than those at the capture")
         return None
     labels = [(name, batch[name], batch[name]._version) for name in (*LABELS, *step.loss.reads)]
 
@@ -169,8 +169,11 @@ def loss_error(model: Any, loss: FixedShapeLoss, batch: dict[str, Any], targets:
 
 
 def _labelled(batch: dict[str, Any], targets: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """A batch and its padded boxes; a batch without boxes gets some, for a comparison of more than zeros."""
-    if len(batch["bboxes"]):
+    """A batch and its padded boxes; a batch without boxes gets some, for a comparison of more than zeros.
+
+    So does one with masks, but none in its first image: there stock sums the loss of masks in half precision.
+    """
+    if targets.any() and (targets[0].any() or "masks" not in batch):
         return batch, targets
     images = batch["img"]
     count = min(len(images), 8)
@@ -183,7 +186,7 @@ def _labelled(batch: dict[str, Any], targets: Tensor) -> tuple[dict[str, Any], T
     }
     if "masks" in batch:
         made["masks"] = torch.ones_like(batch["masks"])
-    targets = targets.clone()
+    targets = torch.zeros_like(targets)
     targets[:count, 0, 1:] = box
     return {**batch, **made}, targets
 

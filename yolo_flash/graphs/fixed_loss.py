@@ -22,9 +22,23 @@ from ultralytics.utils.ops import xywh2xyxy, xyxy2xywh
 from ultralytics.utils.tal import TaskAlignedAssigner, make_anchors
 
 from ..utils.stock_code import foreign
-from .fixed_segmentation import BYTES_A_PIXEL, Assigned, mask_loss
+from .fixed_segmentation import (
+    MASK_ASSIGNER,
+    SEGMENT_LOSS_26,
+    Assigned,
+    Masks,
+    mask_bytes,
+    mask_loss,
+    mask_overlaps,
+    semantic_loss,
+)
 from .signature import Signature
 
+_ASSIGNERS = {  # of the criteria that graphs can hold
+    v8DetectionLoss: TaskAlignedAssigner,
+    v8SegmentationLoss: TaskAlignedAssigner,
+    SEGMENT_LOSS_26: MASK_ASSIGNER,
+}
 _NO_PARTS = (Tensor, dict, type, FunctionType, MethodType)
 _EPS = 1e-9  # of TaskAlignedAssigner.select_candidates_in_gts
 _ROOM = 1.5  # capacity for what a batch needs, as a multiple: later batches may need more
@@ -67,8 +81,8 @@ def not_supported_reason(criterion: Any) -> str:
     parts = _parts(criterion)
     for part in parts:
         for value, known in (
-            (part, v8SegmentationLoss if _trains_masks(part) else v8DetectionLoss),
-            (getattr(part, "assigner", None), TaskAlignedAssigner),
+            (part, type(part) if type(part) in _ASSIGNERS else v8DetectionLoss),
+            (getattr(part, "assigner", None), _ASSIGNERS.get(type(part))),
             (getattr(part, "bbox_loss", None), BboxLoss),
         ):
             if type(value) is not known:
@@ -91,9 +105,11 @@ def needed_bytes(capacity: Capacity, images: int, side: tuple[int, int], criteri
     """
     parts = _parts(criterion)
     anchors = sum(math.prod(math.ceil(pixels / stride) for pixels in side) for stride in parts[0].assigner.stride)
-    masks = sum(capacity.ranked) * sum(part.assigner.topk2 for part in parts)
-    pixels = math.prod(length // parts[0].hyp.mask_ratio for length in side) if masks else 0
-    return images * capacity.boxes * anchors * _BYTES_A_CELL + masks * pixels * BYTES_A_PIXEL
+    masks = 0
+    if capacity.ranked:
+        pixels = math.prod(length // parts[0].hyp.mask_ratio for length in side)
+        masks = sum(mask_bytes(part.assigner, capacity.ranked, pixels) for part in parts)
+    return images * capacity.boxes * anchors * _BYTES_A_CELL + masks
 
 
 def needed(batch: dict[str, Any], images: int, side: tuple[int, int], criterion: Any) -> Capacity:
@@ -149,7 +165,7 @@ class FixedShapeLoss:
         self.criterion, self.capacity = criterion, capacity
         self._parts = _parts(criterion)
         self.names: tuple[str, ...] = tuple(self._parts[-1].loss_names)
-        self.reads: tuple[str, ...] = ("masks",) if _trains_masks(self._parts[0]) else ()
+        self.reads: tuple[str, ...] = ("masks", "sem_masks") if _trains_masks(self._parts[0]) else ()
         self._constants: dict[Any, tuple[Tensor, ...]] = {}
         self._signature = Signature(_objects(criterion))
 
@@ -185,20 +201,27 @@ class FixedShapeLoss:
 
     def _one(self, part: Any, outputs: dict[str, Any], targets: Tensor, gains: Tensor, *read: Tensor) -> Tensor:
         """Losses of one set of outputs, as the `loss` of its criterion."""
-        found, size, (box, cls, dfl) = self._detection(part, outputs, targets, gains)
-        if not _trains_masks(part):
-            return torch.stack((box, cls, dfl))
+        if not read:
+            return self._detection(part, outputs, targets, gains)[1]
+        masks, classes = read
+        proto, semantic = outputs["proto"], None
+        if isinstance(proto, tuple):  # of YOLO26
+            proto, semantic = proto
         coefficients = outputs["mask_coefficient"].permute(0, 2, 1).contiguous()
-        rows = [min(part.assigner.topk2 * boxes, coefficients.shape[1]) for boxes in self.capacity.ranked]
-        (masks,) = read
-        seg = mask_loss(part, coefficients, outputs["proto"], masks, found, size, rows)
-        seg = seg.float() * gains[0]
-        return torch.stack((box, seg, cls, dfl, torch.zeros_like(seg)))  # no semantic term without semantic outputs
+        *_, size = self._constants_of(part, outputs["feats"], coefficients.dtype)
+        order = targets[..., 1:].any(2).sum(1).argsort(descending=True)
+        given = Masks(coefficients, proto, masks, size, order, self.capacity.ranked)
+        found, (box, cls, dfl) = self._detection(part, outputs, targets, gains, given)
+        seg = mask_loss(part, given, found).float() * gains[0]
+        sem = torch.zeros_like(seg)
+        if semantic is not None:
+            sem = semantic_loss(part, semantic, classes, masks, found.foreground).float() * gains[0]
+        return torch.stack((box, seg, cls, dfl, sem))
 
     def _detection(
-        self, part: Any, outputs: dict[str, Any], targets: Tensor, gains: Tensor
-    ) -> tuple[Assigned, Tensor, Tensor]:
-        """As v8DetectionLoss.get_assigned_targets_and_loss: what was assigned, the size of images, three losses."""
+        self, part: Any, outputs: dict[str, Any], targets: Tensor, gains: Tensor, masks: Masks | None = None
+    ) -> tuple[Assigned, Tensor]:
+        """As v8DetectionLoss.get_assigned_targets_and_loss: what was assigned, and three losses."""
         distances = outputs["boxes"].permute(0, 2, 1).contiguous()
         scores = outputs["scores"].permute(0, 2, 1).contiguous()
         anchors, strides, size, scale = self._constants_of(part, outputs["feats"], scores.dtype)
@@ -206,7 +229,9 @@ class FixedShapeLoss:
         predicted = part.bbox_decode(anchors, distances)
         with torch.no_grad():
             pixels = (predicted.detach() * strides).type(boxes.dtype)
-            found = self._assign(part.assigner, scores.detach().sigmoid(), pixels, anchors * strides, labels, boxes)
+            found = self._assign(
+                part.assigner, scores.detach().sigmoid(), pixels, anchors * strides, labels, boxes, masks
+            )
             target_scores_sum = found.scores.sum().clamp_(min=1)
             rows, spare = self._foreground(found.foreground, part.assigner.topk2)
         # The spare row's box is not trained: without height it would have a gradient of NaN, in spite of weight 0.
@@ -220,7 +245,7 @@ class FixedShapeLoss:
             *(rows, size, strides),
         )
         losses = torch.stack([box.float(), (cross_entropy.sum() / target_scores_sum).float(), dfl.float()])
-        return found, scale, losses * gains[:3]
+        return found, losses * gains[:3]
 
     def _constants_of(self, part: Any, features: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Anchors, their strides, the image size and the scale of boxes: made once, since they come from the host."""
@@ -232,7 +257,14 @@ class FixedShapeLoss:
         return self._constants[key]
 
     def _assign(
-        self, assigner: Any, scores: Tensor, predicted: Tensor, centres: Tensor, labels: Tensor, boxes: Tensor
+        self,
+        assigner: Any,
+        scores: Tensor,
+        predicted: Tensor,
+        centres: Tensor,
+        labels: Tensor,
+        boxes: Tensor,
+        masks: Masks | None,
     ) -> Assigned:
         """As TaskAlignedAssigner.forward."""
         assigner.bs, assigner.n_max_boxes = len(boxes), boxes.shape[1]
@@ -240,13 +272,17 @@ class FixedShapeLoss:
         inside = _inside(centres, boxes, exists, assigner.stride_val)
         candidates = inside & exists.bool()
         image, box, anchor = torch.nonzero_static(candidates, size=self.capacity.pairs, fill_value=0).unbind(1)
-        overlap = assigner.pair_overlaps((image, box, anchor), boxes, predicted)
-        metric = scores[image, anchor, labels[image, box, 0].long()].pow(assigner.alpha) * overlap.pow(assigner.beta)
         place = candidates.flatten().cumsum(0, dtype=torch.int32).sub_(1).clamp_(0, len(image) - 1)
-        overlaps, metrics = (
-            torch.where(candidates, values.index_select(0, place).view(candidates.shape), 0)
-            for values in (overlap, metric)
-        )
+
+        def dense(values: Tensor) -> Tensor:
+            return torch.where(candidates, values.index_select(0, place).view(candidates.shape), 0)
+
+        overlap = TaskAlignedAssigner.pair_overlaps(assigner, (image, box, anchor), boxes, predicted)
+        score = scores[image, anchor, labels[image, box, 0].long()].pow(assigner.alpha)
+        if masks is not None and type(assigner) is MASK_ASSIGNER:
+            by_boxes = dense(score * overlap.pow(assigner.beta) + assigner.eps)
+            overlap = (overlap + mask_overlaps(assigner, masks, by_boxes, predicted)[image, box, anchor]) / 2
+        overlaps, metrics = dense(overlap), dense(score * overlap.pow(assigner.beta))
         top = assigner.select_topk_candidates(metrics, topk_mask=exists.expand(-1, -1, assigner.topk).bool())
         positive = top.mul_(inside).mul_(exists.bool())
         of_box, foreground, positive = assigner.select_highest_overlaps(
