@@ -172,6 +172,20 @@ def test_the_profiler_is_told_to_let_go_of_the_driver_unless_the_user_has_said(
     assert os.environ.get(name) == said
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_the_wait_ends_with_the_thread_that_detaches_the_profiler(seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TEARDOWN_CUPTI", raising=False)
+    monkeypatch.setattr(profiler, "profiler_lets_go", lambda: True)
+    calls: list[None] = []  # of CUDA: in the third the profiler detaches
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append(None))
+    threads = {"1", "2"}
+    running: Any = SimpleNamespace(activities={profile_module.ProfilerActivity.CUDA}, stop=lambda: threads.add("3"))
+    monkeypatch.setattr(profiler, "_threads", lambda: threads - ({"3"} if len(calls) > 2 else set()) if seen else set())
+    profiler.stop_profiler(running)
+    assert len(calls) == (3 if seen else 20)
+    assert "TEARDOWN_CUPTI" not in os.environ
+
+
 def test_a_profiler_that_cannot_stop_leaves_neither_variable_nor_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TEARDOWN_CUPTI", raising=False)
     monkeypatch.setattr(profiler, "profiler_lets_go", lambda: True)

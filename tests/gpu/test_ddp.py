@@ -22,6 +22,7 @@ from yolo_flash import patch_model
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
 STEPS = 20  # of two ranks, each with a quarter of coco8's pictures: one step an epoch

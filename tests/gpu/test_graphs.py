@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -32,8 +33,14 @@ pytestmark = [
 Batches = list[Tensor]
 
 
+@functools.cache
+def stock(config: str) -> nn.Module:
+    """Built once a process, and copied."""
+    return randomise(YOLO(config).model)
+
+
 def network(config: str = "yolo12n.yaml") -> Any:
-    model: Any = randomise(YOLO(config).model).cuda().to(memory_format=torch.channels_last).train()
+    model: Any = copy.deepcopy(stock(config)).cuda().to(memory_format=torch.channels_last).train()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     patch_modules(model, FlashConfig())
@@ -99,24 +106,22 @@ def test_a_capture_leaves_no_trace(dtype: torch.dtype) -> None:
     assert "predict" not in vars(model)
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("config", ["yolo12n.yaml", "yolo26n.yaml"])
-def test_replays_are_eager_steps(config: str, accumulate: int) -> None:
-    """Outputs, accumulated gradients and BatchNorm, each as near to eager as eager is to itself."""
-    data, first = batches(2 * accumulate), network(config)
+def test_replays_are_eager_steps(config: str) -> None:
+    """Outputs, gradients of one step and of four, and BatchNorm, each as near to eager as eager is to itself."""
+    data, first = batches(6), network(config)
     second, third = copy.deepcopy(first), copy.deepcopy(first)
     graphed = capture(third, data[0], torch.float16)
-    for i, images in enumerate(data):
-        if i % accumulate == 0:
-            for model in (first, second, third):
-                model.zero_grad()
-        runs = (first, second, graphed)
-        eager, again, replayed = (step(run, images, torch.float16) for run in runs)
-        for a, b, c in zip(eager, again, replayed, strict=True):
-            assert off(c, a) <= max(2 * off(b, a), 1e-3)
-        if (i + 1) % accumulate == 0:
-            noise = off(gradients(second), gradients(first))
-            assert off(gradients(third), gradients(first)) <= max(2 * noise, 1e-3)
+    for accumulated in (data[:1], data[1:5], data[5:]):
+        for model in (first, second, third):
+            model.zero_grad()
+        for images in accumulated:
+            runs = (first, second, graphed)
+            eager, again, replayed = (step(run, images, torch.float16) for run in runs)
+            for a, b, c in zip(eager, again, replayed, strict=True):
+                assert off(c, a) <= max(2 * off(b, a), 1e-3)
+        noise = off(gradients(second), gradients(first))
+        assert off(gradients(third), gradients(first)) <= max(2 * noise, 1e-3)
     assert off(buffers(third), buffers(first)) <= max(2 * off(buffers(second), buffers(first)), 1e-5)
 
 
@@ -238,8 +243,16 @@ def with_loss(model: Any, dtype: torch.dtype) -> tuple[Callable[[dict[str, Any],
     return run, captured
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("config", ["yolo12n.yaml", "yolo26n.yaml"])
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ("yolo12n.yaml", torch.float16),
+        ("yolo12n.yaml", torch.bfloat16),
+        ("yolo12n.yaml", torch.float32),
+        ("yolo26n.yaml", torch.float16),
+    ],
+    ids=str,
+)
 def test_replays_with_their_loss_are_eager_steps(config: str, dtype: torch.dtype) -> None:
     """Losses, loss items and accumulated gradients, each as near to eager as eager is to itself."""
     first = network(config)
@@ -309,26 +322,33 @@ def test_numbers_are_on_the_cpu_before_later_work_is_done() -> None:
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
-def train(args: dict[str, Any], model: str = "yolo12n.yaml", **settings: Any) -> tuple[Any, list[float], list[Any]]:
-    """A run of eight steps; the wrapper, its loss at every epoch, and its events."""
+def train(args: dict[str, Any], model: str, graphs: str) -> tuple[Any, list[float]]:
+    """A run; the wrapper and its loss at every epoch. Eager steps are not profiled, to save time."""
     losses: list[float] = []
-    yolo = patch_model(YOLO(model), **settings)
+    yolo = patch_model(YOLO(model), graphs=graphs, log=graphs != "off")
     yolo.add_callback("on_train_epoch_end", lambda trainer: losses.append(float(sum(trainer.tloss.values()))))
-    arguments = {"epochs": 4, **args, "device": 0, "imgsz": 128, "warmup_epochs": 0.0}
-    yolo.train(**arguments)
-    return yolo, losses, events(yolo)
+    yolo.train(**{**args, "device": 0, "imgsz": 128, "warmup_epochs": 0.0})
+    return yolo, losses
 
 
 @pytest.mark.parametrize(
     ("model", "amp"),
-    [("yolo12n.yaml", True), ("yolo12n.yaml", "bf16"), ("yolo12n.yaml", False), ("yolo26n.yaml", True)],
+    [
+        pytest.param("yolo12n.yaml", True, marks=pytest.mark.slow),
+        pytest.param("yolo26n.yaml", True, marks=pytest.mark.slow),
+        ("tiny", "bf16"),
+        ("tiny", False),
+    ],
 )
-def test_a_run_from_graphs_is_a_run(model: str, amp: Any, tiny_args: dict[str, Any]) -> None:
-    arguments = {**tiny_args, "amp": amp, "epochs": 4}
-    eager = train(arguments, model, graphs="off")[1]
+def test_a_run_from_graphs_is_a_run(model: str, amp: Any, tiny_model: str, tiny_args: dict[str, Any]) -> None:
+    """Of eight steps; that of yolo12n also validates in between, and its checkpoint is a plain one."""
+    whole, config = model == "yolo12n.yaml", tiny_model if model == "tiny" else model
+    arguments = {**tiny_args, "amp": amp, "epochs": 4, "val": whole}
+    eager = train(arguments, config, "off")[1]
     gc.collect()
     before = torch.cuda.memory_allocated()
-    yolo, replayed, written = train(arguments, model, graphs="on")
+    yolo, replayed = train(arguments, config, "on")
+    written = events(yolo)
     (told,) = [event for event in written if event["event"] == "graphs"]
     assert told["why_not"] == ""
     assert told["pool_bytes"] > 0
@@ -339,27 +359,30 @@ def test_a_run_from_graphs_is_a_run(model: str, amp: Any, tiny_args: dict[str, A
     assert [name for name in launched if not name.startswith(("aten::", "yolo_flash::"))]
     assert replayed == pytest.approx(eager, rel=0.02)
     assert patched_layers(yolo.model)
-    load_without_plugin(yolo.trainer.last)
+    if whole:
+        load_without_plugin(yolo.trainer.last)
     assert yolo.trainer.flash_run.graphs.step is None
     del yolo
     gc.collect()
     assert torch.cuda.memory_allocated() - before < 2**28
 
 
-def test_accumulation_in_a_run_is_that_of_eager(tiny_args: dict[str, Any]) -> None:
-    arguments = {**tiny_args, "nbs": 8, "epochs": 4}  # of batches of 2
-    eager, replayed = (train(arguments, graphs=mode)[1] for mode in ("off", "on"))
+def test_accumulation_in_a_run_is_that_of_eager(tiny_model: str, tiny_args: dict[str, Any]) -> None:
+    arguments = {**tiny_args, "nbs": 8, "epochs": 4, "val": False}  # of batches of 2
+    eager, replayed = (train(arguments, tiny_model, mode)[1] for mode in ("off", "on"))
     assert replayed == pytest.approx(eager, rel=0.02)
 
 
-def test_auto_compares_and_says_what_it_found(tiny_args: dict[str, Any]) -> None:
-    *_, written = train({**tiny_args, "epochs": 8}, graphs="auto")
-    (told,) = [event for event in written if event["event"] == "graphs"]
+def test_auto_compares_and_says_what_it_found(tiny_model: str, tiny_args: dict[str, Any]) -> None:
+    yolo, _ = train({**tiny_args, "epochs": 8, "val": False}, tiny_model, "auto")
+    (told,) = [event for event in events(yolo) if event["event"] == "graphs"]
     assert told["why_not"] or told["eager_ms"] >= 1.05 * told["graph_ms"]
 
 
-def test_out_of_memory_halving_captures_again(tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    yolo = patch_model(YOLO("yolo12n.yaml"), graphs="on")
+def test_out_of_memory_halving_captures_again(
+    tiny_model: str, tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yolo = patch_model(YOLO(tiny_model), graphs="on")
     seen: list[int] = []
     original = GraphedStep.__call__
 
@@ -369,13 +392,13 @@ def test_out_of_memory_halving_captures_again(tiny_args: dict[str, Any], monkeyp
 
     monkeypatch.setattr(GraphedStep, "__call__", call)
     run_out_of_memory_once(yolo)
-    yolo.train(**{**tiny_args, "device": 0, "imgsz": 128, "epochs": 3})
+    yolo.train(**{**tiny_args, "device": 0, "imgsz": 128, "epochs": 3, "val": False})
     assert yolo.trainer.batch_size == 1
     assert set(seen) == {1}
 
 
-def test_validation_without_memory_frees_the_graphs(tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    yolo = patch_model(YOLO("yolo12n.yaml"), graphs="on")
+def test_validation_without_memory_frees_the_graphs(tiny_model: str, tiny_args: dict[str, Any]) -> None:
+    yolo = patch_model(YOLO(tiny_model), graphs="on")
     failed: list[bool] = []
 
     def fail(validator: Any) -> None:

@@ -117,6 +117,7 @@ def test_every_backend_that_can_is_exact_and_timed(mask: bool, training: bool) -
     assert all(trial.ms is not None for trial in trials.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", [True, False], ids=["fp16", "fp32"])
 def test_a_run_executes_the_kernels_of_its_plan(amp: bool, tiny_args: dict[str, Any], log: list[str]) -> None:
     model = patch_model(RTDETR("rtdetr-resnet50.yaml"))

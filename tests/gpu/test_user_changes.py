@@ -44,11 +44,13 @@ LAYERS = {"a layer's forward", "a layer class's forward"}  # `on` captures them 
 EAGER = {"the model's loss", "the class's loss", "the model's predict", "the class's predict"}
 
 
-def change_in_second_epoch(change: str, graphs: str, args: dict[str, Any]) -> tuple[list[float], list[float], Any]:
-    """Losses and running variances of four steps; the model."""
+def change_in_second_epoch(
+    change: str, graphs: str, config: str, args: dict[str, Any]
+) -> tuple[list[float], list[float], Any]:
+    """Losses and running variances of four steps; the model. Eager steps are not profiled, to save time."""
     found: list[float] = []
     variances: list[float] = []
-    model = patch_model(YOLO("yolo12n.yaml"), graphs=graphs)
+    model = patch_model(YOLO(config), graphs=graphs, log=graphs != "off")
     patch = pytest.MonkeyPatch()
 
     def begin(trainer: Any) -> None:
@@ -96,11 +98,11 @@ def scaled(given: Any) -> Any:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_in_the_second_epoch_counts(change: str, tiny_args: dict[str, Any]) -> None:
-    wanted, variances, _ = change_in_second_epoch(change, "off", tiny_args)
-    found, moved, model = change_in_second_epoch(change, "on", tiny_args)
+def test_a_change_in_the_second_epoch_counts(change: str, tiny_model: str, tiny_args: dict[str, Any]) -> None:
+    wanted, variances, _ = change_in_second_epoch(change, "off", tiny_model, tiny_args)
+    found, moved, model = change_in_second_epoch(change, "on", tiny_model, tiny_args)
     assert len(found) == len(wanted) == 4
-    assert found == pytest.approx(wanted, rel=0.02)
+    assert found == pytest.approx(wanted, rel=0.01)  # eps of BatchNorm, unseen, would be off by 0.018
     assert moved == pytest.approx(variances, rel=1e-3)  # which a momentum that is not seen would leave far off
     told = of(events(model), "graphs")
     assert told[0]["why_not"] == ""
@@ -110,19 +112,19 @@ def test_a_change_in_the_second_epoch_counts(change: str, tiny_args: dict[str, A
     assert {*ANEW, *ALONE, *LAYERS, *EAGER} == set(CHANGES)
 
 
-def test_auto_and_on_count_their_replays(tiny_args: dict[str, Any], log: list[str]) -> None:
-    model = patch_model(YOLO("yolo12n.yaml"), graphs="on")
-    model.train(**{**tiny_args, "device": 0, "imgsz": 128, "epochs": 2})
+def test_auto_and_on_count_their_replays(tiny_model: str, tiny_args: dict[str, Any], log: list[str]) -> None:
+    model = patch_model(YOLO(tiny_model), graphs="on")
+    model.train(**{**tiny_args, "device": 0, "imgsz": 128, "epochs": 2, "val": False})
     counts = [epoch["graphs"] for epoch in of(events(model), "epoch")]
     assert [(count["steps"], count["replayed"]) for count in counts] == [(2, 1), (2, 2)]
     assert sum("2 of 2 steps from CUDA graphs" in line for line in log) == 1
 
 
 def test_multi_scale_under_on_that_never_replays_is_an_error(
-    tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tiny_model: str, tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("random.randrange", lambda *args: 192)
-    model = patch_model(YOLO("yolo12n.yaml"), graphs="on")
+    model = patch_model(YOLO(tiny_model), graphs="on")
     with pytest.raises(FlashGraphError, match="another shape than"):
         model.train(**{**tiny_args, "device": 0, "imgsz": 128, "epochs": 2, "multi_scale": 0.5})
 
@@ -156,13 +158,15 @@ def test_the_memory_of_many_boxes_is_forecast() -> None:
     assert 0.5 * forecast <= used <= 1.1 * forecast
 
 
-def test_what_is_shipped_is_stock_on_the_card(tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_shipped_is_stock_on_the_card(
+    tiny_model: str, tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`auto` takes graphs for a patched model: nothing of ours counts as somebody else's."""
     monkeypatch.setattr(policy_module, "_GAIN", 0.0)
     seen: list[str] = []
-    model = patch_model(YOLO("yolo12n.yaml"), graphs="auto")
+    model = patch_model(YOLO(tiny_model), graphs="auto")
     model.add_callback("on_train_batch_end", lambda trainer: seen.append(foreign(trainer.model.modules())))
-    model.train(**{**tiny_args, "device": 0, "imgsz": 128, "epochs": 5})
+    model.train(**{**tiny_args, "device": 0, "imgsz": 128, "epochs": 5, "val": False})
     assert set(seen) == {""}
     assert of(events(model), "graphs")[-1]["why_not"] == ""
     assert sum(epoch["graphs"]["replayed"] for epoch in of(events(model), "epoch")) >= 5

@@ -14,7 +14,7 @@ from ultralytics.utils.loss import v8DetectionLoss
 
 from tests.versions import loss_in_graphs
 from yolo_flash.graphs import fixed_loss
-from yolo_flash.graphs.capture import _with_gradients, capture_step, loss_error
+from yolo_flash.graphs.capture import capture_step, loss_error, with_gradients
 from yolo_flash.graphs.fixed_loss import Capacity, FixedShapeLoss, gains, needed, not_supported_reason, pad_targets
 
 SIDE = 96
@@ -64,14 +64,14 @@ def of_criterion(model: Any, outputs: Any, batch: Batch) -> list[Tensor]:
         losses, items = model.criterion(inputs, batch)
         return losses, torch.stack(list(items.values()))
 
-    return _with_gradients(run, outputs)
+    return with_gradients(run, outputs)
 
 
 def of_fixed(model: Any, outputs: Any, batch: Batch, capacity: Capacity | None = None) -> list[Tensor]:
     images = len(batch["img"])
     capacity = capacity or Capacity().grown(needed(batch, images, (SIDE, SIDE), model.criterion))
     loss, targets = FixedShapeLoss(model.criterion, capacity), pad_targets(batch, images, capacity.boxes)
-    return _with_gradients(lambda inputs: loss(inputs, targets, gains(model.criterion)), outputs)
+    return with_gradients(lambda inputs: loss(inputs, targets, gains(model.criterion)), outputs)
 
 
 @loss_in_graphs

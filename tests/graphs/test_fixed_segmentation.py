@@ -27,7 +27,7 @@ from tests.versions import loss_in_graphs
 from yolo_flash import patch_model
 from yolo_flash.graphs import boxes as boxes_module
 from yolo_flash.graphs import policy as policy_module
-from yolo_flash.graphs.capture import _labelled, _with_gradients, capture_step, loss_error
+from yolo_flash.graphs.capture import _labelled, capture_step, loss_error, with_gradients
 from yolo_flash.graphs.fixed_loss import (
     Capacity,
     FixedShapeLoss,
@@ -92,7 +92,7 @@ def of_fixed(model: Any, outputs: Any, batch: Batch, capacity: Capacity | None =
     capacity = capacity or Capacity().grown(needed(batch, images, (SIDE, SIDE), model.criterion))
     loss, targets = FixedShapeLoss(model.criterion, capacity), pad_targets(batch, images, capacity.boxes)
     masks = loss.masks_of(batch)
-    return _with_gradients(lambda inputs: loss(inputs, targets, gains(model.criterion), *masks), outputs)
+    return with_gradients(lambda inputs: loss(inputs, targets, gains(model.criterion), *masks), outputs)
 
 
 def outputs_of(model: Any, batch: Batch) -> Any:

@@ -42,9 +42,10 @@ class Replay:
     through_autograd = False
     seconds = 0.5
 
-    def __init__(self, model: Any, images: Tensor, loss: Any = None, extra: Any = ()) -> None:
-        self.model, self.shape, self.loss = model, images.shape, loss
-        self.extra = [tensor.shape for tensor in extra]
+    def __init__(self, model: Any, images: Tensor, loss: Any = None, extra: Any = (), beside: Any = ()) -> None:
+        self.network = self.model = model
+        self.shape, self.loss, self.beside = images.shape, loss, len(beside)
+        self.extra = [tensor.shape for tensor in (*beside, *extra)]
         self.calls: list[int] = []
         self.changed = False
         Replay.made.append(self)
@@ -53,7 +54,8 @@ class Replay:
         assert not {"predict", "loss"} & vars(self.model).keys()
         assert [tensor.shape for tensor in extra] == self.extra
         self.calls.append(len(images))
-        outputs = self.model._predict_once(images)
+        beside, extra = extra[: self.beside], extra[self.beside :]
+        outputs = self.model(images, *beside) if beside else self.model._predict_once(images)
         return outputs if self.loss is None else self.loss(outputs, *extra)
 
     def fits(self, images: Tensor, *extra: Tensor) -> bool:

@@ -43,8 +43,8 @@ pytestmark = [pytest.mark.usefixtures("tiny_model"), loss_in_graphs]
 class Signed(Replay):
     """In the place of `GraphedStep`, with its look at the model."""
 
-    def __init__(self, model: Any, images: Tensor, loss: Any = None, extra: Any = ()) -> None:
-        super().__init__(model, images, loss, extra)
+    def __init__(self, model: Any, images: Tensor, loss: Any = None, extra: Any = (), beside: Any = ()) -> None:
+        super().__init__(model, images, loss, extra, beside)
         self.signature = Signature(model.modules(), [*model.parameters(), *model.buffers()])
 
     def stale(self) -> bool:

@@ -207,6 +207,26 @@ def test_the_backward_is_tried_once_on_one_head() -> None:
     assert area._try_backward.cache_info().misses == 1
 
 
+def test_kernels_are_compiled_ahead_once_each_and_what_fails_is_left_to_the_first_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launched, launch = [], area.launch
+
+    def record(kernel: area.Kernel, qkv: Tensor, *rest: Any) -> None:
+        launched.append((kernel, qkv.shape[1], qkv.dtype))
+        if kernel == "area_backward_kv":
+            raise RuntimeError("out of resource: shared memory")
+        launch(kernel, qkv, *rest)
+
+    monkeypatch.setattr(area, "launch", record)
+    train, val = area.Problem(80, 32, 32, HALF, True), area.Problem(144, 32, 32, HALF, False)
+    area.compile_ahead([train, val, train], torch.device(DEVICE))  # both are whole tiles and a rest of 16
+    assert sorted(launched) == [(f"area_{name}", 80, HALF) for name in ("backward_kv", "backward_q", "forward")]
+    launched.clear()
+    area.compile_ahead([val, area.Problem(128, 32, 64, HALF, False)], torch.device(DEVICE))
+    assert sorted(launched) == [("area_forward", 128, HALF), ("area_forward", 144, HALF)]
+
+
 def test_a_second_launch_goes_to_the_compiled_kernel() -> None:
     """With every argument, in order: a kernel has no keywords any more."""
     launches: list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]] = []
@@ -410,11 +430,12 @@ def take_tiles(tiles: dict[area.Kernel, area.Tiles], monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("choice", every_tiles(), ids=tiles_id)
 def test_every_tiles_give_the_outputs_and_gradients_of_float64(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
-    """133 tokens are whole tiles of each size and a rest of 5; warps and registers are for tests/gpu."""
+    """Whole tiles of each size and a rest of 5, no rest, no whole tile; warps and registers are for tests/gpu."""
     dims, tiles = choice
     launched = take_tiles(tiles, monkeypatch)
     if PRECISE is torch.float32:
-        check(packed(1, 133, 1, *dims, dtype=PRECISE), dims[0], 1e-6)
+        for tokens in (133, 128, 13):
+            check(packed(1, tokens, 1, *dims, dtype=PRECISE), dims[0], 1e-6)
     check(packed(1, 133, 1, *dims), dims[0], 1e-3)
     assert set(launched) == set(KERNELS)
 

@@ -18,10 +18,9 @@ from ultralytics.utils.torch_utils import ModelEMA, init_seeds
 
 from ..assets.models import open_model
 from ..config import FlashConfig
-from ..graphs import fixed_loss
-from ..graphs.capture import capture_step, replay_next_call
 from ..graphs.fixed_loss import Capacity
 from ..graphs.graphed_step import GraphedStep
+from ..graphs.kinds import DETECTION, kind_of
 from ..patching.patch import patch_modules
 from .process import GRAPHS, UNPATCHED, TimedJob, serve
 
@@ -82,6 +81,7 @@ class Step:
         if arm not in StepJob.stock_arms:
             patch_modules(self.model, FlashConfig(backend="auto" if arm == GRAPHS else arm))
         self.replays = arm == GRAPHS
+        self.kind = kind_of(self.model) or DETECTION
         self.graphed: GraphedStep | None = None
         self.targets: torch.Tensor | None = None
         self.ema = ModelEMA(self.model)
@@ -111,10 +111,11 @@ class Step:
                 self.model.criterion = self.model.init_criterion()
             count, _, *side = batch["img"].shape
             boxes = {name: batch[name].cpu() for name in ("batch_idx", "cls", "bboxes")}
-            capacity = Capacity().grown(fixed_loss.needed(boxes, count, tuple(side), self.model.criterion))
-            self.targets = fixed_loss.pad_targets(boxes, count, capacity.boxes)
-            self.graphed, _ = capture_step(self.model, batch, self.targets, capacity)
-        replay_next_call(self.model, self.graphed, batch, self.targets)
+            losses = self.kind.losses
+            capacity = Capacity().grown(losses.needed(boxes, count, tuple(side), self.model.criterion))
+            self.targets = losses.pad_targets(boxes, count, capacity.boxes)
+            self.graphed, _ = self.kind.capture_step(self.model, batch, self.targets, capacity)
+        self.kind.replay_next_call(self.model, self.graphed, batch, self.targets)
 
     def network(self, batch: dict[str, Any]) -> None:
         """Forward, loss and backward; the gradients are dropped."""

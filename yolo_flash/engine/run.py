@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..backends.spec import AttentionSpec
 from ..config import FlashConfig
 from ..dispatch.decision import Trial
 from ..dispatch.dispatcher import Dispatcher
+from ..graphs.optimizer import OptimizerPolicy
 from ..graphs.policy import GraphPolicy
 from ..machine import detect
 from ..patching.patch import patch_modules, targets
@@ -35,6 +37,7 @@ class FlashRun:
         self.config = config
         self.dispatcher = Dispatcher(config)  # shared by the patched layers
         self.graphs = GraphPolicy(config.graphs if config.enabled else "off")
+        self.optimizer = OptimizerPolicy(self.graphs.mode)
         self.plan: list[PlanRow] = []  # empty until the batch size is known
         tells = config.enabled and config.log and RANK in {-1, 0}
         self.telemetry = Telemetry(config, self.dispatcher) if tells else None  # None after an error of its own too
@@ -60,19 +63,33 @@ class FlashRun:
             facts = [self.graphs.end_epoch(trainer)]
             self.tell_graphs(trainer, {"why_not": facts[0].pop("why_not", "")})
         elif event == "teardown":
-            self.graphs.release(trainer)
+            self.release_graphs(trainer)
         if event in vars(Telemetry):
             self.tell(trainer, event, *facts)
 
     def frees_memory(self, trainer: Any, error: Exception) -> bool:
         """Free the graphs for good if a validation ran out of memory beside them; whether another try makes sense."""
         why_not = "validation ran out of memory beside the graphs"
-        alone = trainer.world_size <= 1  # other ranks are in the middle of this validation
-        if not (alone and is_out_of_memory(error) and self.graphs.give_up(trainer, why_not)):
+        if trainer.world_size > 1 or not is_out_of_memory(error):  # other ranks are in the middle of this validation
+            return False
+        held = self.graphs.give_up(trainer, why_not)
+        if not self.optimizer.release(why_not) and not held:
             return False
         LOGGER.warning(f"yolo-flash: {why_not}: they are freed, and it is run again.")
         self.tell_graphs(trainer, {"why_not": why_not})
         return True
+
+    def release_graphs(self, trainer: Any) -> None:
+        """Free all graphs and their memory."""
+        self.graphs.release(trainer)
+        if self.optimizer.release():
+            trainer._clear_memory()
+
+    def optimizer_step(self, trainer: Any, stock: Callable[[], None]) -> None:
+        """Make an optimizer step, with the gradients of all ranks."""
+        self.graphs.before_optimizer()
+        if facts := self.optimizer(trainer, stock):
+            self.tell(trainer, "optimizer", facts)
 
     def tell_graphs(self, trainer: Any, facts: dict[str, Any]) -> None:
         """Tell telemetry a decision about graphs, if there is one."""

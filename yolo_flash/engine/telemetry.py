@@ -49,6 +49,7 @@ class Telemetry:
         self._since = 0.0
         self._profiled_speed = 0.0
         self._pool_gib: float | None = None  # memory of the graphs that steps run from; None while steps run eager
+        self._update_gib = 0.0  # and of those in optimizer steps
         self._clock: EpochClock | None = None  # from the first epoch on
         self._epoch: tuple[dict[str, Any], str] | None = None  # facts and line of an epoch whose validation is to come
         self._hungry = False  # whether the run was told that its GPU waits for data
@@ -102,6 +103,15 @@ class Telemetry:
         )
         self._profile.profile_graphs()
 
+    def optimizer(self, trainer: Any, facts: dict[str, Any]) -> None:
+        """Record whether optimizer steps are direct, and what of them comes from graphs."""
+        self._write("optimizer", **facts)
+        self._update_gib = facts.get("pool_bytes", 0) / GIB
+        if why_not := facts["why_not"]:
+            LOGGER.info(f"yolo-flash: the optimizer step stays Ultralytics' own: {why_not}")
+        elif why_not := facts.get("no_graphs"):
+            LOGGER.info(f"yolo-flash: no CUDA graphs in the optimizer step: {why_not}")
+
     def saw_images(self, trainer: Any, count: int) -> None:
         """Count the images of a batch."""
         self._images += count
@@ -146,7 +156,8 @@ class Telemetry:
         alone = not self._images  # an epoch of one step, which was profiled
         speed = self._profiled_speed if alone else self._speed(trainer)
         allocated, reserved = peak_memory_gib(trainer.device)
-        allocated = min(allocated + (self._pool_gib or 0.0), reserved)  # torch leaves the memory of graphs out
+        held = (self._pool_gib or 0.0) + self._update_gib  # torch leaves the memory of graphs out
+        allocated = min(allocated + held, reserved)
         backends = self._in_force()
         failed = self._dispatcher.failed
         trainer.lr.update({PEAK: round(allocated, 4), SPEED: round(speed, 2)})

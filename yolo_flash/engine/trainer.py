@@ -84,7 +84,7 @@ class FlashTrainerMixin(_TrainerBase):
 
     def _build_train_pipeline(self) -> None:
         """Plan now that the batch size is known, and again after a halving; patch what joined the model."""
-        self.flash_run.graphs.release(self)
+        self.flash_run.release_graphs(self)
         self.flash_run.patch(self.model)
         super()._build_train_pipeline()
         self.flash_run.prepare(self)
@@ -121,9 +121,8 @@ class FlashTrainerMixin(_TrainerBase):
         return batch
 
     def optimizer_step(self) -> None:
-        """Step with the gradients of all ranks."""
-        self.flash_run.graphs.before_optimizer()
-        super().optimizer_step()
+        """Step with the gradients of all ranks, by the trainer's own step or directly."""
+        self.flash_run.optimizer_step(self, super().optimizer_step)
 
     @property
     def tloss(self) -> Any:
@@ -152,7 +151,7 @@ class FlashTrainerMixin(_TrainerBase):
 
     def final_eval(self) -> None:
         """Evaluate with the memory of the graphs."""
-        self.flash_run.graphs.release(self)
+        self.flash_run.release_graphs(self)
         super().final_eval()
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:

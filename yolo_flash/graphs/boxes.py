@@ -9,9 +9,9 @@ from torch import Tensor
 from ultralytics.utils import LOGGER
 
 from ..utils.memory import free_bytes, readable
-from . import fixed_loss
 from .capture import LABELS
 from .fixed_loss import Capacity
+from .kinds import DETECTION
 
 _SHARE = 0.25  # of the free memory that the boxes of a batch may take in the graphs
 
@@ -34,12 +34,14 @@ class BoxRoom:
     """Room for boxes in a run's captured loss.
 
     Attributes:
+        kind: Of the model, which says what boxes need.
         shape: Images in a full batch, their height and their width in pixels.
         capacity: Of the captured loss, or of the one to be captured.
         refused: Number of batches with more boxes than the memory has room for.
     """
 
     def __init__(self) -> None:
+        self.kind = DETECTION
         self.shape: tuple[int, int, int] = (0, 0, 0)
         self.capacity = Capacity()
         self.refused = 0
@@ -59,7 +61,7 @@ class BoxRoom:
         """
         if any(batch[name].device.type != "cpu" for name in LABELS):
             return BatchBoxes()
-        needed = fixed_loss.needed(batch, self.shape[0], self.shape[1:], criterion)
+        needed = self.kind.losses.needed(batch, self.shape[0], self.shape[1:], criterion)
         if not self.capacity.holds(needed) and self._too_large(needed, criterion, device):
             self.refused += 1
             return BatchBoxes(too_many="too many boxes in an image for the memory")
@@ -76,12 +78,13 @@ class BoxRoom:
         return self._pad({name: batch[name].cpu() for name in LABELS}, boxes)
 
     def _pad(self, batch: dict[str, Any], boxes: BatchBoxes) -> BatchBoxes:
-        return boxes._replace(targets=fixed_loss.pad_targets(batch, self.shape[0], self.capacity.boxes))
+        return boxes._replace(targets=self.kind.losses.pad_targets(batch, self.shape[0], self.capacity.boxes))
 
     def _too_large(self, needed: Capacity, criterion: Any, device: torch.device) -> bool:
         """Whether graphs would take a large share of the memory for so many boxes in an image; the first is logged."""
         wanted = self.capacity.grown(needed)
-        need, room = fixed_loss.needed_bytes(wanted, self.shape[0], self.shape[1:], criterion), free_bytes(device)
+        need = self.kind.losses.needed_bytes(wanted, self.shape[0], self.shape[1:], criterion)
+        room = free_bytes(device)
         if need > _SHARE * room and not self.refused:
             LOGGER.info(
                 f"yolo-flash: a batch with {needed.boxes} boxes in an image runs without CUDA graphs, which would take "

@@ -18,7 +18,7 @@ from .graphed_step import GraphedStep, no_trace, without_cached_casts
 
 LABELS = ("batch_idx", "cls", "bboxes")  # keys of a batch that the loss reads
 
-_LOSS_ERROR = 1e-3  # of the loss in fixed shapes and its gradients, at most; 0 where sums take the same order
+LOSS_ERROR = 1e-3  # of the loss in fixed shapes and its gradients, at most; 0 where sums take the same order
 
 
 def capture_step(
@@ -51,7 +51,7 @@ def capture_step(
         try:
             loss = FixedShapeLoss(model.criterion, capacity)
             off = loss_error(model, loss, *_labelled(batch, targets))
-            if off <= _LOSS_ERROR:
+            if off <= LOSS_ERROR:
                 extra = [targets, fixed_loss.gains(model.criterion), *loss.masks_of(batch)]
                 return capture(model, images, loss, extra), ""
             why_not = f"in fixed shapes it is off by {off:.1e}"
@@ -78,11 +78,7 @@ def replay_next_call(
         What takes the place of the model's method; None if the next forward is eager.
     """
     images = batch["img"]
-    if own := {"forward", "predict", "loss"} & vars(model).keys():
-        ended(f"the model has a {min(own)} of a user's own")
-        return None
-    if not step.fits(images):
-        ended(f"images of {images.dtype} on {images.device}")
+    if not can_replay(model, step, images, ended):
         return None
     if not isinstance(step.loss, FixedShapeLoss):
 
@@ -97,11 +93,39 @@ def replay_next_call(
     if targets is None:
         return None
     names = step.loss.names
-    extra = [_pinned(targets), _pinned(fixed_loss.gains(model.criterion)), *step.loss.masks_of(batch)]
+    extra = [pinned(targets), pinned(fixed_loss.gains(model.criterion)), *step.loss.masks_of(batch)]
     if not step.fits(images, *extra):
         ended("masks of another shape than those at the capture")
         return None
-    labels = [(name, batch[name], batch[name]._version) for name in (*LABELS, *step.loss.reads)]
+
+    def replay() -> Any:
+        losses, items = step(images, *extra)
+        return losses, dict(zip(names, items.clone(), strict=True))
+
+    return next_loss(model, batch, ended, replay, (*LABELS, *step.loss.reads))
+
+
+def can_replay(model: Any, step: GraphedStep, images: Tensor, ended: Callable[[str], object]) -> bool:
+    """Whether a replay may answer the next call of a model; `ended` is called with why it may not."""
+    if own := {"forward", "predict", "loss"} & vars(model).keys():
+        ended(f"the model has a {min(own)} of a user's own")
+        return False
+    if not step.fits(images):
+        ended(f"images of {images.dtype} on {images.device}")
+        return False
+    return True
+
+
+def next_loss(
+    model: Any,
+    batch: dict[str, Any],
+    ended: Callable[[str], object],
+    replay: Callable[[], Any],
+    read: tuple[str, ...] = LABELS,
+) -> NextCall:
+    """Let a replay answer the next call of a model's `loss`, if it is for this batch, and what it read as it was."""
+    images = batch["img"]
+    labels = [(name, batch[name], batch[name]._version) for name in read]
 
     def loss(given: Any, preds: Any = None) -> Any:
         if given["img"] is not images or preds is not None:  # DDP hands on another dict
@@ -111,8 +135,7 @@ def replay_next_call(
             ended("boxes or masks were changed after preprocess_batch")
             return NotImplemented
         ended("")
-        losses, items = step(images, *extra)
-        return losses, dict(zip(names, items.clone(), strict=True))
+        return replay()
 
     return NextCall(model, "loss", loss)
 
@@ -163,8 +186,8 @@ def loss_error(model: Any, loss: FixedShapeLoss, batch: dict[str, Any], targets:
         losses, items = model.criterion(inputs, batch)
         return losses, torch.stack(list(items.values()))
 
-    wanted = _with_gradients(criterion, outputs)
-    found = _with_gradients(lambda inputs: loss(inputs, *extra), outputs)
+    wanted = with_gradients(criterion, outputs)
+    found = with_gradients(lambda inputs: loss(inputs, *extra), outputs)
     return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
 
 
@@ -191,7 +214,7 @@ def _labelled(batch: dict[str, Any], targets: Tensor) -> tuple[dict[str, Any], T
     return {**batch, **made}, targets
 
 
-def _with_gradients(loss: Callable[[Any], tuple[Tensor, Tensor]], outputs: Any) -> list[Tensor]:
+def with_gradients(loss: Callable[[Any], tuple[Tensor, Tensor]], outputs: Any) -> list[Tensor]:
     """Losses, loss items, and the gradients of the outputs."""
     leaves, structure = pytree.tree_flatten(outputs)
     leaves = [leaf.detach().requires_grad_() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -201,6 +224,6 @@ def _with_gradients(loss: Callable[[Any], tuple[Tensor, Tensor]], outputs: Any) 
     return [losses.detach(), items, *gradients]
 
 
-def _pinned(tensor: Tensor) -> Tensor:
+def pinned(tensor: Tensor) -> Tensor:
     """A tensor in memory from which copies to the device are asynchronous."""
     return tensor.pin_memory() if torch.cuda.is_initialized() else tensor

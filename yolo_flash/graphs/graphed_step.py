@@ -38,6 +38,7 @@ class GraphedStep:
     """A network in training, and its loss, captured for images of one shape under the autocast of the moment.
 
     Attributes:
+        network: What was captured.
         loss: The loss that was captured behind the network; None if a call gives the outputs of the network.
         through_autograd: Whether autograd hands gradients to the parameters one by one, for a user's own training loop
             that may ask for gradients (`torch.autograd.grad`); else they are added to `.grad` all at once.
@@ -46,42 +47,50 @@ class GraphedStep:
     """
 
     def __init__(
-        self, model: nn.Module, images: Tensor, loss: Callable[..., Any] | None = None, extra: Sequence[Tensor] = ()
+        self,
+        network: nn.Module,
+        images: Tensor,
+        loss: Callable[..., Any] | None = None,
+        extra: Sequence[Tensor] = (),
+        beside: Sequence[Tensor] = (),
     ) -> None:
         """Warm up and capture on these images.
 
         Args:
-            model: Takes a tensor of images; parameters and buffers on a CUDA device.
+            network: Takes a tensor of images, and those beside it; parameters and buffers on a CUDA device.
             images: `[batch, channels, height, width]`, on that device.
             loss: Takes the outputs of the network and the extra tensors; never waits for the device.
             extra: Inputs of the loss, on any device; each call brings others of the same shapes.
+            beside: Inputs of the network beside the images; likewise.
 
         Raises:
             RuntimeError: The network does something that cannot be captured, such as a synchronisation; or there is too
                 little memory. The model is unchanged.
         """
         start = time.perf_counter()
-        self.loss = loss
+        self.network, self.loss = network, loss
         self.through_autograd = False
-        self._signature = Signature.of_model(model)
+        self._signature = Signature.of_model(network)
         self._replays = 0
-        self._inputs = [images.detach().clone(), *(tensor.to(images.device, copy=True) for tensor in extra)]
+        others = (tensor.to(images.device, copy=True) for tensor in (*beside, *extra))
+        self._inputs = [images.detach().clone(), *others]
         self._handle = torch.zeros((), device=images.device, requires_grad=True)
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
         aliases = {name: p.detach().requires_grad_() for name, p in trained}
 
         def forward() -> Any:
-            outputs = functional_call(model, aliases, (self._inputs[0],))
-            return outputs if loss is None else loss(outputs, *self._inputs[1:])
+            own = 1 + len(beside)
+            outputs = functional_call(network, aliases, tuple(self._inputs[:own]))
+            return outputs if loss is None else loss(outputs, *self._inputs[own:])
 
-        with torch.cuda.device(images.device), no_trace(model, images.device), without_cached_casts(images.device):
+        with torch.cuda.device(images.device), no_trace(network, images.device), without_cached_casts(images.device):
             self._warm_up(forward, list(aliases.values()))
             gc.collect()
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved(images.device)
             used = self._capture(forward, list(aliases.values()))
             self.pool_bytes = torch.cuda.memory_reserved(images.device) - before
-        self._read = tensors_aside(model)
+        self._read = tensors_aside(network)
         self._parameters = [p for (_, p), takes_part in zip(trained, used, strict=True) if takes_part]
         self.seconds = time.perf_counter() - start
 
@@ -92,7 +101,7 @@ class GraphedStep:
 
         Args:
             images: Of the captured shape, see `fits`.
-            *extra: Inputs of the loss.
+            *extra: Inputs of the network beside the images, and then those of the loss.
         """
         # A hook on a parameter wants to see its gradient; without hooks, all gradients go to `.grad` at once.
         through = self.through_autograd or any(map(_hooked, self._parameters))

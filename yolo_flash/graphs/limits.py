@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from ultralytics.nn.tasks import BaseModel
+from ultralytics.nn.modules.head import RTDETRDecoder
 from ultralytics.utils.torch_utils import unwrap_model
 
 from ..utils.stock_code import foreign
-from .signature import has_hooks, kept_graph
-
-_ENTRANCES = ("forward", "predict", "loss")
+from .kinds import ENTRANCES, RTDETR, kind_of
+from .signature import has_hooks, kept_graph, network_modules
 
 
 def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
@@ -32,11 +31,9 @@ def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
         reasons.append("compile=True has graphs of its own")
     if hasattr(model, "teacher_model"):
         reasons.append("distillation needs tensors from inside the network")
-    elif not isinstance(model, BaseModel) or any(
-        getattr(type(model), name) is not getattr(BaseModel, name) for name in _ENTRANCES
-    ):
+    elif (kind := kind_of(model)) is None:
         reasons.append(f"{type(model).__name__} gives its network more than images, or takes more from it")
-    elif replaced := foreign([model], _ENTRANCES):
+    elif replaced := foreign([model], ENTRANCES) or (kind is RTDETR and _foreign_head(model.model[-1])):
         reasons.append(f"{replaced} is not Ultralytics' own")
     if getattr(args, "quantize", None) or getattr(args, "int8", False):
         reasons.append("quantisation-aware training changes its ranges in every forward")
@@ -45,7 +42,7 @@ def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
         reasons.append(f"a hook on {hooked[0] or 'the model'} would not be called")
     if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         reasons.append("SyncBatchNorm talks to other ranks")
-    if mode == "auto" and not reasons and (unknown := foreign(model.modules())):
+    if mode == "auto" and not reasons and (unknown := foreign(network_modules(model))):
         reasons.append(
             f"{unknown} is neither torch's nor Ultralytics' and may do something else in every step: "
             f"flash.graphs=on captures it as it is"
@@ -67,6 +64,11 @@ def not_supported_reasons(trainer: Any, mode: str) -> list[str]:
     if args.rect and (mode == "auto" or trainer.world_size > 1):
         reasons.append("rect=True gives batches of many shapes")
     return reasons
+
+
+def _foreign_head(head: Any) -> str:
+    """What takes the place of the forward of RT-DETR's head, for which the graphs have their own; empty if nothing."""
+    return foreign([head], ["forward"]) if isinstance(head, RTDETRDecoder) else type(head).__name__
 
 
 def boxes_stay(trainer: Any) -> bool:

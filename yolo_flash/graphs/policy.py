@@ -16,12 +16,12 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from ..utils.errors import first_line, is_out_of_memory
 from ..utils.memory import free_bytes, readable
-from . import fixed_loss
 from .boxes import BatchBoxes, BoxRoom
-from .capture import NextCall, capture_step, replay_next_call
+from .capture import NextCall
 from .ddp import RankAverage, everywhere
-from .fixed_loss import Capacity, FixedShapeLoss
+from .fixed_loss import Capacity
 from .graphed_step import FlashGraphError, GraphedStep
+from .kinds import DETECTION, kind_of
 from .limits import boxes_stay, not_supported_reasons, own_loop
 
 _TIMED = 3  # steps of each kind that `auto` compares
@@ -88,6 +88,7 @@ class GraphPolicy:
         before = self.why_not
         images, size = trainer.train_loader.batch_size, trainer.args.imgsz
         self._room.shape = (images, size, size)
+        self._room.kind = kind_of(unwrap_model(trainer.model)) or DETECTION
         self.why_not = "; ".join(not_supported_reasons(trainer, self.mode))
         self._begin_again()
         if self.why_not and self.mode == "on":
@@ -102,7 +103,7 @@ class GraphPolicy:
         criterion = getattr(unwrap_model(trainer.model), "criterion", None)
         if criterion is None or not boxes_stay(trainer):
             return _NOTHING_KNOWN
-        if not self._holds(criterion) and fixed_loss.not_supported_reason(criterion):
+        if not self._holds(criterion) and self._room.kind.losses.not_supported_reason(criterion):
             return _NOTHING_KNOWN
         return self._room.look(batch, criterion, trainer.device, captured=self.step is not None)
 
@@ -138,7 +139,7 @@ class GraphPolicy:
         facts: dict[str, Any] = {}
         again, stale = "", False
         if self.step is not None:
-            inside = isinstance(self.step.loss, FixedShapeLoss)
+            inside = self.step.loss is not None
             stale = self.step.stale() or (inside and not self._holds(model.criterion))
             again = self._why_again(trainer, self.step, boxes, stale)
         if again or (self.step is None and self.phase in (Phase.TIMING_REPLAY, Phase.RUNNING)):
@@ -148,6 +149,7 @@ class GraphPolicy:
             if self._epoch != trainer.epoch:  # once an epoch: a user's own loop might ask autograd for gradients
                 self._epoch = trainer.epoch
                 self.step.through_autograd = own_loop(trainer)
+            replay_next_call = self._room.kind.replay_next_call
             self._next_call = replay_next_call(model, self.step, batch, boxes.targets, self._end_step)
         if self.phase in (Phase.TIMING_EAGER, Phase.TIMING_REPLAY):
             self._started = None if facts else _now()
@@ -283,8 +285,8 @@ class GraphPolicy:
 
     def _holds(self, criterion: Any) -> bool:
         """Whether a loss in fixed shapes is captured, and still that of the criterion."""
-        loss = None if self.step is None else self.step.loss
-        return isinstance(loss, FixedShapeLoss) and loss.holds(criterion)
+        loss: Any = None if self.step is None else self.step.loss
+        return loss is not None and loss.holds(criterion)
 
     def _votes(self, trainer: Any) -> bool:
         """Whether ranks have still to decide together, all in the same step: none of them may take longer to it."""
@@ -298,13 +300,14 @@ class GraphPolicy:
                 return ""
             LOGGER.warning("yolo-flash: the model changed since its CUDA graphs were captured: capturing again.")
             return _CHANGED
-        if not isinstance(step.loss, FixedShapeLoss) or boxes.targets is not None:
+        if step.loss is None or boxes.targets is not None:
             return ""
         self._outcome = "more boxes than the graphs have room for"
         if self._votes(trainer) or boxes.needed is None or self._growths >= _CAPTURES:
             return ""
         self._growths += 1
-        return f"a batch had up to {boxes.needed.boxes} boxes an image, {boxes.needed.total} in all"
+        in_all = f", {boxes.needed.total} in all" if boxes.needed.total else ""
+        return f"a batch had up to {boxes.needed.boxes} boxes an image{in_all}"
 
     def _capture(self, trainer: Any, batch: dict[str, Any], boxes: BatchBoxes, again: str) -> dict[str, Any]:
         """Capture on this batch; the first time on all ranks or on none. What came of it."""
@@ -316,6 +319,7 @@ class GraphPolicy:
         if not why_not:
             try:
                 model, capacity = unwrap_model(trainer.model), self._room.capacity
+                capture_step = self._room.kind.capture_step
                 self.step, outside = capture_step(model, batch, boxes.targets, capacity, self._capture_step)
                 if trainer.world_size > 1 and self._ranks is None:
                     self._ranks = RankAverage(trainer.model)
@@ -365,7 +369,7 @@ class GraphPolicy:
         if self.step is None:
             return {}
         facts = {"pool_bytes": self.step.pool_bytes, "capture_seconds": self.step.seconds}
-        inside = isinstance(self.step.loss, FixedShapeLoss)
+        inside = self.step.loss is not None
         return facts | ({"boxes": self._room.capacity.boxes} if inside else {"loss_outside": self._loss_outside})
 
 

@@ -67,7 +67,7 @@ class Signature:
     @classmethod
     def of_model(cls, model: nn.Module, apart: Any = None) -> Signature:
         """What the kernels of a model depend on beyond its inputs."""
-        return cls(model.modules(), [*model.parameters(), *model.buffers()], apart)
+        return cls(network_modules(model), [*model.parameters(), *model.buffers()], apart)
 
     def changed(self) -> bool:
         """Whether anything has changed since the snapshot; takes some 0.3 ms for a small YOLO."""
@@ -100,6 +100,13 @@ class Signature:
             value for name, value in self._apart.items() if name not in _WRITTEN and not isinstance(value, _PLAIN)
         ]
         return found
+
+
+def network_modules(model: nn.Module) -> list[nn.Module]:
+    """All modules but those of the criterion, which RT-DETR has as a module; a captured loss has a look of its own."""
+    losses = (m._modules.get("criterion") for m in model.modules() if hasattr(type(m), "init_criterion"))
+    apart = {id(part) for loss in losses if loss is not None for part in loss.modules()}
+    return [module for module in model.modules() if id(module) not in apart]
 
 
 def plain_values(obj: Any) -> tuple[Any, ...]:

@@ -6,11 +6,13 @@ autocast and DDP. Both directions give the same bits every time.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,10 +57,10 @@ def tiles_for(kernel: Kernel, seq_len: int, head_dim: int, head_dim_v: int, capa
     if kernel == "area_forward":
         return Tiles(64, 64, 4, 3, 80 if width <= 64 else None)
     if kernel == "area_backward_q":
-        return Tiles(64, 32, 4, 4) if width <= 64 and not 1024 <= seq_len < 8192 else Tiles(64, 64, 4, 3)
-    if width <= 64:
+        return Tiles(64, 32, 4, 4) if width <= 64 and seq_len < 1024 else Tiles(64, 64, 4, 3)
+    if width <= 64 and seq_len < 8192:
         return Tiles(64, 32, 4, 3, 96) if seq_len < 2048 else Tiles(128, 64, 4, 3)
-    return Tiles(128, 64, 4, 3) if seq_len < 1024 else Tiles(128, 32, 4, 3)
+    return Tiles(128, 32, 4, 3, 168 if width <= 64 else None)
 
 
 # Operators ------------------------------------------------------------------------------------------------------------
@@ -127,6 +129,51 @@ def _try_backward(seq_len: int, packed: int, head_dim: int, dtype: torch.dtype, 
     qkv = torch.zeros(1, seq_len, 1, packed, dtype=dtype, device=device)
     out, image, lse = _outputs(qkv, head_dim)
     _backward(qkv, out.zero_(), lse.zero_(), image.zero_(), image, head_dim)
+
+
+class Problem(NamedTuple):
+    """What kernels are compiled for.
+
+    Attributes:
+        seq_len: Tokens of a group.
+        head_dim: Channels of a query and of a key.
+        head_dim_v: Channels of a value.
+        dtype: Of the packed tensor.
+        backward: Whether the gradients are needed too.
+    """
+
+    seq_len: int
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype
+    backward: bool
+
+
+def compile_ahead(problems: Iterable[Problem], device: torch.device) -> None:
+    """Compile the kernels of problems for a device side by side, which the first calls would do one by one.
+
+    What cannot be compiled raises in its first call, and not here.
+    """
+    jobs: dict[Any, Callable[[], None]] = {}  # by what makes a kernel another one
+    for problem in problems:
+        seq_len, head_dim, head_dim_v, dtype, backward = problem
+        qkv = torch.zeros(1, seq_len, 1, 2 * head_dim + head_dim_v, dtype=dtype, device=device)
+        out, image, lse = (tensor.zero_() for tensor in _outputs(qkv, head_dim))
+        deltas, dqkv = torch.zeros_like(lse), torch.zeros_like(qkv)
+        kernels: dict[Kernel, tuple[Tensor, ...]] = {"area_forward": (qkv, out, image, lse)}
+        if backward:  # the values have no meaning: no kernel waits for what another one computes
+            kernels["area_backward_q"] = qkv, out, image, lse.clone(), deltas, dqkv
+            kernels["area_backward_kv"] = qkv, image, image, lse.clone(), deltas, dqkv
+        for kernel, tensors in kernels.items():
+            tiles = tiles_for(kernel, seq_len, head_dim, head_dim_v, _capability(device.index))
+            constants = constants_of(tiles, seq_len, head_dim, head_dim_v, ptx=True)
+            jobs.setdefault(
+                (kernel, dtype, tiles, *constants.values()), functools.partial(launch, kernel, qkv, head_dim, tensors)
+            )
+    with ThreadPoolExecutor(max_workers=max(1, len(jobs))) as pool:
+        for job in [pool.submit(job) for job in jobs.values()]:
+            with contextlib.suppress(Exception):
+                job.result()
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -230,13 +277,16 @@ def _prepare(
     head_dim_v = packed - 2 * head_dim
     function = getattr(area_triton, kernel)
     interpreted = not isinstance(function, triton.JITFunction)
-    capability = (9, 0) if device is None else torch.cuda.get_device_capability(device)
-    tiles = tiles or tiles_for(kernel, seq_len, head_dim, head_dim_v, capability)
+    tiles = tiles or tiles_for(kernel, seq_len, head_dim, head_dim_v, _capability(device))
     constants = constants_of(tiles, seq_len, head_dim, head_dim_v, ptx=not interpreted)
     programs = -(-seq_len // tiles.rows) * groups * num_heads
     scalars = seq_len, num_heads, math.log2(math.e) * head_dim**-0.5
     arguments = (*scalars, *constants.values())  # in the order of the kernels' signatures
     return _Launcher(function, programs, arguments, options_of(tiles))
+
+
+def _capability(device: int | None) -> tuple[int, int]:
+    return (9, 0) if device is None else torch.cuda.get_device_capability(device)  # Triton's interpreter takes Hopper's
 
 
 def constants_of(tiles: Tiles, seq_len: int, head_dim: int, head_dim_v: int, ptx: bool) -> dict[str, Any]:

@@ -7,9 +7,10 @@ registers only.
 
 The method is that of FlashAttention-2 (arXiv 2307.08691), with two changes for short rows and a small head_dim, where
 one waits for everything but the matrix units. Rows and keys that do not fill a tile go through a smaller one: 400
-tokens are six tiles of 64 and one of 16. And the running maximum of the scores is taken from the first tile of keys
-only, with room above: if later scores leave that room, which the sums show, the tile of queries is computed again, with
-a maximum that follows the scores.
+tokens are six tiles of 64 and one of 16. The gradients take it first: behind a loop, it makes the compiler for Hopper
+wait for each product of the loop. And the running maximum of the scores is taken from the first tile of keys only, with
+room above: if later scores leave that room, which the sums show, the tile of queries is computed again, with a maximum
+that follows the scores.
 
 Arguments that the functions share:
     row_stride: Elements from a token to the next in the packed tensor; `out_stride` in the output.
@@ -244,17 +245,17 @@ def _backward_q_rows(
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
     whole = seq_len // BLOCK * BLOCK
     keys = qkv + DIM
+    if TAIL:
+        dq = _dq_keys(
+            q, dout_tile, keys + whole.to(tl.int64) * row_stride, lse_tile, delta, dq, row_stride, seq_len - whole,
+            scale, DIM, DIM_V, WIDTH, WIDTH_V, TAIL, True, PTX,
+        )  # fmt: skip
     for _ in tl.range(0, whole, BLOCK, num_stages=STAGES):
         dq = _dq_keys(
             q, dout_tile, keys, lse_tile, delta, dq, row_stride, BLOCK, scale,
             DIM, DIM_V, WIDTH, WIDTH_V, BLOCK, False, PTX,
         )  # fmt: skip
         keys += BLOCK * row_stride
-    if TAIL:
-        dq = _dq_keys(
-            q, dout_tile, keys, lse_tile, delta, dq, row_stride, seq_len - whole, scale,
-            DIM, DIM_V, WIDTH, WIDTH_V, TAIL, True, PTX,
-        )  # fmt: skip
     dq *= scale * 0.6931471805599453  # ln(2): of the scores' own scale
     _store(dqkv + start.to(tl.int64) * row_stride, row_stride, dq, limit, DIM, WIDTH, ROWS)
 
@@ -330,6 +331,12 @@ def _backward_kv_rows(
     dk = tl.zeros([ROWS, WIDTH], tl.float32)
     dv = tl.zeros([ROWS, WIDTH_V], tl.float32)
     whole = seq_len // BLOCK * BLOCK
+    if TAIL:
+        rest = whole.to(tl.int64)
+        dk, dv = _dkv_queries(
+            k, v, qkv + rest * row_stride, dout + rest * out_stride, lse + whole, deltas + whole, dk, dv, row_stride,
+            out_stride, seq_len - whole, scale, DIM, DIM_V, WIDTH, WIDTH_V, TAIL, True, PTX,
+        )  # fmt: skip
     queries = qkv
     douts = dout
     for begin in tl.range(0, whole, BLOCK, num_stages=STAGES):
@@ -339,11 +346,6 @@ def _backward_kv_rows(
         )  # fmt: skip
         queries += BLOCK * row_stride
         douts += BLOCK * out_stride
-    if TAIL:
-        dk, dv = _dkv_queries(
-            k, v, queries, douts, lse + whole, deltas + whole, dk, dv, row_stride, out_stride, seq_len - whole, scale,
-            DIM, DIM_V, WIDTH, WIDTH_V, TAIL, True, PTX,
-        )  # fmt: skip
     dk *= scale * 0.6931471805599453  # ln(2): of the scores' own scale
     _store(dqkv + at, row_stride, dk, limit, DIM, WIDTH, ROWS)
     dimage += start.to(tl.int64) * out_stride

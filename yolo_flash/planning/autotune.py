@@ -19,6 +19,7 @@ from ..backends.registry import BACKENDS
 from ..backends.spec import AttentionSpec
 from ..dispatch import trial_cache
 from ..dispatch.decision import Trial
+from ..kernels import area
 from ..machine import Machine, detect
 from ..utils.errors import first_line, is_out_of_memory
 from ..utils.memory import extra_bytes, free_bytes, readable
@@ -63,6 +64,9 @@ def measure(specs: Iterable[AttentionSpec], device: torch.device) -> dict[Attent
     # The bar goes to standard output: JSON may be expected there, or the stream be closed.
     silent = len(new) < 2 or LOGGER.disabled or sys.stdout is None
     again = {name for spec in new if spec in trials for name in missing[spec]}
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            area.compile_ahead(map(_kernels_of, (spec for spec in new if "triton_area" in missing[spec])), device)
     for spec in TQDM(new, desc="yolo-flash: measuring attention", disable=silent, leave=False):
         try:
             trials[spec] = _complete(spec, device, machine, missing[spec], trials.get(spec, {}))
@@ -87,6 +91,10 @@ def measure(specs: Iterable[AttentionSpec], device: torch.device) -> dict[Attent
     elif wanted:
         LOGGER.info(f"yolo-flash: {len(wanted)} attention problems known from earlier, read in {seconds * 1e3:.0f} ms")
     return trials
+
+
+def _kernels_of(spec: AttentionSpec) -> area.Problem:
+    return area.Problem(spec.seq_len_q, spec.head_dim, spec.head_dim_v, spec.dtype, spec.training)
 
 
 def candidates(spec: AttentionSpec, machine: Machine) -> list[str]:

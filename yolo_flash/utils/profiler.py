@@ -80,21 +80,33 @@ def profiler_lets_go() -> bool:
 def stop_profiler(running: profile) -> None:
     """Stop a profiler and detach it from the driver, unless the user has set TEARDOWN_CUPTI.
 
-    A thread of kineto (CuptiActivityApi.cpp) reads the variable twice and detaches within some later call of CUDA,
-    without saying when; a fifth of a second is many times what the thread needs. Without the variable the thread would
-    attach again.
+    A thread of kineto (CuptiActivityApi.cpp) reads the variable twice, has the profiler detach within some later call
+    of CUDA, and ends. Where the thread cannot be seen, a fifth of a second is many times what the thread needs. Without
+    the variable the thread would attach again.
     """
     if _LET_GO in os.environ or not profiler_lets_go() or ProfilerActivity.CUDA not in running.activities:
         running.stop()
         return
     os.environ[_LET_GO] = "1"
     try:
+        before = _threads()
         running.stop()
+        begun = _threads() - before
         for _ in range(20):
             torch.cuda.synchronize()
+            if begun and not begun & _threads():
+                break
             time.sleep(0.01)
     finally:
         os.environ.pop(_LET_GO, None)
+
+
+def _threads() -> set[str]:
+    """The threads of this process, those of libraries too; none where the system does not tell."""
+    try:
+        return {file.name for file in Path("/proc/self/task").iterdir()}
+    except OSError:
+        return set()
 
 
 def events_of(stopped: profile) -> list[Any]:

@@ -65,11 +65,11 @@ def foreign(objects: Iterable[Any], names: Iterable[str] | None = None) -> str:
             if (wanted is None or name in wanted) and _shadows(obj, name, value, wanted is not None):
                 return f"{type(obj).__name__}.{name}"
     for cls in dict.fromkeys(base for obj in objects for base in type(obj).__mro__ if base is not object):
-        if found := _foreign_in_class(cls, wanted):
+        if found := foreign_in_class(cls, wanted):
             return found
     if wanted is None:
         for space, name in helpers(objects):
-            if not _is_own_helper(space[name]):
+            if not is_own(space[name]):
                 return f"{space.get('__name__', 'a module')}.{name}"
     return ""
 
@@ -126,7 +126,8 @@ def _shadows(obj: Any, name: str, value: Any, is_function: bool = False) -> bool
     return callable(value) and (is_function or not isinstance(getattr(type(obj), name, None), (type(None), type)))
 
 
-def _foreign_in_class(cls: type, wanted: set[str] | None) -> str:
+def foreign_in_class(cls: type, wanted: Iterable[str] | None) -> str:
+    """The first function of a class that is not its own, bases left out; of `wanted` names, or of all, as `foreign`."""
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     known = _package(cls.__module__) in PACKAGES
     if wanted is None and not known:
@@ -180,7 +181,8 @@ def _is_own(function: Any, file: str | None, qualified_name: str) -> bool:
     return first.lstrip().startswith("@")
 
 
-def _is_own_helper(function: Any) -> bool:
+def is_own(function: Any) -> bool:
+    """Whether a function of a module, such as `bbox_iou`, stands in the file of that module, or is torch's."""
     if _is_in_torch(function):
         return True  # torch makes some of its functions by others
     name, module = getattr(function, "__qualname__", ""), getattr(function, "__module__", None)
