@@ -189,13 +189,13 @@ def test_capacity_has_room_and_never_shrinks() -> None:
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        ("yolo11n-seg.yaml", "v8SegmentationLoss"),
+        ("yolo11n-pose.yaml", "v8PoseLoss"),
         ("yolo11n-obb.yaml", "v8OBBLoss"),
         ("yolo26n-pose.yaml", "PoseLoss26"),
     ],
 )
 def test_losses_of_other_tasks_stay_outside(config: str, name: str) -> None:
-    assert not_supported_reason(a_model(config).criterion) == f"{name} is not the loss of detection"
+    assert not_supported_reason(a_model(config).criterion) == f"{name} is not the loss of detection or segmentation"
 
 
 def test_an_older_ultralytics_keeps_its_loss_outside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,11 +210,11 @@ def test_a_users_loss_stays_outside(model: Any) -> None:
     class Mine(v8DetectionLoss):
         pass
 
-    assert not_supported_reason(Mine(a_model("yolo12n.yaml"))) == "Mine is not the loss of detection"
-    assert not_supported_reason(None) == "NoneType is not the loss of detection"
+    assert not_supported_reason(Mine(a_model("yolo12n.yaml"))) == "Mine is not the loss of detection or segmentation"
+    assert not_supported_reason(None) == "NoneType is not the loss of detection or segmentation"
     other: Any = a_model("yolo12n.yaml").criterion
     other.assigner = torch.nn.Identity()
-    assert not_supported_reason(other) == "Identity is not the loss of detection"
+    assert not_supported_reason(other) == "Identity is not the loss of detection or segmentation"
 
 
 class Captured:

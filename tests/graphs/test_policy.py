@@ -58,8 +58,8 @@ class Replay:
         outputs = self.model(images, *beside) if beside else self.model._predict_once(images)
         return outputs if self.loss is None else self.loss(outputs, *extra)
 
-    def fits(self, images: Tensor) -> bool:
-        return images.shape == self.shape
+    def fits(self, images: Tensor, *extra: Tensor) -> bool:
+        return images.shape == self.shape and all(a.shape == b for a, b in zip(extra, self.extra, strict=False))
 
     def stale(self) -> bool:
         return self.changed

@@ -181,7 +181,7 @@ def test_boxes_that_change_behind_preprocess_batch_are_those_of_the_loss(how: st
     found = model(given)[0]
     assert torch.equal(found, model.criterion(model.predict(given["img"]), given)[0])
     graphs.after_step(trainer)
-    assert graphs.end_epoch(trainer)["eager"]["boxes were changed after preprocess_batch"] == 1
+    assert graphs.end_epoch(trainer)["eager"]["boxes or masks were changed after preprocess_batch"] == 1
     assert made[0].calls == [2]
 
 

@@ -52,7 +52,7 @@ def capture_step(
             loss = FixedShapeLoss(model.criterion, capacity)
             off = loss_error(model, loss, *_labelled(batch, targets))
             if off <= LOSS_ERROR:
-                extra = [targets, fixed_loss.gains(model.criterion)]
+                extra = [targets, fixed_loss.gains(model.criterion), *loss.masks_of(batch)]
                 return capture(model, images, loss, extra), ""
             why_not = f"in fixed shapes it is off by {off:.1e}"
         except Exception as error:  # of another Ultralytics or torch
@@ -93,13 +93,16 @@ def replay_next_call(
     if targets is None:
         return None
     names = step.loss.names
-    extra = [pinned(targets), pinned(fixed_loss.gains(model.criterion))]
+    extra = [pinned(targets), pinned(fixed_loss.gains(model.criterion)), *step.loss.masks_of(batch)]
+    if not step.fits(images, *extra):
+        ended("masks of another shape than those at the capture")
+        return None
 
     def replay() -> Any:
         losses, items = step(images, *extra)
         return losses, dict(zip(names, items.clone(), strict=True))
 
-    return next_loss(model, batch, ended, replay)
+    return next_loss(model, batch, ended, replay, (*LABELS, *step.loss.reads))
 
 
 def can_replay(model: Any, step: GraphedStep, images: Tensor, ended: Callable[[str], object]) -> bool:
@@ -113,10 +116,16 @@ def can_replay(model: Any, step: GraphedStep, images: Tensor, ended: Callable[[s
     return True
 
 
-def next_loss(model: Any, batch: dict[str, Any], ended: Callable[[str], object], replay: Callable[[], Any]) -> NextCall:
-    """Let a replay answer the next call of a model's `loss`, if it is for this batch, whose boxes are as they are."""
+def next_loss(
+    model: Any,
+    batch: dict[str, Any],
+    ended: Callable[[str], object],
+    replay: Callable[[], Any],
+    read: tuple[str, ...] = LABELS,
+) -> NextCall:
+    """Let a replay answer the next call of a model's `loss`, if it is for this batch, and what it read as it was."""
     images = batch["img"]
-    labels = [(name, batch[name], batch[name]._version) for name in LABELS]
+    labels = [(name, batch[name], batch[name]._version) for name in read]
 
     def loss(given: Any, preds: Any = None) -> Any:
         # DDP hands on another dict.
@@ -124,7 +133,7 @@ def next_loss(model: Any, batch: dict[str, Any], ended: Callable[[str], object],
             ended("the model was called for something else")
             return NotImplemented
         if any(given[name] is not tensor or tensor._version != version for name, tensor, version in labels):
-            ended("boxes were changed after preprocess_batch")
+            ended("boxes or masks were changed after preprocess_batch")
             return NotImplemented
         ended("")
         return replay()
@@ -172,7 +181,7 @@ def loss_error(model: Any, loss: FixedShapeLoss, batch: dict[str, Any], targets:
     device = batch["img"].device
     with no_trace(model, device), without_cached_casts(device), torch.no_grad():
         outputs = model.predict(batch["img"])
-    extra = targets.to(device), fixed_loss.gains(model.criterion).to(device)
+    extra = targets.to(device), fixed_loss.gains(model.criterion).to(device), *loss.masks_of(batch)
 
     def criterion(inputs: Any) -> tuple[Tensor, Tensor]:
         losses, items = model.criterion(inputs, batch)
@@ -184,8 +193,11 @@ def loss_error(model: Any, loss: FixedShapeLoss, batch: dict[str, Any], targets:
 
 
 def _labelled(batch: dict[str, Any], targets: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """A batch and its padded boxes; a batch without boxes gets some, for a comparison of more than zeros."""
-    if len(batch["bboxes"]):
+    """A batch and its padded boxes; a batch without boxes gets some, for a comparison of more than zeros.
+
+    So does one with masks, but none in its first image: there stock sums the loss of masks in half precision.
+    """
+    if targets.any() and (targets[0].any() or "masks" not in batch):
         return batch, targets
     images = batch["img"]
     count = min(len(images), 8)
@@ -196,7 +208,9 @@ def _labelled(batch: dict[str, Any], targets: Tensor) -> tuple[dict[str, Any], T
         "cls": torch.zeros(count, 1, device=device),
         "bboxes": box.expand(count, 4).to(device),
     }
-    targets = targets.clone()
+    if "masks" in batch:
+        made["masks"] = torch.ones_like(batch["masks"])
+    targets = torch.zeros_like(targets)
     targets[:count, 0, 1:] = box
     return {**batch, **made}, targets
 

@@ -1,28 +1,44 @@
-"""Ultralytics' detection loss in shapes that do not depend on the data, as CUDA graphs need them.
+"""Ultralytics' losses of detection and segmentation in shapes that do not depend on the data, as CUDA graphs need them.
 
 Decoding, overlaps, top candidates, targets and the three losses are calls of the run's own criterion. Replaced are the
 places that make the host wait for the GPU: boxes come padded to a fixed number an image, pairs of boxes and anchors and
 the foreground are compacted to a fixed number, and constants are made once. Padding is assigned nothing and weighs
 nothing: assignments are the same to the bit, and losses up to the order of their sums; `capture.loss_error` measures
-the difference on a batch of the run.
+the difference on a batch of the run. What segmentation adds is in `fixed_segmentation.py`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import zip_longest
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from ultralytics.utils.loss import BboxLoss, E2ELoss, v8DetectionLoss
+from ultralytics.utils.loss import BboxLoss, E2ELoss, v8DetectionLoss, v8SegmentationLoss
 from ultralytics.utils.ops import xywh2xyxy, xyxy2xywh
 from ultralytics.utils.tal import TaskAlignedAssigner, make_anchors
 
 from ..utils.stock_code import foreign
+from .fixed_segmentation import (
+    MASK_ASSIGNER,
+    SEGMENT_LOSS_26,
+    Assigned,
+    Masks,
+    mask_bytes,
+    mask_loss,
+    mask_overlaps,
+    semantic_loss,
+)
 from .signature import Signature
 
+_ASSIGNERS = {  # of the criteria that graphs can hold
+    v8DetectionLoss: TaskAlignedAssigner,
+    v8SegmentationLoss: TaskAlignedAssigner,
+    SEGMENT_LOSS_26: MASK_ASSIGNER,
+}
 _NO_PARTS = (Tensor, dict, type, FunctionType, MethodType)
 _EPS = 1e-9  # of TaskAlignedAssigner.select_candidates_in_gts
 _ROOM = 1.5  # capacity for what a batch needs, as a multiple: later batches may need more
@@ -36,20 +52,28 @@ class Capacity(NamedTuple):
         boxes: Boxes of one image.
         total: Boxes of all images.
         pairs: Pairs of a box and an anchor whose centre lies in it.
+        ranked: Boxes of the image with most of them, with second most, and so on; empty where masks are not trained.
     """
 
     boxes: int = 0
     total: int = 0
     pairs: int = 0
+    ranked: tuple[int, ...] = ()
 
     def holds(self, other: Capacity) -> bool:
         """Whether a batch that needs `other` fits."""
-        return all(mine >= others for mine, others in zip(self, other, strict=True))
+        ranks = zip_longest(self.ranked, other.ranked, fillvalue=0)
+        return all(mine >= others for mine, others in (*zip(self[:3], other[:3], strict=True), *ranks))
 
     def grown(self, other: Capacity) -> Capacity:
         """A capacity that holds both, with room for more than `other`."""
-        sizes = zip(self, other, (8, 64, 4096), strict=True)
-        return Capacity(*(max(mine, math.ceil(others * _ROOM / step) * step, step) for mine, others, step in sizes))
+        boxes, total, pairs = (_room(*both) for both in zip(self[:3], other[:3], (8, 64, 4096), strict=True))
+        ranks = zip_longest(self.ranked, other.ranked, fillvalue=0)
+        return Capacity(boxes, total, pairs, tuple(_room(*both, 4) for both in ranks))
+
+
+def _room(mine: int, others: int, step: int) -> int:
+    return max(mine, math.ceil(others * _ROOM / step) * step, step)
 
 
 def not_supported_reason(criterion: Any) -> str:
@@ -57,26 +81,35 @@ def not_supported_reason(criterion: Any) -> str:
     parts = _parts(criterion)
     for part in parts:
         for value, known in (
-            (part, v8DetectionLoss),
-            (getattr(part, "assigner", None), TaskAlignedAssigner),
+            (part, type(part) if type(part) in _ASSIGNERS else v8DetectionLoss),
+            (getattr(part, "assigner", None), _ASSIGNERS.get(type(part))),
             (getattr(part, "bbox_loss", None), BboxLoss),
         ):
             if type(value) is not known:
-                return f"{type(value).__name__} is not the loss of detection"
+                return f"{type(value).__name__} is not the loss of detection or segmentation"
     if not hasattr(TaskAlignedAssigner, "pair_overlaps"):
         return "it needs ultralytics >= 8.4.180"
     if not _one_hyp(criterion):
         return "its parts have gains of their own"
+    if any(_trains_masks(part) and not part.overlap for part in parts):
+        return "overlap_mask=False has a mask for each box, of which every batch has another number"
     if replaced := foreign(_objects(criterion)):
         return f"{replaced} is not Ultralytics' own"
     return ""
 
 
 def needed_bytes(capacity: Capacity, images: int, side: tuple[int, int], criterion: Any) -> int:
-    """Bytes of the assignment of boxes to anchors, whose tensors are `[images, boxes, anchors]`; the side in pixels."""
-    strides = _parts(criterion)[0].assigner.stride
-    anchors = sum(math.prod(math.ceil(pixels / stride) for pixels in side) for stride in strides)
-    return images * capacity.boxes * anchors * _BYTES_A_CELL
+    """Bytes that graphs take for the boxes of a batch; the side is height and width of the images in pixels.
+
+    The tensors of the assignment of boxes to anchors are `[images, boxes, anchors]`, those of masks `[rows, pixels]`.
+    """
+    parts = _parts(criterion)
+    anchors = sum(math.prod(math.ceil(pixels / stride) for pixels in side) for stride in parts[0].assigner.stride)
+    masks = 0
+    if capacity.ranked:
+        pixels = math.prod(length // parts[0].hyp.mask_ratio for length in side)
+        masks = sum(mask_bytes(part.assigner, capacity.ranked, pixels) for part in parts)
+    return images * capacity.boxes * anchors * _BYTES_A_CELL + masks
 
 
 def needed(batch: dict[str, Any], images: int, side: tuple[int, int], criterion: Any) -> Capacity:
@@ -85,10 +118,11 @@ def needed(batch: dict[str, Any], images: int, side: tuple[int, int], criterion:
     The side is height and width of the images in pixels.
     """
     index, boxes = batch["batch_idx"].long().view(-1), batch["bboxes"].float()
-    if not len(index):
-        return Capacity()
     counts = torch.bincount(index, minlength=images)
     part = _parts(criterion)[0]
+    ranked = tuple(counts.sort(descending=True).values.tolist()) if _trains_masks(part) else ()
+    if not len(index):
+        return Capacity(ranked=ranked)
     height, width = side
     sizes = boxes[:, 2:] * torch.tensor([width, height], dtype=torch.float32)
     sizes = sizes.clamp(min=part.assigner.stride_val)
@@ -97,7 +131,7 @@ def needed(batch: dict[str, Any], images: int, side: tuple[int, int], criterion:
         across = (sizes / stride).floor() + 2  # one more than is possible, for rounding
         limit = torch.tensor([math.ceil(width / stride), math.ceil(height / stride)])
         pairs += int(torch.minimum(across, limit).prod(1).sum())
-    return Capacity(int(counts.max()), len(index), pairs)
+    return Capacity(int(counts.max()), len(index), pairs, ranked)
 
 
 def pad_targets(batch: dict[str, Any], images: int, boxes: int) -> Tensor:
@@ -119,43 +153,75 @@ def gains(criterion: Any) -> Tensor:
 
 
 class FixedShapeLoss:
-    """The loss of a criterion, in fixed shapes."""
+    """The loss of a criterion, in fixed shapes.
+
+    Attributes:
+        names: Of the loss items.
+        reads: What of a batch the loss reads on the device: keys of tensors whose shapes are those of every batch.
+    """
 
     def __init__(self, criterion: Any, capacity: Capacity) -> None:
         """Hold a criterion for which `not_supported_reason` is empty."""
         self.criterion, self.capacity = criterion, capacity
         self._parts = _parts(criterion)
         self.names: tuple[str, ...] = tuple(self._parts[-1].loss_names)
+        self.reads: tuple[str, ...] = ("masks", "sem_masks") if _trains_masks(self._parts[0]) else ()
         self._constants: dict[Any, tuple[Tensor, ...]] = {}
         self._signature = Signature(_objects(criterion))
 
-    def __call__(self, outputs: Any, targets: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, outputs: Any, targets: Tensor, gains: Tensor, *read: Tensor) -> tuple[Tensor, Tensor]:
         """The loss.
 
         Args:
             outputs: Of the network in training.
             targets: From `pad_targets`, padded to `capacity.boxes`, on the device.
             gains: From `gains`, on the device.
+            *read: From `masks_of`.
 
         Returns:
-            The losses times the number of images, for the backward, and the loss items: `[3]` each.
+            The losses times the number of images, for the backward, and the loss items: one for each of `names`.
         """
         outputs = self._parts[0].parse_output(outputs)
         if len(self._parts) == 1:
-            items = self._one(self._parts[0], outputs, targets, gains)
+            items = self._one(self._parts[0], outputs, targets, gains, *read)
             return items * len(targets), items.detach()
         many, one = (
-            self._one(part, outputs[name], targets, gains)
+            self._one(part, outputs[name], targets, gains, *read)
             for part, name in zip(self._parts, ("one2many", "one2one"), strict=True)
         )
         return many * len(targets) * gains[3] + one * len(targets) * gains[4], one.detach()
+
+    def masks_of(self, batch: dict[str, Any]) -> list[Tensor]:
+        """What `reads` names, in float32: the masks of a batch may be uint8, which could not hold those of another."""
+        return [batch[name].float() for name in self.reads]
 
     def holds(self, criterion: Any) -> bool:
         """Whether this is the loss of a criterion, whose numbers and functions have not changed since."""
         return criterion is self.criterion and _one_hyp(criterion) and not self._signature.changed()
 
-    def _one(self, part: Any, outputs: dict[str, Any], targets: Tensor, gains: Tensor) -> Tensor:
-        """Losses of one set of outputs, as v8DetectionLoss.get_assigned_targets_and_loss."""
+    def _one(self, part: Any, outputs: dict[str, Any], targets: Tensor, gains: Tensor, *read: Tensor) -> Tensor:
+        """Losses of one set of outputs, as the `loss` of its criterion."""
+        if not read:
+            return self._detection(part, outputs, targets, gains)[1]
+        masks, classes = read
+        proto, semantic = outputs["proto"], None
+        if isinstance(proto, tuple):  # of YOLO26
+            proto, semantic = proto
+        coefficients = outputs["mask_coefficient"].permute(0, 2, 1).contiguous()
+        *_, size = self._constants_of(part, outputs["feats"], coefficients.dtype)
+        order = targets[..., 1:].any(2).sum(1).argsort(descending=True)
+        given = Masks(coefficients, proto, masks, size, order, self.capacity.ranked)
+        found, (box, cls, dfl) = self._detection(part, outputs, targets, gains, given)
+        seg = mask_loss(part, given, found).float() * gains[0]
+        sem = torch.zeros_like(seg)
+        if semantic is not None:
+            sem = semantic_loss(part, semantic, classes, masks, found.foreground).float() * gains[0]
+        return torch.stack((box, seg, cls, dfl, sem))
+
+    def _detection(
+        self, part: Any, outputs: dict[str, Any], targets: Tensor, gains: Tensor, masks: Masks | None = None
+    ) -> tuple[Assigned, Tensor]:
+        """As v8DetectionLoss.get_assigned_targets_and_loss: what was assigned, and three losses."""
         distances = outputs["boxes"].permute(0, 2, 1).contiguous()
         scores = outputs["scores"].permute(0, 2, 1).contiguous()
         anchors, strides, size, scale = self._constants_of(part, outputs["feats"], scores.dtype)
@@ -163,22 +229,23 @@ class FixedShapeLoss:
         predicted = part.bbox_decode(anchors, distances)
         with torch.no_grad():
             pixels = (predicted.detach() * strides).type(boxes.dtype)
-            target_boxes, target_scores, foreground = self._assign(
-                part.assigner, scores.detach().sigmoid(), pixels, anchors * strides, labels, boxes
+            found = self._assign(
+                part.assigner, scores.detach().sigmoid(), pixels, anchors * strides, labels, boxes, masks
             )
-            target_scores_sum = target_scores.sum().clamp_(min=1)
-            rows, spare = self._foreground(foreground, part.assigner.topk2)
+            target_scores_sum = found.scores.sum().clamp_(min=1)
+            rows, spare = self._foreground(found.foreground, part.assigner.topk2)
         # The spare row's box is not trained: without height it would have a gradient of NaN, in spite of weight 0.
         unit = torch.cat((anchors - 0.5, anchors + 0.5), 1).to(predicted.dtype)
         predicted = torch.where(spare, unit, predicted)
-        cross_entropy = part.bce(scores, target_scores.to(scores.dtype))
+        cross_entropy = part.bce(scores, found.scores.to(scores.dtype))
         if part.class_weights is not None:
             cross_entropy = cross_entropy * part.class_weights
         box, dfl = part.bbox_loss(
-            *(distances, predicted, anchors, target_boxes / strides, target_scores, target_scores_sum),
+            *(distances, predicted, anchors, found.boxes / strides, found.scores, target_scores_sum),
             *(rows, size, strides),
         )
-        return torch.stack([box.float(), (cross_entropy.sum() / target_scores_sum).float(), dfl.float()]) * gains[:3]
+        losses = torch.stack([box.float(), (cross_entropy.sum() / target_scores_sum).float(), dfl.float()])
+        return found, losses * gains[:3]
 
     def _constants_of(self, part: Any, features: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Anchors, their strides, the image size and the scale of boxes: made once, since they come from the host."""
@@ -190,21 +257,32 @@ class FixedShapeLoss:
         return self._constants[key]
 
     def _assign(
-        self, assigner: Any, scores: Tensor, predicted: Tensor, centres: Tensor, labels: Tensor, boxes: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Target boxes `[images, anchors, 4]`, target scores `[images, anchors, classes]` and the foreground mask."""
+        self,
+        assigner: Any,
+        scores: Tensor,
+        predicted: Tensor,
+        centres: Tensor,
+        labels: Tensor,
+        boxes: Tensor,
+        masks: Masks | None,
+    ) -> Assigned:
+        """As TaskAlignedAssigner.forward."""
         assigner.bs, assigner.n_max_boxes = len(boxes), boxes.shape[1]
         exists = boxes.sum(2, keepdim=True).gt_(0.0)
         inside = _inside(centres, boxes, exists, assigner.stride_val)
         candidates = inside & exists.bool()
         image, box, anchor = torch.nonzero_static(candidates, size=self.capacity.pairs, fill_value=0).unbind(1)
-        overlap = assigner.pair_overlaps((image, box, anchor), boxes, predicted)
-        metric = scores[image, anchor, labels[image, box, 0].long()].pow(assigner.alpha) * overlap.pow(assigner.beta)
         place = candidates.flatten().cumsum(0, dtype=torch.int32).sub_(1).clamp_(0, len(image) - 1)
-        overlaps, metrics = (
-            torch.where(candidates, values.index_select(0, place).view(candidates.shape), 0)
-            for values in (overlap, metric)
-        )
+
+        def dense(values: Tensor) -> Tensor:
+            return torch.where(candidates, values.index_select(0, place).view(candidates.shape), 0)
+
+        overlap = TaskAlignedAssigner.pair_overlaps(assigner, (image, box, anchor), boxes, predicted)
+        score = scores[image, anchor, labels[image, box, 0].long()].pow(assigner.alpha)
+        if masks is not None and type(assigner) is MASK_ASSIGNER:
+            by_boxes = dense(score * overlap.pow(assigner.beta) + assigner.eps)
+            overlap = (overlap + mask_overlaps(assigner, masks, by_boxes, predicted)[image, box, anchor]) / 2
+        overlaps, metrics = dense(overlap), dense(score * overlap.pow(assigner.beta))
         top = assigner.select_topk_candidates(metrics, topk_mask=exists.expand(-1, -1, assigner.topk).bool())
         positive = top.mul_(inside).mul_(exists.bool())
         of_box, foreground, positive = assigner.select_highest_overlaps(
@@ -215,7 +293,7 @@ class FixedShapeLoss:
         best_metric = metrics.amax(dim=-1, keepdim=True)
         best_overlap = (overlaps * positive).amax(dim=-1, keepdim=True)
         metrics.mul_(best_overlap).div_(best_metric + assigner.eps)
-        return target_boxes, target_scores * metrics.amax(-2).unsqueeze(-1), foreground.bool()
+        return Assigned(target_boxes, target_scores * metrics.amax(-2).unsqueeze(-1), foreground.bool(), of_box)
 
     def _foreground(self, mask: Tensor, per_box: int) -> tuple[_Rows, Tensor]:
         """The rows of the foreground, filled up to a fixed number with a spare row.
@@ -271,3 +349,7 @@ def _objects(criterion: Any) -> list[Any]:
 
 def _parts(criterion: Any) -> list[Any]:
     return [criterion.one2many, criterion.one2one] if type(criterion) is E2ELoss else [criterion]
+
+
+def _trains_masks(part: Any) -> bool:
+    return isinstance(part, v8SegmentationLoss)

@@ -110,10 +110,11 @@ class GraphedStep:
         leaves = [next(outputs) if leaf is _OUTPUT else leaf for leaf in self._leaves]
         return pytree.tree_unflatten(leaves, self._structure)
 
-    def fits(self, images: Tensor) -> bool:
-        """Whether images have the captured shape, dtype and device."""
+    def fits(self, images: Tensor, *extra: Tensor) -> bool:
+        """Whether images have the captured shape, dtype and device, and inputs of the loss their shapes."""
         mine = self._inputs[0]
-        return images.shape == mine.shape and images.dtype == mine.dtype and images.device == mine.device
+        same = all(given.shape == held.shape for given, held in zip(extra, self._inputs[1:], strict=False))
+        return same and images.shape == mine.shape and images.dtype == mine.dtype and images.device == mine.device
 
     def stale(self) -> bool:
         """Whether memory, modes, numbers, functions, layers or hooks of the model are not as they were captured."""
