@@ -274,8 +274,9 @@ def validate(model: Any, data: str, validator: Any = None, **more: Any) -> tuple
     ],
 )
 def test_a_validation_by_itself_has_the_metrics_of_stock(
-    config: str, task: str, tmp_path: Path, captured: list[Forward]
+    config: str, task: str, tmp_path: Path, captured: list[Forward], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(validator_module, "_DEVICES", ("cpu",))  # those of a detector are compared here
     data = create_dataset(tmp_path / "data", task, val=8)
     model = settled(config)
     say = {**VAL, "data": data}

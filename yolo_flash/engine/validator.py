@@ -55,7 +55,7 @@ class FlashValidatorMixin(BaseValidator):
         The code does some 25 small operations an image, of which 8 wait. They are one product, quotient or difference
         each, which every device rounds alike.
         """
-        if not preds or not self._compares_as_stock():
+        if not self._compares_as_stock() or not preds:
             super().update_metrics(preds, batch)
             return
         counts = [len(pred["conf"]) for pred in preds]
