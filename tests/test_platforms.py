@@ -62,7 +62,7 @@ def test_every_module_imports_and_a_model_is_planned_and_runs(system: str) -> No
         """
 import importlib, json, pkgutil, torch, yolo_flash
 for module in pkgutil.walk_packages(yolo_flash.__path__, "yolo_flash."):
-    if module.name not in ("yolo_flash.__main__", "yolo_flash.kernels.area_triton"):
+    if module.name not in ("yolo_flash.__main__", "yolo_flash.kernels.area_triton", "yolo_flash.graphs.assignment_triton"):
         importlib.import_module(module.name)
 from ultralytics import YOLO
 from yolo_flash import checks, patch_model, plan
@@ -110,7 +110,7 @@ def test_no_module_names_what_only_linux_has() -> None:
         for file in SOURCE.rglob("*.py")
         for match in only_linux.finditer(file.read_text(encoding="utf-8"))
     }
-    assert found == {"machine.py: /proc/"}
+    assert found == {"machine.py: /proc/", "profiler.py: /proc/"}
 
 
 def test_text_is_utf_8_wherever_it_is_read_or_written() -> None:

@@ -256,8 +256,7 @@ def _sgd(optimizer: Any, part: Part, gradients: list[Tensor], found_inf: Tensor 
 def _musgd(optimizer: Any, part: Part, gradients: list[Tensor], found_inf: Tensor | None) -> None:
     group, state = part.group, part.state
     lr, momentum, buffers = group["lr"], group["momentum"], state["momentum_buffer"]
-    if group["use_muon"]:
-        assert part.muon is not None
+    if group["use_muon"] and part.muon is not None:
         updates = part.muon(gradients, buffers, momentum, group["nesterov"])
         torch._foreach_add_(part.parameters, updates, alpha=-(lr * optimizer.muon))
         lr, buffers = lr * optimizer.sgd, state["momentum_buffer_SGD"]
