@@ -109,7 +109,7 @@ class Counting:
         self.replayed.append(len(images))
         return self.loss(self.model._predict_once(images), *extra)
 
-    def fits(self, images: torch.Tensor) -> bool:
+    def fits(self, images: torch.Tensor, *extra: torch.Tensor) -> bool:
         return images.shape == self.shape
 
     def stale(self, model: Any = None) -> bool:
