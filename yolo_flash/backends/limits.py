@@ -8,6 +8,7 @@ import torch
 
 from ..kernels import area
 from ..machine import Machine, cudnn_release, dotted, release
+from ..utils.compiler import TRITON
 from .spec import AttentionSpec, dtype_name
 
 
@@ -108,9 +109,9 @@ def triton_area(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
     yield from _capability(machine, (8, 0))
     found = machine.packages.get("triton", "none")
     if not found[:1].isdigit():
-        yield f"needs triton >= {dotted(area.TRITON)}, its import gave {found}"
-    elif release(found) < area.TRITON:
-        yield f"needs triton >= {dotted(area.TRITON)}, found {found}"
+        yield f"needs triton >= {dotted(TRITON)}, its import gave {found}"
+    elif release(found) < TRITON:
+        yield f"needs triton >= {dotted(TRITON)}, found {found}"
     yield from _fused(spec, machine, (torch.float16, torch.bfloat16), area.HEAD_DIM_MAX)
     if spec.layout == "separate":
         yield "takes the packed output of one convolution, the 3 tensors are separate"

@@ -18,6 +18,7 @@ from ultralytics.utils.torch_utils import ModelEMA, init_seeds
 
 from ..assets.models import open_model
 from ..config import FlashConfig
+from ..graphs.capture import LABELS
 from ..graphs.fixed_loss import Capacity
 from ..graphs.graphed_step import GraphedStep
 from ..graphs.kinds import DETECTION, kind_of
@@ -110,7 +111,7 @@ class Step:
             if getattr(self.model, "criterion", None) is None:
                 self.model.criterion = self.model.init_criterion()
             count, _, *side = batch["img"].shape
-            boxes = {name: batch[name].cpu() for name in ("batch_idx", "cls", "bboxes")}
+            boxes = {name: batch[name].cpu() for name in LABELS}
             losses = self.kind.losses
             capacity = Capacity().grown(losses.needed(boxes, count, tuple(side), self.model.criterion))
             self.targets = losses.pad_targets(boxes, count, capacity.boxes)

@@ -10,11 +10,11 @@ from ultralytics.engine.validator import BaseValidator
 from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils import LOGGER, RANK
 
+from ..graphs.capture import LABELS
 from ..graphs.validation import ValidationGraphs
 from ..utils.errors import is_out_of_memory
 
 _COMPARING = ("update_metrics", "_prepare_batch", "_prepare_pred", "_process_batch", "match_predictions")
-_LABELS = ("batch_idx", "cls", "bboxes")  # keys of a batch that these functions read
 _DEVICES = ("cuda",)
 
 
@@ -63,7 +63,7 @@ class FlashValidatorMixin(BaseValidator):
         here = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
         device, self.device = self.device, torch.device("cpu")
         try:
-            super().update_metrics(here, batch | {name: batch[name].cpu() for name in _LABELS})
+            super().update_metrics(here, batch | {name: batch[name].cpu() for name in LABELS})
         finally:
             self.device = device
 

@@ -6,9 +6,10 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
+from ..utils.compiler import TRITON
 from ..utils.errors import first_line
 
-_TRITON = "3.3"  # older compilers may abort the process on Hopper
+_LEAST = ".".join(map(str, TRITON))
 _WARPS = 4  # of a program, which has the queries of one image in registers
 
 
@@ -20,8 +21,8 @@ def not_supported_reason() -> str:
         found = Version(triton.__version__)
     except Exception as error:  # no Triton, or a broken one
         return f"boxes are matched without the host by Triton: {first_line(error)}"
-    if found < Version(_TRITON):
-        return f"boxes are matched without the host by triton >= {_TRITON}, found {found}"
+    if found < Version(_LEAST):
+        return f"boxes are matched without the host by triton >= {_LEAST}, found {found}"
     return ""
 
 

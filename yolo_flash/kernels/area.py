@@ -20,7 +20,6 @@ from torch import Tensor
 Kernel = Literal["area_forward", "area_backward_q", "area_backward_kv"]
 
 HEAD_DIM_MAX = 128
-TRITON = (3, 3)  # before it the compiler aborts the process on Hopper
 
 
 @dataclass(frozen=True)
@@ -154,26 +153,29 @@ def compile_ahead(problems: Iterable[Problem], device: torch.device) -> None:
 
     What cannot be compiled raises in its first call, and not here.
     """
-    jobs: dict[Any, Callable[[], None]] = {}  # by what makes a kernel another one
+    jobs: dict[Any, tuple[Kernel, Problem]] = {}  # by what makes a kernel another one
     for problem in problems:
         seq_len, head_dim, head_dim_v, dtype, backward = problem
-        qkv = torch.zeros(1, seq_len, 1, 2 * head_dim + head_dim_v, dtype=dtype, device=device)
-        out, image, lse = (tensor.zero_() for tensor in _outputs(qkv, head_dim))
-        deltas, dqkv = torch.zeros_like(lse), torch.zeros_like(qkv)
-        kernels: dict[Kernel, tuple[Tensor, ...]] = {"area_forward": (qkv, out, image, lse)}
-        if backward:  # the values have no meaning: no kernel waits for what another one computes
-            kernels["area_backward_q"] = qkv, out, image, lse.clone(), deltas, dqkv
-            kernels["area_backward_kv"] = qkv, image, image, lse.clone(), deltas, dqkv
-        for kernel, tensors in kernels.items():
+        kernels: tuple[Kernel, ...] = ("area_forward", "area_backward_q", "area_backward_kv")
+        for kernel in kernels if backward else kernels[:1]:
             tiles = tiles_for(kernel, seq_len, head_dim, head_dim_v, _capability(device.index))
             constants = constants_of(tiles, seq_len, head_dim, head_dim_v, ptx=True)
-            jobs.setdefault(
-                (kernel, dtype, tiles, *constants.values()), functools.partial(launch, kernel, qkv, head_dim, tensors)
-            )
+            jobs.setdefault((kernel, dtype, tiles, *constants.values()), (kernel, problem))
     with ThreadPoolExecutor(max_workers=max(1, len(jobs))) as pool:
-        for job in [pool.submit(job) for job in jobs.values()]:
+        for job in [pool.submit(_compile, *job, device) for job in jobs.values()]:
             with contextlib.suppress(Exception):
                 job.result()
+
+
+def _compile(kernel: Kernel, problem: Problem, device: torch.device) -> None:
+    """Run a kernel on one head, and on values of no meaning."""
+    seq_len, head_dim, head_dim_v, dtype, _ = problem
+    qkv = torch.zeros(1, seq_len, 1, 2 * head_dim + head_dim_v, dtype=dtype, device=device)
+    out, image, lse = (tensor.zero_() for tensor in _outputs(qkv, head_dim))
+    tensors: tuple[Tensor, ...] = qkv, out, image, lse
+    if kernel != "area_forward":  # both take three tensors, the statistics, and what they write
+        tensors = *tensors, torch.zeros_like(lse), torch.zeros_like(qkv)
+    launch(kernel, qkv, head_dim, tensors)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -1,9 +1,11 @@
-"""A mark for torch.compile that costs no import of torch._dynamo."""
+"""What compilers need: a mark for torch.compile without importing torch._dynamo, and the least version of Triton."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeVar
+
+TRITON = (3, 3)  # before it the compiler aborts the process on Hopper
 
 F = TypeVar("F", bound=Callable[..., object])
 
