@@ -243,6 +243,20 @@ def with_loss(model: Any, dtype: torch.dtype) -> tuple[Callable[[dict[str, Any],
     return run, captured
 
 
+def three_steps(
+    first: Any, second: Any, replay: Callable[..., Any], boxes: dict[str, Any], batch: dict[str, Any], dtype: Any
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Losses and loss items of two eager models and of a replay, each behind its backward; and the items."""
+    found = []
+    for run in (lambda *given: first(given[1]), lambda *given: second(given[1]), replay):
+        with autocast(dtype):
+            losses, items = run(boxes, batch)
+        (losses.sum() * 32).backward()
+        found.append(torch.cat((losses.detach(), torch.stack(list(items.values())))))
+    eager, again, replayed = found
+    return eager, again, replayed, items
+
+
 @pytest.mark.parametrize(
     ("config", "dtype"),
     [
@@ -266,14 +280,8 @@ def test_replays_with_their_loss_are_eager_steps(config: str, dtype: torch.dtype
             for model in (first, second, third):
                 model.zero_grad()
         boxes, batch = a_batch(of_image, seed)
-        found = []
-        for run in (lambda *given: first(given[1]), lambda *given: second(given[1]), replay):
-            with autocast(dtype):
-                losses, items = run(boxes, batch)
-            (losses.sum() * 32).backward()
-            found.append(torch.cat((losses.detach(), torch.stack(list(items.values())))))
+        eager, again, replayed, items = three_steps(first, second, replay, boxes, batch, dtype)
         assert list(items) == list(first(batch)[1])
-        eager, again, replayed = found
         assert off(replayed, eager) <= max(2 * off(again, eager), 1e-5)
         if seed % 2:
             noise = off(gradients(second), gradients(first))

@@ -17,7 +17,7 @@ from ultralytics.cfg import get_cfg
 
 from tests.datasets import create_dataset
 from tests.engine.test_telemetry import events, of
-from tests.gpu.test_graphs import a_batch, autocast, gradients, network, off
+from tests.gpu.test_graphs import a_batch, autocast, gradients, network, off, three_steps
 from tests.graphs.test_fixed_segmentation import with_masks
 from yolo_flash import patch_model
 from yolo_flash.graphs.capture import capture_step, loss_error, replay_next_call
@@ -79,14 +79,8 @@ def test_replays_with_their_loss_are_eager_steps(config: str, dtype: torch.dtype
             for model in (first, second, third):
                 model.zero_grad()
         boxes, batch = segmented(of_image, seed)
-        found = []
-        for run in (lambda *given: first(given[1]), lambda *given: second(given[1]), replay):
-            with autocast(dtype):
-                losses, items = run(boxes, batch)
-            (losses.sum() * 32).backward()
-            found.append(torch.cat((losses.detach(), torch.stack(list(items.values())))))
+        eager, again, replayed, items = three_steps(first, second, replay, boxes, batch, dtype)
         assert list(items) == ["box_loss", "seg_loss", "cls_loss", list(items)[3], "sem_loss"]
-        eager, again, replayed = found
         assert off(replayed, eager) <= max(2 * off(again, eager), 1e-4), items
         if seed % 2:
             noise = off(gradients(second), gradients(first))

@@ -20,13 +20,12 @@ from tests.engine.test_telemetry import events, of
 from tests.graphs.test_fixed_loss import BATCHES, SIDE, Batch, Captured, a_model, of_criterion
 from tests.graphs.test_fixed_loss import a_batch as boxes_only
 from tests.graphs.test_limits import a_trainer
-from tests.graphs.test_policy import Replay
+from tests.graphs.test_policy import Replay, without_a_card
 from tests.graphs.test_user_changes import Signed
 from tests.graphs.test_user_changes import step as take_step
 from tests.versions import loss_in_graphs
 from yolo_flash import patch_model
 from yolo_flash.graphs import boxes as boxes_module
-from yolo_flash.graphs import policy as policy_module
 from yolo_flash.graphs.capture import _labelled, capture_step, loss_error, with_gradients
 from yolo_flash.graphs.fixed_loss import (
     Capacity,
@@ -347,12 +346,7 @@ def test_where_stock_sums_in_half_precision_the_comparison_is_on_other_boxes(mod
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Replay]:
     """Every run is one that could have graphs; those it had, which are eager."""
-    monkeypatch.setattr(GraphPolicy.__init__, "__defaults__", (Signed,))
-    monkeypatch.setattr(policy_module, "not_supported_reasons", lambda trainer, mode: [])
-    for module in (policy_module, boxes_module):
-        monkeypatch.setattr(module, "free_bytes", lambda device: 2**31)
-    monkeypatch.setattr(Replay, "made", [])
-    return Replay.made
+    return without_a_card(monkeypatch, Signed, lambda trainer, mode: [])
 
 
 def train(args: dict[str, Any], config: str, graphs: str, data: str, **more: Any) -> tuple[Any, list[list[float]]]:

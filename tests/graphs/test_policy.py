@@ -6,7 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -65,15 +65,22 @@ class Replay:
         return self.changed
 
 
-@pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> list[Replay]:
-    """Every run is one that could have graphs; those it had."""
-    monkeypatch.setattr(GraphPolicy.__init__, "__defaults__", (Replay,))
-    monkeypatch.setattr(policy_module, "not_supported_reasons", lambda trainer, mode: [])
+def without_a_card(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Replay], reasons: Callable[[Any, str], list[str]]
+) -> list[Replay]:
+    """Every run is one that could have graphs, but for `reasons`; those it had, of a `kind`."""
+    monkeypatch.setattr(GraphPolicy.__init__, "__defaults__", (kind,))
+    monkeypatch.setattr(policy_module, "not_supported_reasons", reasons)
     for module in (policy_module, boxes_module):
         monkeypatch.setattr(module, "free_bytes", lambda device: 2**32)
     monkeypatch.setattr(Replay, "made", [])
     return Replay.made
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[Replay]:
+    """Every run is one that could have graphs; those it had."""
+    return without_a_card(monkeypatch, Replay, lambda trainer, mode: [])
 
 
 def clock_of(monkeypatch: pytest.MonkeyPatch, eager: float, replayed: float) -> None:

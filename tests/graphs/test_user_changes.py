@@ -22,7 +22,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from tests.engine.test_telemetry import events, of
 from tests.graphs.test_limits import a_trainer
-from tests.graphs.test_policy import Replay, losses_of, with_criterion
+from tests.graphs.test_policy import Replay, losses_of, with_criterion, without_a_card
 from tests.versions import loss_in_graphs
 from yolo_flash import patch_model
 from yolo_flash.graphs import boxes as boxes_module
@@ -54,13 +54,8 @@ class Signed(Replay):
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Replay]:
     """Every run is on a card, for all that forbids graphs but the card; the graphs that there were."""
-    monkeypatch.setattr(GraphPolicy.__init__, "__defaults__", (Signed,))
     on_card = lambda trainer, mode: [r for r in not_supported_reasons(trainer, mode) if "NVIDIA" not in r]  # noqa: E731
-    monkeypatch.setattr(policy_module, "not_supported_reasons", on_card)
-    for module in (policy_module, boxes_module):
-        monkeypatch.setattr(module, "free_bytes", lambda device: 2**32)
-    monkeypatch.setattr(Replay, "made", [])
-    return Replay.made
+    return without_a_card(monkeypatch, Signed, on_card)
 
 
 def step(graphs: GraphPolicy, trainer: Any, batch: dict[str, Any]) -> None:
