@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from ultralytics import YOLO
+from ultralytics import RTDETR, YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import RANK
 
@@ -124,3 +124,27 @@ def test_gradients_from_graphs_are_those_of_eager_ranks(
     noise = (again - eager).norm(dim=1) / eager.norm(dim=1)
     distance = (replayed - eager).norm(dim=1) / eager.norm(dim=1)
     assert (distance <= torch.clamp(2 * noise, min=1e-3)).all(), (distance, noise)
+
+
+def test_rtdetr_from_graphs_has_the_losses_of_eager_ranks(tiny_args: dict[str, Any]) -> None:
+    """Matching and loss of each rank are in its graphs; validation, of rank 0 alone, runs from graphs of its own."""
+    args = {**tiny_args, "batch": 4, "imgsz": 320, "epochs": 6, "device": [0, 1], "mosaic": 0.0, "warmup_epochs": 0.0}
+    args |= {"optimizer": "SGD", "lr0": 1e-4, "amp": "bf16"}
+    found = {}
+    for mode in ("off", "on"):
+        torch.manual_seed(0)
+        model = patch_model(RTDETR("rtdetr-resnet50.yaml"), graphs=mode)
+        model.train(**args, name=mode)
+        folder = Path(model.trainer.save_dir)
+        with (folder / "results.csv").open(newline="") as file:
+            rows = [{name.strip(): value for name, value in row.items()} for row in csv.DictReader(file)]
+        found[mode] = [[float(row[f"train/{name}_loss"]) for name in ("giou", "cls", "l1")] for row in rows]
+    (facts,) = of(events(model), "graphs")
+    assert facts["why_not"] == ""
+    assert facts["boxes"] > 0
+    replayed = [event["graphs"]["replayed"] for event in of(events(model), "epoch")]
+    assert replayed[0] == 0
+    assert replayed[-1] == 1
+    assert len(found["on"]) == len(found["off"]) == 6
+    for wanted, losses_of_epoch in zip(found["off"], found["on"], strict=True):
+        assert losses_of_epoch == pytest.approx(wanted, rel=0.05)
