@@ -56,21 +56,17 @@ def outputs(model: nn.Module, x: Tensor) -> Any:
 
 @pytest.mark.parametrize("scale", list("nsmlx"))
 def test_all_sizes_compute_the_same_and_are_rebuilt_from_their_yaml(scale: str, tmp_path: Path) -> None:
-    fork = fork_model(scale)
+    fork = fork_model(scale).half().float()  # published weights are in half precision
     x = torch.rand(1, 3, 64, 128)  # 4x8 and 2x4 tokens
     wanted = outputs(fork, x)
-    blocks = [module for module in fork.modules() if isinstance(module, AAttn)]
+    ours = convert(save(fork.half(), tmp_path / "fork.pt"))
+    blocks = [module for module in fork.float().modules() if isinstance(module, AAttn)]
     assert {block.area for block in blocks} == {1, 4}
     assert len(blocks) == (8 if scale in "nsm" else 16)
-    for block in blocks:  # each block is seen
-        block.pe.bn.bias.data += 1
-    moved = outputs(fork, x)
-    assert min((a - b).abs().max() for a, b in zip(tensors(wanted[1]), tensors(moved[1]), strict=True)) > 1e-4
-    for block in blocks:
-        block.pe.bn.bias.data -= 1
-    wanted = outputs(fork, x)
-    ours = convert(save(fork, tmp_path / "fork.pt"))
-    (tmp_path / "fork.pt").unlink()  # hundreds of megabytes for x
+    for block in blocks:  # a change of attention is seen
+        block.v.bn.bias.data += 0.1
+    assert max((a - b).norm() / a.norm() for a, b in zip(*map(tensors, (wanted, outputs(fork, x))), strict=True)) > 1e-3
+    (tmp_path / "fork.pt").unlink()  # a hundred megabytes for x
     model = YOLO(ours).model
     assert_close(outputs(model, x), wanted, 1e-5)
     rebuilt = type(model)(model.yaml, nc=model.yaml["nc"], verbose=False)
@@ -148,7 +144,8 @@ def test_model_and_ema_are_both_converted_and_the_optimizer_is_left_out(tmp_path
     torch.save(both, tmp_path / "last.pt")
     found = torch.load(convert(tmp_path / "last.pt"), weights_only=False)
     assert (found["optimizer"], found["epoch"]) == (None, 3)
-    assert log[-1].endswith("The optimizer's state is left out: resume starts a new one.")
+    target = tmp_path / "last-ultralytics.pt"
+    assert log[-1].endswith(f"left out: resume={target} goes on from its epoch with a new optimizer.")
     x = torch.rand(1, 3, 16, 32)
     for fork, key in ((model, "model"), (ema, "ema")):
         assert_close(outputs(found[key], x), outputs(fork, x), 1e-5)
@@ -201,9 +198,8 @@ def test_the_first_release_loses_no_bias(tmp_path: Path) -> None:
 
 
 # Where it is loaded --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("safe", ["", "1"])
 def test_stock_ultralytics_loads_and_trains_on_it_where_the_plugin_is_not_installed(
-    safe: str, tmp_path: Path, tiny_args: dict[str, Any]
+    tmp_path: Path, tiny_args: dict[str, Any]
 ) -> None:
     file = convert(save(tiny_fork(), tmp_path / "fork.pt"))
     assert {pair[0].split(".")[0] for pair in globals_of(file)} == {
@@ -217,9 +213,9 @@ def test_stock_ultralytics_loads_and_trains_on_it_where_the_plugin_is_not_instal
         "from ultralytics import YOLO; import torch\n"
         f"model = YOLO({str(file)!r})\n"
         "model.predict(torch.zeros(1, 3, 32, 32), verbose=False)\n"
-        f"if not {safe!r}: model.train(**{tiny_args!r})\n"
+        f"model.train(**{tiny_args!r})\n"
     )
-    env = {**os.environ, "ULTRALYTICS_SAFE_LOAD": safe or "0", "PYTHONPATH": ""}
+    env = {**os.environ, "ULTRALYTICS_SAFE_LOAD": "1", "PYTHONPATH": ""}  # all else here loads without
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 

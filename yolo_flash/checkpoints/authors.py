@@ -137,8 +137,8 @@ def _check(block: Any, layer: str, projections: dict[str, int], pe: int) -> None
             raise CheckpointError(f"{layer}.{name} is not a convolution with its BatchNorm: {part}.")
         conv, bn = part.conv, part.bn
         if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d or type(part.act) is not nn.Identity:
-            found = ", ".join(type(module).__name__ for module in (conv, bn, part.act))
-            raise CheckpointError(f"{layer}.{name} is {found} instead of Conv2d, BatchNorm2d, Identity.")
+            kinds = ", ".join(type(module).__name__ for module in (conv, bn, part.act))
+            raise CheckpointError(f"{layer}.{name} is {kinds} instead of Conv2d, BatchNorm2d, Identity.")
         if conv.weight.shape != shape:
             raise CheckpointError(
                 f"{layer}.{name} has weights of {_by(conv.weight.shape)} where {heads} heads of {head_dim} channels "

@@ -56,15 +56,15 @@ def convert(weights: str | Path, out: str | Path | None = None, to: str = "ultra
         raise CheckpointError(f"{source} does not exist or is not a file.")
     checkpoint = read_checkpoint(source.read_bytes(), str(source))
     layers = _convert_models(checkpoint, to, source)
-    notes = ""
+    note = ""
     if checkpoint.get("optimizer") is not None:
         checkpoint["optimizer"] = None
-        notes = " The optimizer's state is left out: resume starts a new one."
+        note = f" The optimizer's state is left out: resume={target} goes on from its epoch with a new optimizer."
     content = io.BytesIO()
     torch.save(checkpoint, content)
     _refuse_existing(target)
     write_file(target, content.getvalue())
-    LOGGER.info(f"yolo-flash: {layers} attention layers of {source} written in the layout of {to}: {target}.{notes}")
+    LOGGER.info(f"yolo-flash: {layers} attention layers of {source} written in the layout of {to}: {target}.{note}")
     return target
 
 

@@ -21,7 +21,7 @@ import types
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -120,8 +120,8 @@ def globals_in(data: bytes) -> set[tuple[str, str]]:
     memo: dict[int, Any] = {}
     pushed: list[Any] = []  # the top of the stack as far as it was only pushed; None for anything but a text
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            name = opcode.name
+        for opcode, given, _ in pickletools.genops(data):
+            name, argument = opcode.name, cast(Any, given)
             if name in ("GLOBAL", "INST"):
                 module, _, attribute = str(argument).partition(" ")
                 found.add((module, attribute))
