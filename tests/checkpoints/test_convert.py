@@ -69,12 +69,13 @@ def test_all_sizes_compute_the_same_and_are_rebuilt_from_their_yaml(scale: str, 
     (tmp_path / "fork.pt").unlink()  # a hundred megabytes for x
     model = YOLO(ours).model
     assert_close(outputs(model, x), wanted, 1e-5)
-    rebuilt = type(model)(model.yaml, nc=model.yaml["nc"], verbose=False)
+    assert model.yaml == fork.yaml
     assert model.yaml["backbone"][1][3] == [128, 3, 2, 1, 2]
-    assert {k: v.shape for k, v in rebuilt.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
-    rebuilt.load_state_dict(model.state_dict())
-    assert repr(rebuilt.model) == repr(model.model).replace("SiLU(inplace=True)", "SiLU()")
     ours.unlink()
+    if scale in "nl":  # without gamma and with it; the others are built by the same rules, in more time
+        rebuilt = type(model)(model.yaml, nc=model.yaml["nc"], verbose=False)
+        rebuilt.load_state_dict(model.state_dict())
+        assert repr(rebuilt.model) == repr(model.model).replace("SiLU(inplace=True)", "SiLU()")
 
 
 @pytest.mark.parametrize("task", [task for task in MODELS if task])

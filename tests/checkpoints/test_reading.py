@@ -17,7 +17,7 @@ from torch import nn
 from ultralytics.nn.modules.block import TorchVision
 from ultralytics.nn.tasks import DetectionModel
 
-from tests.checkpoints.forks import checkpoint, save, tiny_fork
+from tests.checkpoints.forks import save, tiny_fork
 from yolo_flash import CheckpointError
 from yolo_flash.checkpoints import reading
 from yolo_flash.checkpoints.reading import globals_in, names_authors_layout, read_checkpoint
@@ -111,7 +111,7 @@ def test_functions_are_refused_by_name_before_anything_is_unpickled(
         raise AssertionError("unpickled")
 
     monkeypatch.setattr(reading, "torch", _Torch(torch, never))
-    thing = {**checkpoint(tiny_fork()), "x": Call(function, "echo")}
+    thing = {"model": nn.Conv2d(1, 1, 1), "x": Call(function, "echo")}
     data = io.BytesIO()
     torch.save(thing, data, pickle_protocol=protocol)
     message = refusal(data.getvalue())
@@ -235,12 +235,13 @@ def test_other_files_are_told_apart(tmp_path: Path) -> None:
     old = io.BytesIO()
     torch.save({"x": Call(ran)}, old, _use_new_zipfile_serialization=False)
     assert "but a pickle without an archive" in refusal(old.getvalue())
-    whole = saved(checkpoint(tiny_fork()))
+    whole = saved({"model": nn.Conv2d(8, 8, 3)})
     assert "is damaged" in refusal(whole[: len(whole) // 2])
     assert "the pickle is damaged" in refusal(archive(b"\x80\x02}q"))
     assert "is damaged" in refusal(archive(b"\x80\x02(."))
-    script = io.BytesIO()
-    torch.jit.save(torch.jit.trace(nn.Identity(), torch.zeros(1)), script)
+    script = io.BytesIO(saved({}))
+    with zipfile.ZipFile(script, "a") as file:
+        file.writestr("archive/constants.pkl", b"\x80\x02).")
     assert "is a TorchScript export" in refusal(script.getvalue())
     other = io.BytesIO()
     with zipfile.ZipFile(other, "w") as file:

@@ -13,9 +13,16 @@ from yolo_flash.cli.arguments import UsageError
 from yolo_flash.cli.commands import run_verify
 
 
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return save(tiny_fork(), tmp_path_factory.mktemp("forks") / "fork.pt").read_bytes()
+
+
 @pytest.fixture
-def fork(tmp_path: Path) -> Path:
-    return save(tiny_fork(), Path("fork.pt"))
+def fork(content: bytes, tmp_path: Path) -> Path:
+    file = Path("fork.pt")
+    file.write_bytes(content)
+    return file
 
 
 @pytest.mark.parametrize(
