@@ -123,7 +123,7 @@ def test_a_converted_block_is_built_like_a_stock_one() -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.eps, module.momentum = 1e-3, 0.03
     assert repr(ours) == repr(fresh)
-    assert vars(ours).keys() == vars(fresh).keys()
+    assert vars(ours).keys() - {"all_head_dim"} == vars(fresh).keys() - {"all_head_dim"}  # a cache of newer releases
     fresh.load_state_dict(ours.state_dict())
     x = torch.randn(1, 96, 4, 5)
     torch.testing.assert_close(ours(x), fresh.eval()(x))

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from ultralytics import YOLO
+from ultralytics.cfg import get_cfg
+from ultralytics.data.augment import classify_transforms
 from ultralytics.nn.modules.block import AAttn
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import torch_safe_load
@@ -136,6 +138,18 @@ def test_everything_else_is_kept(tmp_path: Path, log: list[str]) -> None:
     for name in unchanged:
         assert torch.equal(found["model"].state_dict()[name], source["model"].state_dict()[name]), name
     assert log[-1] == f"yolo-flash: 4 attention layers of {file} written in the layout of ultralytics: {target}."
+
+
+def test_what_trainers_leave_on_a_model_is_read(tmp_path: Path) -> None:
+    fork = tiny_fork()
+    fork.args = get_cfg()
+    fork.criterion = fork.init_criterion()
+    fork.transforms = classify_transforms(32)
+    found = torch.load(convert(save(fork, tmp_path / "fork.pt")), weights_only=False)["model"]
+    assert type(found.criterion) is type(fork.criterion)
+    assert repr(found.criterion.assigner) == repr(fork.criterion.assigner)
+    assert repr(found.transforms) == repr(fork.transforms)
+    assert vars(found.args) == vars(fork.args)
 
 
 def test_model_and_ema_are_both_converted_and_the_optimizer_is_left_out(tmp_path: Path, log: list[str]) -> None:

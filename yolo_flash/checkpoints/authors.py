@@ -71,7 +71,6 @@ def to_ultralytics(block: Any, layer: str) -> bool:
     _resize(block.pe, 7)
     _fold_bias(block.pe)
     _set_modules(block, {"qkv": qkv, "proj": block.proj, "pe": block.pe})
-    block.all_head_dim = block.head_dim * heads
     return True
 
 

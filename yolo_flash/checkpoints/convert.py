@@ -80,8 +80,6 @@ def _convert_models(checkpoint: dict[str, Any], to: str, source: Path) -> int:
         if not blocks:
             raise CheckpointError(f"{source} has no area attention in {key}: it is no YOLOv12.")
         changed[key] = sum([_TARGETS[to](block, f"{source}: {name}") for name, block in blocks.items()])
-        if model is checkpoint.get("ema") and model is checkpoint.get("model"):
-            break
     if not any(changed.values()):
         raise CheckpointError(f"{source} {_NOTHING[to]}. Nothing was written.")
     return max(changed.values())

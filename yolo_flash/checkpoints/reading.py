@@ -51,11 +51,14 @@ def read_checkpoint(content: bytes, name: str) -> dict[str, Any]:
     Raises:
         CheckpointError: Not a file of `torch.save`, a damaged one, one that names what is not allowed, or no dict.
     """
-    strange = [
-        global_ for global_ in sorted(globals_in(_pickle_of(io.BytesIO(content), name))) if not _allows(*global_)
-    ]
+    data = _pickle_of(io.BytesIO(content), name)
+    try:
+        looked_up = globals_in(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    strange = [".".join(pair) for pair in sorted(looked_up) if not _allows(*pair)]
     if strange:
-        named = ", ".join(".".join(global_) for global_ in strange[:_SHOWN])
+        named = ", ".join(strange[:_SHOWN])
         more = f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else ""
         raise CheckpointError(
             f"{name} names {named}{more}, which is no part of Ultralytics' models. Loading it could run foreign code. "
@@ -103,7 +106,7 @@ def _pickle_of(stream: Any, name: str) -> bytes:
         if "constants.pkl" in records:
             raise CheckpointError(f"{name} is a TorchScript export. Name the .pt that it was exported from.")
         return reader.get_record("data.pkl")
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{name} is damaged or not a checkpoint: {str(error).splitlines()[0]}") from error
 
 
@@ -211,7 +214,7 @@ def _attribute(owner: Any, name: Any) -> Any:
         return owner.real.forward
     if isinstance(owner, _Members) and name in owner.real.__members__:
         return owner.real[name]
-    if isinstance(owner, nn.Module) and name in ("forward_fuse", "forward_split"):
+    if isinstance(owner, nn.Module) and name == "forward_fuse":
         raise CheckpointError(
             f"it holds a fused model ({type(owner).__name__}.{name}): the weights that it was fused from are needed"
         )
