@@ -12,10 +12,11 @@ import yolo_flash
 PACKAGE = Path(yolo_flash.__file__).parent
 ORDER = (  # from the top; config.py and machine.py lie at the root, as do the files of the package itself
     *("cli", "bench", "engine", "verification", "planning", "patching", "dispatch", "backends", "kernels"),
-    *("graphs", "assets", "config", "machine", "utils"),
+    *("graphs", "checkpoints", "assets", "config", "machine", "utils"),
 )
 WALLS: dict[str, set[str]] = {  # not even what lies below
     "graphs": {"utils"},  # models without attention run from graphs too
+    "checkpoints": {"utils"},  # layouts of weights, and nothing of how they are run
     "utils": set(),  # no attention in there
     "assets": set(),
     "config": {"utils"},

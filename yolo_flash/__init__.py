@@ -10,6 +10,8 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .backends.registry import BackendNotSupportedError
     from .backends.spec import AttentionSpec
+    from .checkpoints.convert import convert
+    from .checkpoints.reading import CheckpointError
     from .cli.checks import checks
     from .config import FlashConfig, FlashConfigError
     from .dispatch.decision import Decision
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionSpec",
     "BackendNotSupportedError",
+    "CheckpointError",
     "Decision",
     "FlashConfig",
     "FlashConfigError",
@@ -32,6 +35,7 @@ __all__ = [
     "PlanRow",
     "__version__",
     "checks",
+    "convert",
     "patch_model",
     "plan",
     "unpatch_model",
@@ -42,6 +46,7 @@ __all__ = [
 _MODULES = {
     "AttentionSpec": "backends.spec",
     "BackendNotSupportedError": "backends.registry",
+    "CheckpointError": "checkpoints.reading",
     "Decision": "dispatch.decision",
     "FlashConfig": "config",
     "FlashConfigError": "config",
@@ -50,6 +55,7 @@ _MODULES = {
     "Machine": "machine",
     "PlanRow": "planning.plan",
     "checks": "cli.checks",
+    "convert": "checkpoints.convert",
     "patch_model": "engine.model",
     "plan": "engine.model",
     "unpatch_model": "engine.model",

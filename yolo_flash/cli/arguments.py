@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from ultralytics.cfg import merge_equals_args, parse_key_value_pair
 from ultralytics.utils.checks import check_model_file_from_stem
 
 from ..assets import offline
+from ..checkpoints.reading import names_authors_layout
 from ..config import FlashConfigError
 
 
@@ -70,9 +72,20 @@ def split_settings(args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     return settings, rest
 
 
-def refuse_missing(weights: str, what: str, mode: str | None) -> None:
-    """Raise at once for official weights that Ultralytics would try to download for minutes, in vain."""
+def refuse_unusable(weights: str, what: str, mode: str | None) -> None:
+    """Raise at once for weights with which Ultralytics would fail.
+
+    Those are official weights that it would try to download for minutes, in vain, and checkpoints of YOLOv12's authors.
+    """
     file = weights if "://" in weights else check_model_file_from_stem(weights)
+    path = Path(file)
+    if path.suffix == ".pt" and path.is_file() and names_authors_layout(path):
+        converted = path.with_name(f"{path.stem}-ultralytics.pt")
+        then = "use" if converted.exists() else f"type `yolo-flash convert {shlex.quote(str(path))}`, then use"
+        raise UsageError(
+            f"{what} has the layout of YOLOv12's authors (attention with qk and v), which Ultralytics cannot run: "
+            f"{then} {converted} instead."
+        )
     if not offline.out_of_reach(file):
         return
     scratch = f", or train from scratch with model={Path(file).stem}.yaml" if mode == "train" else ""

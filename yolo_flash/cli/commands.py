@@ -1,4 +1,4 @@
-"""The commands that Ultralytics does not have: checks, plan, verify and bench; each imports its wing when it runs."""
+"""The commands that Ultralytics does not have, from checks to convert; each imports its wing when it runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ultralytics.utils import LOGGER
 from ..backends.registry import BackendNotSupportedError
 from ..config import FlashConfigError
 from ..dispatch import trial_cache
-from .arguments import UsageError, merge, read, refuse_missing, split_settings
+from .arguments import UsageError, merge, read, refuse_unusable, split_settings
 from .checks import checks
 
 
@@ -55,7 +55,7 @@ def run_plan(args: list[str]) -> None:
     rest = (arg for arg in args if arg not in ("--json", "--fit"))
     settings, values, words = _read_run("plan", rest, keys, "flash.*, train or val, --fit and --json;", modes)
     model = str(values.pop("model", "yolo12n.yaml"))
-    refuse_missing(model, f"model={model}", "train")
+    refuse_unusable(model, f"model={model}", "train")
     flags = {"as_json": "--json" in args, "fit": "--fit" in args}
     try:
         show_plan(model, {"cli": settings}, tuple(words) or modes, **flags, **values)
@@ -76,7 +76,7 @@ def run_verify(args: list[str]) -> None:
     if "model" not in values:
         raise UsageError("verify needs a model: model=path/to/best.pt, or model=yolo12n.yaml for fresh weights.")
     model = str(values.pop("model"))
-    refuse_missing(model, f"model={model}", "train")
+    refuse_unusable(model, f"model={model}", "train")
     try:
         facts = verify_from_sources(model, {"cli": settings}, as_json="--json" in args, **values)
     except (BackendNotSupportedError, FlashConfigError):
@@ -124,13 +124,36 @@ def run_bench(args: list[str]) -> None:
         elif key in ("model", "device", "csv", "json", "amp", "dtype", "folder", "data"):
             values[key] = str(value)
     if "model" in values:
-        refuse_missing(values["model"], f"model={values['model']}", None)
+        refuse_unusable(values["model"], f"model={values['model']}", None)
     try:
         results = run(make_job(**values))
     except (OSError, ValueError) as error:  # a file that cannot be read or written, or that holds something else
         raise UsageError(f"bench {what}: {error}") from error
     if reason := _why_nothing_was_measured(results):
         raise UsageError(f"bench {what}: every arm failed: {reason}")
+
+
+def run_convert(args: list[str]) -> None:
+    """A checkpoint of YOLOv12's authors in Ultralytics' layout, or back."""
+    from ..checkpoints.convert import convert
+    from ..checkpoints.reading import CheckpointError
+
+    options: dict[str, str] = {}
+    files = []
+    rest = iter(args)  # read by hand: a path may hold `=`
+    for arg in rest:
+        key, equals, value = arg.removeprefix("--").partition("=")
+        if key in ("to", "out") and (equals or arg.startswith("--")):
+            options[key] = value if equals else next(rest, "")
+        else:
+            files.append(arg)
+    if len(files) != 1 or files[0].startswith("-") or not all(options.values()):
+        found = ", ".join(args) or "nothing"
+        raise UsageError(f"convert takes one checkpoint, --to authors|ultralytics and --out FILE.pt; found {found}.")
+    try:
+        convert(files[0], **options)
+    except (CheckpointError, OSError) as error:
+        raise UsageError(f"convert: {error}") from error
 
 
 def _why_nothing_was_measured(results: Any) -> str:
@@ -150,4 +173,5 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "plan": run_plan,
     "verify": run_verify,
     "bench": run_bench,
+    "convert": run_convert,
 }

@@ -11,8 +11,7 @@ HELP = """
 yolo-flash {version}: the `yolo` command with exact, fused attention (YOLOv10, YOLO11, YOLO12, YOLO26, RT-DETR).
 
   yolo-flash MODE ARGS            any `yolo` command: train, val, predict, export, track, benchmark, settings, cfg, ...
-  yolo-flash checks [device=0] [--json]      what this device can run, and why not the rest
-  yolo-flash checks --clear-cache            forget what was measured: the next run measures again
+  yolo-flash checks [device=0] [--json]      what this device can run; --clear-cache forgets what was measured
   yolo-flash plan model=yolo12n.yaml imgsz=640 batch=16 [train|val] [--fit] [--json]      what a run would use
   yolo-flash verify model=best.pt [source=images] [imgsz=640] [batch=2] [all=true] [--json]      ours, stock, float64
   yolo-flash bench step model=yolo12n.yaml imgsz=640 batch=16      a training step, stock against ours
@@ -20,6 +19,7 @@ yolo-flash {version}: the `yolo` command with exact, fused attention (YOLOv10, Y
   yolo-flash bench train|run model=yolo12n.yaml data=coco8.yaml    iterations of real training; whole runs and mAP
   yolo-flash bench op             every fused attention alone, on the layers of the models
   yolo-flash bench plot FILE.csv ...         pictures of what these measured with csv=FILE.csv
+  yolo-flash convert FILE.pt [--to authors] [--out FILE.pt]      weights of YOLOv12's authors for Ultralytics, and back
   yolo-flash help                 this screen; `yolo help` explains Ultralytics' own arguments
 
 Examples

@@ -21,7 +21,7 @@ from .._version import __version__
 from ..assets import offline
 from ..backends.registry import check_name
 from ..config import FlashConfig
-from .arguments import UsageError, merge, read, refuse_missing, split_settings
+from .arguments import UsageError, merge, read, refuse_unusable, split_settings
 
 
 def run_yolo(args: list[str]) -> None:
@@ -50,7 +50,8 @@ def choose_model(args: list[str]) -> list[str]:
         The same, with `model=` appended where it was missing.
 
     Raises:
-        UsageError: The model is official weights that are neither on disk nor to be downloaded.
+        UsageError: The model is official weights that are neither on disk nor to be downloaded, or a
+            checkpoint in the layout of YOLOv12's authors.
     """
     values, words = read(args)
     if (cfg := values.get("cfg")) is not None:  # below the arguments, as in Ultralytics
@@ -66,7 +67,7 @@ def choose_model(args: list[str]) -> list[str]:
     task, resume = values.get("task") or "detect", values.get("resume")
     for key in ("model", "pretrained"):
         if isinstance(values.get(key), str):
-            refuse_missing(values[key], f"{key}={values[key]}", values.get("mode"))
+            refuse_unusable(values[key], f"{key}={values[key]}", values.get("mode"))
     if (
         values.get("model") is not None or not args or not all(map(_is_yolo_word, words))
     ):  # else settings, help, ..., or a mistake
@@ -77,7 +78,7 @@ def choose_model(args: list[str]) -> list[str]:
         weights = TASK2MODEL.get(task, "yolo26n.pt")
         if resume and offline.out_of_reach(weights):
             raise UsageError(f"resume needs the run to resume: model=path/to/last.pt ({offline.why_not()}).")
-        refuse_missing(weights, f"no model= given: {weights}, which Ultralytics takes,", mode)
+        refuse_unusable(weights, f"no model= given: {weights}, which Ultralytics takes,", mode)
         return args
     weights = (TASK2MODEL | {"detect": "yolo12n.pt"}).get(task, "yolo12n.pt")
     if offline.out_of_reach(weights):

@@ -11,6 +11,7 @@ from torch import nn
 from ultralytics.utils import LOGGER
 
 from ..backends.registry import BackendNotSupportedError, check_name
+from ..checkpoints.authors import is_authors
 from ..config import FlashConfig, FlashConfigError
 from ..dispatch.dispatcher import Dispatcher
 from .blocks import FlashAAttn, FlashAttention, FlashBlock, unknown_block
@@ -52,7 +53,14 @@ def targets(module: nn.Module) -> dict[str, nn.Module]:
 
 def _strangeness(block: nn.Module) -> str:
     """Why a block has to stay stock; empty if it has not."""
-    return block.why_stock() if isinstance(block, FlashBlock) else why_not_equal(block, BLOCKS[type(block)])
+    if isinstance(block, FlashBlock):
+        return block.why_stock()
+    if is_authors(block):
+        return (
+            "it has the layout of YOLOv12's authors (qk and v instead of qkv), which Ultralytics cannot run; "
+            "`yolo-flash convert FILE.pt` writes a checkpoint that it can"
+        )
+    return why_not_equal(block, BLOCKS[type(block)])
 
 
 def patch_modules(module: nn.Module, config: FlashConfig, dispatcher: Dispatcher | None = None) -> Dispatcher:
@@ -117,6 +125,9 @@ def _tell_strangers(module: nn.Module) -> None:
         return
     name, reason = next(iter(strangers.items()))
     others = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+    if is_authors(known_blocks(module)[name]):
+        _warn_once(f"yolo-flash: {name}{others} will fail: {reason}.")
+        return
     _warn_once(
         f"yolo-flash: stock attention stays in {name}{others}: this {known_blocks(module)[name].__class__.__name__} "
         f"(ultralytics {ultralytics.__version__}, torch {torch.__version__}) is not the one that this version knows: "
