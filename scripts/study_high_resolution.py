@@ -299,13 +299,12 @@ def count_grid(
 
 
 def verdict(tiles: Boxes, whole: Boxes, names: dict[int, str]) -> str:
-    """Whether a grid in one go has as many boxes of each class as its images one by one."""
-    pairs = zip(names.values(), tiles.count(names), whole.count(names), strict=True)
-    apart = {name: (b - a) / max(1, a) for name, a, b in pairs}
-    right = all(abs(share) <= TOLERANCE for share in apart.values())
-    told = ", ".join(f"{name} {share:+.1%}" for name, share in apart.items())
+    """Whether a grid in one go has as many boxes of each class as its images one by one; not if those have none."""
+    pairs = list(zip(names.values(), tiles.count(names), whole.count(names), strict=True))
+    right = any(a for _, a, _ in pairs) and all(abs(b - a) <= TOLERANCE * a for _, a, b in pairs)
+    told = ", ".join(f"{name} {a} and {b}" + (f" ({b / a - 1:+.1%})" if a else "") for name, a, b in pairs)
     state = "right" if right else "NOT RIGHT"
-    return f"counts of the grid against its images one by one: {told}: {state} within {TOLERANCE:.0%} of each class"
+    return f"one by one, and the grid in one go: {told}: {state} within {TOLERANCE:.0%} of each class"
 
 
 def draw(pixels: np.ndarray, boxes: Boxes, file: Path) -> None:

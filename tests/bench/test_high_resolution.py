@@ -129,12 +129,14 @@ def test_precision_and_recall_count_each_box_once() -> None:
 
 
 def test_counts_are_right_within_the_tolerance_of_every_class() -> None:
-    tiles = boxes(*[(0, 0, 1, 1, 0)] * 40, *[(0, 0, 1, 1, 1)] * 20)
-    more, fewer = (boxes(*[(0, 0, 1, 1, 0)] * 40, *[(0, 0, 1, 1, 1)] * count) for count in (21, 18))
-    assert study.verdict(tiles, more, NAMES).endswith(
-        "red +0.0%, blue +5.0%, none +0.0%: right within 5% of each class"
-    )
-    assert "blue -10.0%, none +0.0%: NOT RIGHT" in study.verdict(tiles, fewer, NAMES)
+    def some(red: int, blue: int) -> Any:
+        return boxes(*[(0, 0, 1, 1, 0)] * red, *[(0, 0, 1, 1, 1)] * blue)
+
+    told = study.verdict(some(40, 20), some(40, 21), NAMES)
+    assert told.endswith("red 40 and 40 (+0.0%), blue 20 and 21 (+5.0%), none 0 and 0: right within 5% of each class")
+    assert "blue 20 and 18 (-10.0%), none 0 and 0: NOT RIGHT" in study.verdict(some(40, 20), some(40, 18), NAMES)
+    assert "blue 0 and 1, none 0 and 0: NOT RIGHT" in study.verdict(some(40, 0), some(40, 1), NAMES)
+    assert "NOT RIGHT" in study.verdict(boxes(), boxes(), NAMES), "nothing was found"
 
 
 @pytest.fixture
@@ -167,7 +169,7 @@ def test_a_study_prints_every_arm_and_draws(
     assert int(one_by_one[1]) + int(one_by_one[2]) > 6
     assert one_by_one[5] == "1.000", "what is found again of itself"
     assert stock[1:6] == ours[1:6]
-    assert re.search(r"counts of the grid against its images one by one: red [+-]", told)
+    assert re.search(r"one by one, and the grid in one go: red \d+ and \d+", told)
     assert picture(tmp_path / study.PICTURE).shape == (96, 192, 3)
 
 
