@@ -19,6 +19,7 @@ from ultralytics.utils import YAML
 
 from tests.counting import AttentionCalls
 from tests.datasets import COLOURS, create_dataset
+from yolo_flash import patch_model
 from yolo_flash.bench.rounds import COLUMNS
 from yolo_flash.cli import main
 from yolo_flash.utils.files import as_csv
@@ -261,6 +262,15 @@ def test_predicts_larger_than_it_was_trained_from_the_command_line(trained: str,
     assert len(found[0]) == len(found[1]) > 300, "more than Ultralytics keeps by default"
     assert fused[0] > 0
     assert fused[1] == 0
+
+
+def test_trains_from_python(tiny_model: str, tiny_args: dict[str, Any]) -> None:
+    model = patch_model(YOLO(tiny_model), config="high_resolution")
+    with AttentionCalls() as calls:
+        model.train(**tiny_args | {"imgsz": 384, "batch": 1, "mosaic": 0.0, "fraction": 0.5})
+    assert calls.backward["sdpa_flash"] > 0
+    trainer: Any = model.trainer
+    assert trainer.flash_run.graphs.why_not == "flash.graphs=off"
 
 
 def test_trains_at_a_size_of_its_own_from_the_command_line(
