@@ -208,13 +208,31 @@ def test_default_yaml_explains_every_key_in_a_comment_above_it() -> None:
 
 def test_every_shipped_file_is_valid() -> None:
     names = [file.stem for file in config_folder().glob("*.yaml")]
-    assert {"default", "strict"} <= set(names)
+    assert set(names) == {"default", "high_resolution", "strict"}
     for name in names:
         FlashConfig.resolve(config=name)
 
 
 def test_strict_is_shipped_under_its_name() -> None:
     assert FlashConfig.resolve(config="strict") == FlashConfig(deterministic="strict")
+
+
+def test_high_resolution_is_shipped_under_its_name() -> None:
+    assert FlashConfig.resolve(config="high_resolution") == FlashConfig(graphs="off")
+    assert FlashConfig.resolve(config="high_resolution", cli={"graphs": "auto"}) == FlashConfig()
+
+
+def test_every_key_that_a_shipped_file_changes_is_explained_above_it() -> None:
+    for file in config_folder().glob("*.yaml"):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines):
+            assert not line or line.startswith("#") or lines[number - 1].startswith("# "), f"{file.name}: {line}"
+
+
+def test_the_wheel_has_the_folder_of_shipped_files() -> None:
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    [folder] = re.findall(r'^"(.+)" = "yolo_flash/configs"$', pyproject, re.MULTILINE)
+    assert (Path(__file__).parents[1] / folder).resolve() == config_folder().resolve()
 
 
 def test_a_file_may_hold_its_settings_in_a_flash_section() -> None:

@@ -55,6 +55,28 @@ def test_files_of_other_runs_change_nothing_near_what_this_run_has_measured() ->
     assert Dispatcher(FlashConfig()).decide(near, "auto", CPU).why == f"as measured for 16 x {WHOLE.seq_len_q} tokens"
 
 
+@pytest.mark.parametrize(
+    ("tokens", "trials", "backend", "by_rules"),
+    [
+        (16384, {"stock": Trial(ms=1.0, ms_low=0.9), "sdpa_flash": Trial(ms=1.1, ms_low=1.0)}, "sdpa_flash", False),
+        (16384, {"stock": Trial(ms=1.0, ms_low=0.9)}, "sdpa_flash", True),
+        (16384, {"stock": Trial(ms=1.0), "sdpa_flash": Trial(why_not="wrong: out is off")}, "stock", True),
+        (8192, {"stock": Trial(ms=1.0, ms_low=0.9), "sdpa_flash": Trial(ms=1.1, ms_low=1.0)}, "stock", False),
+    ],
+    ids=["measured fused", "by the rules", "nothing else is left", "smaller"],
+)
+def test_stock_is_not_carried_over_to_images_whose_scores_would_fill_the_memory(
+    tokens: int, trials: dict[str, Trial], backend: str, by_rules: bool
+) -> None:
+    """Twice as wide an image has sixteen times the scores: where stock was the fastest, they were no matter."""
+    measured = PSA._replace(batch=1, seq_len_q=4096, seq_len_k=4096)
+    run = Dispatcher(FlashConfig())
+    run.learn({measured: trials}, detect(CPU))
+    assert run.decide(measured, "auto", CPU).backend == ("stock" if "stock" in trials else "sdpa_flash")
+    large = run.decide(measured._replace(seq_len_q=tokens, seq_len_k=tokens), "auto", CPU)
+    assert (large.backend, large.by_rules) == (backend, by_rules)
+
+
 def test_a_plan_knows_what_the_steps_will_know(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("yolo_flash.planning.autotune.measure", lambda specs, device: {})  # it failed, say
     model = patch_model(YOLO("yolo12n.yaml"))

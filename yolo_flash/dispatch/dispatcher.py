@@ -27,6 +27,7 @@ _Key = tuple[AttentionSpec, str, torch.device]
 
 _MAX_DECISIONS = 1024  # predict on a folder of mixed aspect ratios meets a new spec an image
 _MAX_MEASURED = 16  # specs that predictions of one model may have measured: half a minute at most
+_LARGE = 2**28  # scores: 1 GiB and more in float32, of which unfused attention holds several
 _UNPLANNED_SIZE = (16, 400)  # groups and tokens of a graph compiled outside of training: a YOLO at 640
 
 
@@ -190,14 +191,18 @@ class Dispatcher:
         elif choice == "auto":  # what this run has measured first, so that files of others change nothing near it
             mine = self.trials if machine == self._measured_on else {}
             near = self._nearest(spec, mine) or self._nearest(spec, known)
+        trials = None if near is None else known[near]
+        if near and trials and spec.scores > max(_LARGE, near.scores):
+            # Four times as many tokens are sixteen times the scores: unfused attention was measured where they fit.
+            trials = {name: trial for name, trial in trials.items() if BACKENDS[name].fused}
         decision = select(
             *(spec, machine, choice, self.config.deterministic, self.failed),
-            trials=None if near is None else known[near],
+            trials=trials,
             memory_limited=self.memory_limited,
         )
         if near is None or near == spec:
             return decision
-        why = f"as measured for {near.batch} x {near.seq_len_q} tokens"
+        why = decision.why if decision.by_rules else f"as measured for {near.batch} x {near.seq_len_q} tokens"
         return replace(decision, why=why, trials={})
 
     @staticmethod
