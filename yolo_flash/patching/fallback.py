@@ -195,7 +195,7 @@ def _graph_of(packed: Tensor, spec: AttentionSpec, backend: str) -> _Inner:
 def _gradient(inner: _Inner, dout: Tensor, dimage: Tensor) -> Tensor:
     """The gradient of the packed tensor, through a graph of its own."""
     leaf, results = inner
-    return torch.autograd.grad(results, leaf, (dout, dimage))[0]
+    return torch.autograd.grad(results, leaf, (dout, dimage))[0].contiguous()
 
 
 def _run(qkv: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 import ultralytics
 from torch import nn
+from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils import LOGGER
 
 from ..backends.registry import BACKENDS, BackendNotSupportedError, check_name
@@ -138,8 +139,9 @@ def layer_windows(module: nn.Module, config: FlashConfig, choices: Mapping[str, 
         and not isinstance(block, nn.MultiheadAttention)
     ]
     strides: dict[str, int] = {}
-    if wanted and isinstance(config.window, str):
-        with contextlib.suppress(Exception):  # a part of a model, which takes no images
+    whole = isinstance(getattr(module, "student_model", module), BaseModel)  # else it takes something else than images
+    if wanted and whole and isinstance(config.window, str):
+        with contextlib.suppress(Exception):  # of a model that cannot run on the meta device
             inputs = layer_inputs(targets, module, 1, _SIDE, _SIDE)
             strides = {name: _SIDE // found.grid[0] for name, found in inputs.items() if found.grid}
     return {name: config.window_tokens(strides.get(name)) for name in wanted}
