@@ -349,21 +349,11 @@ def test_pixels_become_tokens_by_the_stride_of_each_layer() -> None:
 
 
 def test_the_command_line_sets_backend_window_and_layers(log: list[str]) -> None:
-    main.main(
-        ["plan", "model=yolo12n.yaml", "imgsz=64", "device=cpu", "flash.backend=sparse_window", "flash.window=64px"]
-    )
+    words = ["plan", "model=yolo12n.yaml", "imgsz=64", "device=cpu"]
+    main.main([*words, "flash.backend=sparse_window", "flash.window=64px"])
     assert "within 3 x 3, 5 x 5 tokens around it" in "\n".join(log)
     log.clear()
-    main.main(
-        [
-            "plan",
-            "imgsz=64",
-            "device=cpu",
-            "flash.layers=model.8.*:sparse_window",
-            "flash.window=3",
-            "flash.autotune=false",
-        ]
-    )
+    main.main([*words, "flash.layers=model.8.*:sparse_window", "flash.window=3", "flash.autotune=false"])
     rows = [line for line in "\n".join(log).splitlines() if " in model." in line]
     assert [LABEL in row for row in rows] == [" in model.8" in row for row in rows]
     assert any(LABEL in row for row in rows)

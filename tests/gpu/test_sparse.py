@@ -105,16 +105,10 @@ def test_a_training_may_come_after_a_prediction() -> None:
 
 @pytest.mark.parametrize(
     ("config", "amp"),
-    [
-        ("yolo12n.yaml", True),
-        ("yolo12n.yaml", "bf16"),
-        ("yolo12n.yaml", False),
-        ("yolo26n.yaml", True),
-        ("yolov10m.yaml", True),
-    ],
+    [("yolo12n", True), ("yolo12n", "bf16"), ("yolo12n", False), ("yolo26n", True), ("yolov10m", True)],
 )
 def test_verify_finds_the_window_in_every_layer(config: str, amp: Any) -> None:
-    facts = verify(config, imgsz=320, device=0, amp=amp, backend="sparse_window", window=5)
+    facts = verify(f"{config}.yaml", imgsz=320, device=0, amp=amp, backend="sparse_window", window=5)
     assert facts["ok"], facts["off"]
     assert facts["approximate"]
     for entry in facts["layers"]:

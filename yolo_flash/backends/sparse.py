@@ -13,6 +13,7 @@ sees the keys that lie in its strip and in its square.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
@@ -39,6 +40,7 @@ _captured: dict[Any, _Pattern] = {}  # those whose memory CUDA graphs read in ev
 _sizes: dict[Any, list[tuple[int, int]]] = {}
 _programs: dict[Any, Callable[..., Tensor]] = {}
 _numbers = itertools.count()
+_lock = threading.Lock()
 
 
 def attend(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -260,16 +262,17 @@ def _call(flex_attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale
 def _pattern(spec: AttentionSpec, device: torch.device) -> _Pattern:
     """The pattern of a problem; those used most recently are kept, and all that CUDA graphs hold."""
     key = spec.batch, spec.area, spec.seq_len_q, spec.window, device
-    pattern = _captured.get(key, _patterns.get(key))
-    if pattern is None:
-        with torch.inference_mode(False), torch.no_grad():  # a training may come after a prediction
-            pattern = _patterns[key] = _make_pattern(spec, device)
+    with _lock:  # of threads that predict at the same time
+        pattern = _captured.get(key, _patterns.get(key))
+        if pattern is None:
+            with torch.inference_mode(False), torch.no_grad():  # a training may come after a prediction
+                pattern = _make_pattern(spec, device)
+        _patterns[key] = pattern
+        _patterns.move_to_end(key)
         if len(_patterns) > _MAX_PATTERNS:
             _patterns.popitem(last=False)
-    elif key in _patterns:
-        _patterns.move_to_end(key)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured[key] = pattern
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _captured[key] = pattern
     return pattern
 
 
