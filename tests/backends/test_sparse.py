@@ -465,6 +465,11 @@ def test_a_compiled_model_is_refused_before_the_first_step(tiny_model: str, tiny
         model.train(**tiny_args, compile=True)
 
 
+def test_a_compiled_block_is_refused_in_words() -> None:
+    with pytest.raises(Exception, match=r"sparse_window \(approximate\) cannot run .* leaves open: compile=False"):
+        torch.compile(block_with("area4"), backend="eager")(torch.randn(2, 64, 4, 4))
+
+
 def test_rtdetr_is_refused() -> None:
     model: Any = patch_model(RTDETR("rtdetr-l.yaml"), backend="sparse_window", window="256px")
     with pytest.raises(BackendNotSupportedError, match=r"nn.MultiheadAttention have no place in one"):
