@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ class FlashConfig:
         enabled: False leaves the model stock.
         backend: `auto`, or the name of the backend that every attention layer shall run.
         layers: fnmatch pattern of layer names -> backend, over `backend`; the last matching pattern wins.
+        window: Side of the square that a query of `sparse_window` sees: tokens of the layer, or `"256px"`.
         deterministic: `strict` trains with reproducible backends only, `prefer` with the fastest.
         autotune: Choose by measuring the backends on this machine, before the first step; False chooses by rules.
         graphs: Run training steps and validation from CUDA graphs: `off`, `auto`, where it pays, or `on`, which takes
@@ -43,6 +45,7 @@ class FlashConfig:
     enabled: bool = True
     backend: str = "auto"
     layers: dict[str, str] = field(default_factory=dict)
+    window: int | str = 33
     deterministic: Literal["prefer", "strict"] = "prefer"
     autotune: bool = True
     graphs: Literal["off", "on", "auto"] = "auto"
@@ -52,6 +55,25 @@ class FlashConfig:
         """Convert every value to its type, or raise."""
         for key, kind in typing.get_type_hints(type(self)).items():
             object.__setattr__(self, key, _coerce(key, getattr(self, key), kind))
+
+    def window_tokens(self, stride: int | None) -> int:
+        """Side of the window of a layer in tokens, odd: a query sees half of it to each side, rounded down.
+
+        Args:
+            stride: Pixels of the image to a token of the layer; None where they are not known.
+
+        Raises:
+            FlashConfigError: The window is in pixels, and the stride is not known.
+        """
+        tokens = self.window
+        if isinstance(tokens, str):
+            if stride is None:
+                raise FlashConfigError(
+                    f"window={self.window!r}: how many pixels a token of this layer has is not known, since only a "
+                    f"whole model tells. Give the window in tokens, as in window=33."
+                )
+            tokens = -(-int(tokens.removesuffix("px")) // stride)
+        return 2 * (tokens // 2) + 1
 
     @classmethod
     def resolve(
@@ -149,6 +171,8 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
             return bool(value)
         raise FlashConfigError(f"{key} must be true or false, found {value!r}.")
+    if key == "window":
+        return _window(value)
     if typing.get_origin(kind) is Literal:
         valid = typing.get_args(kind)
         if isinstance(value, bool) and "on" in valid:  # as YAML reads a bare on or off
@@ -165,6 +189,16 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
     if not isinstance(value, kind):
         raise FlashConfigError(f"{key} must be {kind.__name__}, found {value!r}.")
     return value
+
+
+def _window(value: Any) -> int | str:
+    """A number of tokens, or of pixels as in `256px`."""
+    found = re.fullmatch(r"(\d{1,9})\s*(px)?", str(value).strip())
+    if isinstance(value, bool) or not isinstance(value, (int, str)) or found is None or not int(found[1]):
+        raise FlashConfigError(
+            f"window must be a whole number of tokens (33) or of pixels (256px), of at least 1, found {value!r}."
+        )
+    return f"{int(found[1])}px" if found[2] else int(found[1])
 
 
 def _parse_layers(key: str, text: str) -> dict[str, str]:

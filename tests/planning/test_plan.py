@@ -112,8 +112,8 @@ def test_a_ghost_forward_tells_the_tokens(name: str, tokens: dict[int, int]) -> 
     model = YOLO(name).model
     found = layer_shapes(model, 3, 512, 512)
     assert list(found) == list(targets(model))
-    assert {images for images, _ in found.values()} == {3}
-    assert Counter(count for _, count in found.values()) == tokens
+    assert {images for images, *_ in found.values()} == {3}
+    assert Counter(count for _, count, _ in found.values()) == tokens
 
 
 def test_a_ghost_forward_leaves_the_model_as_it_was() -> None:

@@ -117,6 +117,28 @@ def triton_area(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
         yield "takes the packed output of one convolution, the 3 tensors are separate"
 
 
+def sparse_window(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
+    """FlexAttention of torch on NVIDIA's cards from Ampere on and on AMD's, and plain operators on the CPU."""
+    if spec.layout == "separate":
+        yield "needs an image, and the queries of nn.MultiheadAttention have no place in one"
+    elif spec.window is None:
+        yield "needs the height and width of the image, which a graph of torch.compile leaves open: compile=False"
+    if machine.kind == "cpu":
+        return
+    if machine.kind not in ("cuda", "rocm"):
+        yield f"runs on CUDA, ROCm and the CPU, the device is {machine}"
+        return
+    yield from _capability(machine, (8, 0))  # torch itself tests FlexAttention from there on
+    if machine.release < (2, 6):
+        yield f"needs torch >= 2.6, found {machine.torch}: block masks of before know no sequence length"
+    found = machine.packages.get("triton", "none")
+    if not found[:1].isdigit():
+        yield f"needs triton, which torch.compile generates code for: its import gave {found}"
+    yield from _fused(spec, machine, (torch.float32, torch.float16, torch.bfloat16), 256)
+    if spec.batch * spec.num_heads > 65535:
+        yield f"needs batch x area x heads <= 65535, found {spec.batch * spec.num_heads}"
+
+
 def _aotriton(machine: Machine) -> Iterator[str]:
     """AMD's kernels are built ahead for a few architectures; torch calls all others experimental."""
     if machine.kind == "rocm" and not (machine.gcn or "").startswith(("gfx90a", "gfx942", "gfx950")):

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ..machine import Machine
 from ..utils.errors import did_you_mean
-from . import limits, packed, separate
+from . import limits, packed, separate, sparse
 from .separate import Inputs
 from .spec import AttentionSpec
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to compute exact attention.
+    """A way to compute attention.
 
     Attributes:
         name: As written in YAML and in logs.
@@ -33,10 +33,11 @@ class Backend:
         reproducible: Whether the backward gives the same bits every time, on a machine.
         operators: Names of the operators, one of which each forward calls: in a profile they prove the backend.
         backward: `(packed, kept, dout, dv, spec) -> gradient of packed`, all contiguous; kept are the tensors that the
-            forward returned after v. None: autograd runs the forward again for its gradient.
+            forward returned after v. None: autograd differentiates the forward.
         separate: `(inputs, spec) -> out` for three tensors and a mask, see `separate.Inputs`, with out contiguous
             `[batch, seq_len_q, num_heads, head_dim]`. Autograd can differentiate it. None: takes packed tensors only.
         fused: Whether the score matrices never reach the memory.
+        exact: Whether it computes what stock computes. One that does not runs only where it is asked for by name.
     """
 
     name: str
@@ -47,6 +48,12 @@ class Backend:
     backward: Callable[[Tensor, Sequence[Any], Tensor, Tensor, AttentionSpec], Tensor] | None = None
     separate: Callable[[Inputs, AttentionSpec], Tensor] | None = None
     fused: bool = True
+    exact: bool = True
+
+    @property
+    def label(self) -> str:
+        """The name as every line for people has it: with the word approximate where the backend is that."""
+        return self.name if self.exact else f"{self.name} (approximate)"
 
     def run(self, packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """Attention and v, as `forward` gives them."""
@@ -121,8 +128,14 @@ BACKENDS: dict[str, Backend] = {
             ("yolo_flash::area_attention",),
             packed.triton_area_backward,
         ),
+        Backend("sparse_window", limits.sparse_window, sparse.attend, _always, (sparse.OPERATOR,), exact=False),
     )
 }
+
+
+def label(name: str) -> str:
+    """The name of a backend, or `auto`, as every line for people has it, see `Backend.label`."""
+    return BACKENDS[name].label if name in BACKENDS else name
 
 
 def check_name(name: str) -> str:

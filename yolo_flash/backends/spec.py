@@ -9,6 +9,25 @@ import torch
 Layout = Literal["nhwc", "nchw", "separate"]
 
 
+class Window(NamedTuple):
+    """Which keys an approximate backend sees: those near the query in the image.
+
+    Attributes:
+        height: Tokens of a column of the image.
+        width: Tokens of a row.
+        size: Tokens of a side of the square around a query, odd; keys outside of it are not seen.
+    """
+
+    height: int
+    width: int
+    size: int
+
+    @property
+    def reach(self) -> int:
+        """Rows and columns that a query sees to each side."""
+        return self.size // 2
+
+
 class AttentionSpec(NamedTuple):
     """One attention problem: everything that decides which backend can run it and which is fastest.
 
@@ -27,7 +46,9 @@ class AttentionSpec(NamedTuple):
         mask: Whether the scores are masked.
         training: Whether a backward pass will follow.
         deterministic: Whether torch asks for deterministic algorithms.
-        area: Strips that an image is cut into, each a problem of `batch`; it matters to the speed of stock alone.
+        area: Strips that an image is cut into, each a problem of `batch`; it matters to the speed of stock, and to what
+            a window sees.
+        window: What an approximate backend sees of the image; None for all exact ones, whose specs thus stay equal.
     """
 
     batch: int
@@ -42,6 +63,7 @@ class AttentionSpec(NamedTuple):
     training: bool = True
     deterministic: bool = False
     area: int = 1
+    window: Window | None = None
 
     @property
     def scores(self) -> int:
@@ -67,9 +89,10 @@ class AttentionSpec(NamedTuple):
         """`256 x 2 heads x 400 tokens x 32/64, float16, nhwc, train`."""
         tokens = f"{self.seq_len_q}" + (f"/{self.seq_len_k}" if self.seq_len_k != self.seq_len_q else "")
         dims = f"{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
+        window = f", window {self.window.size} of {self.window.height} x {self.window.width}" if self.window else ""
         return (
             f"{self.batch} x {self.num_heads} heads x {tokens} tokens x {dims}, {dtype_name(self.dtype)}, "
-            f"{self.layout}, {'masked, ' if self.mask else ''}{'train' if self.training else 'predict'}"
+            f"{self.layout}, {'masked, ' if self.mask else ''}{'train' if self.training else 'predict'}{window}"
         )
 
 

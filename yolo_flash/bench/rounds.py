@@ -13,6 +13,7 @@ import ultralytics
 from ultralytics.utils import LOGGER, TQDM
 
 from .._version import __version__
+from ..backends.registry import label
 from ..machine import cudnn_release
 from ..utils.files import Row, as_csv, write_file
 from .process import BaseJob, one_round
@@ -107,11 +108,11 @@ def size_table(results: dict[str, Any], columns: dict[str, str]) -> str:
     for arm in job["arms"]:
         median = results["arms"][arm]["median"]
         if "error" in median:
-            lines.append(f"| {arm} | {median['error']} |{' |' * len(columns)}")
+            lines.append(f"| {label(arm)} | {median['error']} |{' |' * len(columns)}")
             continue
         key = next(name for name in ("process_s", "iteration_ms", "kernel_ms", "wall_ms") if name in median)
         saved = "" if "error" in first else f"{first[key]['median'] / median[key]['median']:.2f}x"
-        lines.append(f"| {arm} | {' | '.join(_cell(median, name) for name in columns)} | {saved} |")
+        lines.append(f"| {label(arm)} | {' | '.join(_cell(median, name) for name in columns)} | {saved} |")
     return "\n".join(lines)
 
 

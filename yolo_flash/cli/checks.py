@@ -11,9 +11,10 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.checks import collect_system_info
 
 from .._version import __version__
-from ..backends.registry import BACKENDS
-from ..backends.spec import AttentionSpec, Layout
-from ..dispatch.decision import select
+from ..backends.registry import BACKENDS, Backend
+from ..backends.spec import AttentionSpec, Layout, Window
+from ..config import FlashConfig
+from ..dispatch.decision import Decision, select
 from ..machine import Machine, cudnn_release, detect, resolve_device
 from ..utils.log import log_disabled
 
@@ -65,8 +66,15 @@ def _verdicts(spec: AttentionSpec, machine: Machine) -> dict[str, Any]:
         "spec": str(spec),
         "auto": decision.backend,
         "why": decision.why,
-        **{name: list(decision.refused.get(name, ())) or "ready" for name in BACKENDS},
+        **{name: list(_reasons(backend, spec, machine, decision)) or "ready" for name, backend in BACKENDS.items()},
     }
+
+
+def _reasons(backend: Backend, spec: AttentionSpec, machine: Machine, decision: Decision) -> tuple[str, ...]:
+    """Why a backend cannot run; of an approximate one, why it could not if it were asked for."""
+    if backend.exact:
+        return decision.refused.get(backend.name, ())
+    return backend.not_supported_reasons(spec._replace(window=Window(20, 20, FlashConfig().window_tokens(32))), machine)
 
 
 def _text(facts: dict[str, Any], machine: Machine) -> str:
@@ -82,6 +90,9 @@ def _text(facts: dict[str, Any], machine: Machine) -> str:
         lines += ["", f"{name}: {verdicts['spec']}"]
         for backend in BACKENDS:
             text = "ready" if verdicts[backend] == "ready" else "; ".join(verdicts[backend])
+            if not BACKENDS[backend].exact:
+                slow = ", in plain operators that are slow" if text == "ready" and machine.kind == "cpu" else ""
+                text = f"approximate, by name only: {text}{slow}"
             chosen = f"  <- auto: {verdicts['why']}" if backend == verdicts["auto"] else ""
             lines.append(f"  {backend:<15}{text}{chosen}")
     return "\n".join(lines)

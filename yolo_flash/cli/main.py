@@ -29,7 +29,7 @@ Examples
 
 Settings (flash.KEY=VALUE; also YOLO_FLASH_KEY in the environment, or a `flash:` section in a cfg= file)
   flash.backend=auto              or stock, sdpa_math, sdpa_flash, sdpa_efficient, sdpa_cudnn, triton_area
-  flash.layers='model.6.*:stock'  another backend for some layers
+  flash.layers='model.6.*:stock'  for some layers; sparse_window (approximate) takes flash.window=33 or 256px
   flash.deterministic=prefer      or strict: only bitwise reproducible backends
   flash.config=strict             a shipped or own YAML file of settings
   flash.enabled=false             stock attention; so does YOLO_FLASH=0

@@ -10,7 +10,7 @@ from ultralytics.utils import LOGGER
 
 from .._version import __version__
 from ..assets.models import open_model
-from ..backends.registry import BACKENDS
+from ..backends.registry import BACKENDS, label
 from ..bench.largest_batch import largest_batch
 from ..config import FlashConfig
 from ..engine.model import patch_from_sources, plan
@@ -113,5 +113,5 @@ def _fates(rows: list[PlanRow]) -> str:
     fates: dict[tuple[str, ...], list[PlanRow]] = {}
     for row in rows:
         lines = tuple(f"    {name:<16}{row.decision.fate(name)}" for name in BACKENDS if name != row.decision.backend)
-        fates.setdefault((f"{row.decision.spec}: {row.decision.backend}", *lines), []).append(row)
+        fates.setdefault((f"{row.decision.spec}: {label(row.decision.backend)}", *lines), []).append(row)
     return "\n".join(line for (head, *lines) in fates for line in (f"  {head}; the others", *lines))

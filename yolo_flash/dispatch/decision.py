@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..backends.registry import BACKENDS, BackendNotSupportedError, check_name
+from ..backends.registry import BACKENDS, BackendNotSupportedError, check_name, label
 from ..backends.spec import AttentionSpec
 from ..machine import Machine
 from .rules import rules_for
 
+BY_NAME_ONLY = "approximate: runs only where it is asked for by name"
 TIE = 0.03  # times this near are equal: the spread of repeats
 WIDE = 0.3  # samples of a GPU that lie further apart, relative to their median, are no measurement
 
@@ -143,6 +144,8 @@ def select(
         reasons = list(backend.not_supported_reasons(spec, machine))
         if failed and name in failed and choice == "auto":
             reasons.append(failed[name])
+        if not backend.exact and choice != name:
+            reasons = [BY_NAME_ONLY]
         if deterministic == "strict" and spec.training and not backend.reproducible(machine):
             reasons.append("deterministic=strict, and its backward adds in an order that changes from run to run")
         if reasons:
@@ -165,7 +168,7 @@ def select(
             refused.pop(winner, None)  # stock, which could not be tried
     elif choice in refused:
         raise BackendNotSupportedError(
-            f"backend={choice} cannot run {spec} on {machine}: {'; '.join(refused[choice])}. "
+            f"backend={label(choice)} cannot run {spec} on {machine}: {'; '.join(refused[choice])}. "
             f"These can: {', '.join(['auto', *(name for name in BACKENDS if name not in refused)])}."
         )
     else:

@@ -144,6 +144,8 @@ def _spec(values: Any) -> AttentionSpec:
             _checked(name, value, isinstance(dtype, torch.dtype))
         elif name == "layout":
             _checked(name, value, value in get_args(Layout))
+        elif name == "window":
+            _checked(name, value, value is None)  # what is approximate is never measured for a choice
         elif name in flags:
             _checked(name, value, type(value) is bool)
         else:

@@ -11,6 +11,7 @@ from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
+from ..backends.registry import BACKENDS, label
 from ..config import FlashConfig, known_keys
 from ..dispatch.dispatcher import Dispatcher
 from ..graphs.validation import ValidationGraphs
@@ -77,6 +78,12 @@ class FlashModelMixin(StockPickle, Model):
         dispatcher = _dispatcher_of(network)
         if dispatcher is None:
             return super().export(**kwargs)
+        choices = set(layer_choices(network, self._flash_config).values())
+        if named := [name for name in choices if name in BACKENDS and not BACKENDS[name].exact]:
+            LOGGER.warning(
+                f"yolo-flash: the exported model has stock attention, which is exact: it does not compute what "
+                f"{label(named[0])} computes here."
+            )
         unpatch_modules(network)
         try:
             return super().export(**kwargs)

@@ -14,7 +14,7 @@ from torch import nn
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
-from ..backends.registry import BackendNotSupportedError
+from ..backends.registry import BACKENDS, BackendNotSupportedError, label
 from ..backends.spec import AttentionSpec
 from ..config import FlashConfig
 from ..dispatch.decision import Trial
@@ -56,6 +56,7 @@ class FlashRun:
         model = unwrap_model(trainer.model)
         if self.config.enabled and targets(model):
             self._make_plan(trainer, model)
+            self._refuse_compile(trainer)
         self.tell_graphs(trainer, {"why_not": self.graphs.prepare(trainer)})
 
     def on_event(self, trainer: Any, event: str) -> None:
@@ -119,6 +120,15 @@ class FlashRun:
             telemetry, self.telemetry = self.telemetry, None
             with contextlib.suppress(Exception):
                 telemetry.teardown(trainer)  # a profile under way
+
+    def _refuse_compile(self, trainer: Any) -> None:
+        named = [row for row in self.plan if not BACKENDS[row.decision.backend].exact]
+        if named and trainer.args.compile:
+            raise BackendNotSupportedError(
+                f"backend={label(named[0].decision.backend)} cannot run with compile=True, in {named[0].layer} and "
+                f"{len(named) - 1} more rows of the plan: a compiled model leaves the height and width of its images "
+                f"open, on which the window depends. compile=False trains with it: the attention itself is compiled."
+            )
 
     def _make_plan(self, trainer: Any, model: nn.Module) -> None:
         machine = detect(trainer.device)

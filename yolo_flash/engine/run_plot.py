@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..backends.registry import label
 from ..utils.plotting import COLORS, as_png, new_figure
 from .clock import PARTS
 
@@ -71,7 +72,7 @@ def _layers(panel: Any, rows: dict[tuple[str, str], dict[str, Any]]) -> None:
     drawn: dict[str, Any] = {}
     for (mode, layer), row in rows.items():
         backend, left, color = row["backend"], modes.index(mode) - 0.47, COLORS.get(row["backend"], "#000000")
-        drawn[backend] = panel.barh(names.index(layer), 0.94, left=left, height=0.86, color=color)
+        drawn[label(backend)] = panel.barh(names.index(layer), 0.94, left=left, height=0.86, color=color)
     panel.set_title("Backend of each layer", loc="left", fontsize=11)
     panel.set_xticks(range(len(modes)), modes)
     panel.set_yticks(range(len(names)), names, fontsize=8 if len(names) <= 10 else 6)

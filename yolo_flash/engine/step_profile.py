@@ -11,7 +11,7 @@ from torch.profiler import DeviceType, ProfilerActivity, profile
 from ultralytics.utils import LOGGER
 
 from ..backends.profiled import attention_kernels, short_kernel_name
-from ..backends.registry import BACKENDS
+from ..backends.registry import BACKENDS, label
 from ..utils.profiler import PROFILER, events_of, hushed, profiler_lets_go, stop_profiler
 
 
@@ -81,7 +81,7 @@ class StepProfile:
             return
         names: Counter[str] = Counter()
         for name, count in counts.items():
-            names[short_kernel_name(name)] += count
+            names[label(short_kernel_name(name))] += count
         ran = ", ".join(f"{count} x {name}" for name, count in names.items()) or "no fused attention"
         LOGGER.info(f"yolo-flash: {step} ran {ran}")
         if replayed:
@@ -94,6 +94,6 @@ class StepProfile:
             calls = sum(counts.get(name, 0) for name in operators)
             if operators and calls < layers:
                 LOGGER.warning(
-                    f"yolo-flash: the plan says {backend} for {layers} layers, but the profiled step called it "
+                    f"yolo-flash: the plan says {label(backend)} for {layers} layers, but the profiled step called it "
                     f"{calls} times. Please report this with flash.jsonl of the run folder."
                 )

@@ -15,7 +15,7 @@ import ultralytics
 from ultralytics.utils import LOGGER
 
 from .._version import __version__
-from ..backends.registry import BACKENDS
+from ..backends.registry import BACKENDS, label
 from ..config import FlashConfig
 from ..dispatch.decision import Decision
 from ..dispatch.dispatcher import Dispatcher
@@ -172,7 +172,7 @@ class Telemetry:
             "graphs": replays,
         }
         used = f"peak {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved"
-        ran = ", ".join(f"{name} x {count}" for name, count in backends.items())
+        ran = ", ".join(f"{label(name)} x {count}" for name, count in backends.items())
         eager = "".join(f", {count} not: {reason}" for reason, count in replays.get("eager", {}).items())
         replayed = replays.get("replayed")
         line = (

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ultralytics.nn.modules.block import AAttn, Attention
 from ultralytics.utils import LOGGER
 
-from ..backends.registry import BackendNotSupportedError
-from ..backends.spec import AttentionSpec, Layout
+from ..backends.registry import BackendNotSupportedError, label
+from ..backends.spec import AttentionSpec, Layout, Window
 from ..dispatch.dispatcher import Dispatcher
 from ..utils.compiler import assume_constant_result
 from .class_swap import PREFIX, StockPickle, stock_twin
@@ -40,6 +40,7 @@ class FlashBlock(StockPickle):
     Attributes:
         _flash_layer: The block's name in the model, for messages.
         _flash_choice: `auto` or the name of the backend for this block.
+        _flash_window: Side of the window in tokens, where the backend asked for by name is approximate; else None.
         _flash_dispatcher: Shared by the blocks of a model.
         _flash_edits: How often an attribute was set since the block was patched. As text a compiled graph guards the
             number; as an integer torch.compile might make it a symbol.
@@ -56,6 +57,7 @@ class FlashBlock(StockPickle):
 
     _flash_layer: str
     _flash_choice: str
+    _flash_window: int | None = None
     _flash_dispatcher: Dispatcher
     _flash_edits: str = ""
     _flash_verdict: tuple[tuple[Any, ...], str] | None = None
@@ -93,15 +95,31 @@ class FlashBlock(StockPickle):
         if leaves_stock(self, x) or self._was_changed():
             return None
         batch, _, height, width = x.shape
-        return self._decided(x, batch, height * width, nhwc=memory_format(x) is torch.channels_last)
+        nhwc, size = memory_format(x) is torch.channels_last, self._flash_window
+        # A compiled graph does not know the height and width for certain: there the backend refuses.
+        window = None if size is None or torch.compiler.is_compiling() else Window(height, width, size)
+        return self._decided(x, batch, height * width, nhwc=nhwc, window=window)
 
     def _decided(
-        self, x: Tensor, batch: int, tokens: int, nhwc: bool = False, mask: bool = False
+        self,
+        x: Tensor,
+        batch: int,
+        tokens: int,
+        nhwc: bool = False,
+        mask: bool = False,
+        window: Window | None = None,
     ) -> AttentionCall | None:
         """The call for the sizes of an input; None where the stock forward runs."""
         dispatcher, layer, choice = self._flash_dispatcher, self._flash_layer, self._flash_choice
-        modes = {"training": torch.is_grad_enabled(), "deterministic": torch.are_deterministic_algorithms_enabled()}
-        spec = block_spec(self, type(self), batch, tokens, dtype=compute_dtype(x), nhwc=nhwc, mask=mask, **modes)
+        spec = block_spec(
+            *(self, type(self), batch, tokens),
+            dtype=compute_dtype(x),
+            nhwc=nhwc,
+            training=torch.is_grad_enabled(),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            mask=mask,
+            window=window,
+        )
         if spec is None:
             return None
         if torch.compiler.is_compiling():
@@ -202,8 +220,8 @@ class FlashAttention(FlashBlock, Attention):
 def unknown_block(block: Any, layer: str, choice: str, reason: str) -> str:
     """The message of an error: a backend asked for by name in a block that has to stay stock."""
     return (
-        f"{choice} cannot run in {layer or 'the block'}: this {block.__class__.__name__} is not the one that this "
-        f"version knows: {reason}. flash.backend=auto, or flash.layers={layer}:stock, leaves it stock."
+        f"{label(choice)} cannot run in {layer or 'the block'}: this {block.__class__.__name__} is not the one that "
+        f"this version knows: {reason}. flash.backend=auto, or flash.layers={layer}:stock, leaves it stock."
     )
 
 
@@ -218,6 +236,7 @@ def block_spec(
     training: bool,
     deterministic: bool,
     mask: bool = False,
+    window: Window | None = None,
 ) -> AttentionSpec | None:
     """The spec of a block, patched or stock, for an input of `batch` images with `tokens` pixels or queries each.
 
@@ -233,7 +252,7 @@ def block_spec(
     groups, seq_len, dim, dim_v, area = problem
     layout: Layout = "separate" if cls.separate else "nhwc" if nhwc else "nchw"
     modes = mask, training, training and deterministic
-    return AttentionSpec(groups, block.num_heads, seq_len, seq_len, dim, dim_v, dtype, layout, *modes, area)
+    return AttentionSpec(groups, block.num_heads, seq_len, seq_len, dim, dim_v, dtype, layout, *modes, area, window)
 
 
 def leaves_stock(block: FlashBlock, x: Tensor) -> bool:

@@ -36,7 +36,7 @@ def differentiable_backward(
         v: Values `[..., seq_len_k, head_dim_v]`.
         dout: Gradient of the output, `[..., seq_len_q, head_dim_v]`.
         scale: Of the scores.
-        mask: Bool `[seq_len_q, seq_len_k]`, True where a key is not seen.
+        mask: Bool `[..., seq_len_q, seq_len_k]`, True where a key is not seen.
 
     Returns:
         The gradients of q, k and v, computed in float32 at least and in the dtypes of these.

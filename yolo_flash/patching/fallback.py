@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.registry import BACKENDS
+from ..backends import sparse
+from ..backends.registry import BACKENDS, label
 from ..backends.separate import Inputs
 from ..backends.spec import AttentionSpec
 from ..dispatch.dispatcher import Dispatcher
@@ -94,7 +95,7 @@ def give_up(call: AttentionCall, error: Exception, where: str = "") -> None:
         raise error
     if choice != "auto":
         raise FlashKernelError(
-            f"{backend} raised in {where}{layer or 'the block'} ({spec}): {error}. "
+            f"{label(backend)} raised in {where}{layer or 'the block'} ({spec}): {error}. "
             f"flash.backend=auto, or flash.layers={layer}:stock, avoids it."
         ) from error
     dispatcher.fail(layer, spec, backend, error)
@@ -136,9 +137,7 @@ class _PackedAttention(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, call: AttentionCall, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
         ctx.layout = layout
         packed = _pack(qkv, call.spec)
-        ctx.call, (out, image, *kept) = _run_guarded(
-            call, qkv.device, lambda call: _operator(call.backend, call.spec)(packed, call.spec)
-        )
+        ctx.call, (ctx.inner, (out, image, *kept)) = _run_guarded(call, qkv.device, lambda call: _forward(packed, call))
         ctx.save_for_backward(qkv, *(t for t in kept if not isinstance(t, int)))
         return _unpack(out, qkv).contiguous(memory_format=layout), _unpack(image, qkv).contiguous(memory_format=layout)
 
@@ -146,19 +145,20 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         qkv, *kept = ctx.saved_tensors
         spec, backend = ctx.call.spec, ctx.call.backend
+        inner, ctx.inner = ctx.inner, None  # its memory is freed now, and not with the loss
         if needs_rules(*grads):
             return _differentiable_backward(qkv, grads, spec), None, None
         packed = _pack(qkv, spec)
         dout, dimage = (_pack(grad.contiguous(memory_format=torch.channels_last), spec) for grad in grads)
         differentiate = BACKENDS[backend].backward
         try:
-            if differentiate is None:
-                grad = _by_autograd(packed, dout, dimage, spec, backend)
+            if differentiate is None:  # a second backward of a retained graph builds the inner graph again
+                grad = _gradient(inner or _graph_of(packed, spec, backend), dout, dimage)
             else:
                 grad = differentiate(packed, kept, dout, dimage, spec)
         except Exception as error:
             give_up(ctx.call, error, "the backward of ")
-            grad = _by_autograd(packed, dout, dimage, spec, "sdpa_math")
+            grad = _gradient(_graph_of(packed, spec, "sdpa_math"), dout, dimage)
         return _unpack(grad, grads[0]).contiguous(memory_format=ctx.layout), None, None
 
 
@@ -166,17 +166,36 @@ def _differentiable_backward(qkv: Tensor, grads: tuple[Tensor, ...], spec: Atten
     """The gradient of the image `qkv`, without memory formats, which `vmap` does not support."""
     packed, dout, through_image = (_pack(t, spec).transpose(1, 2) for t in (qkv, *grads))
     q, k, v = packed.split([spec.head_dim, spec.head_dim, spec.head_dim_v], dim=-1)
-    dq, dk, dv = differentiable_backward(q, k, v, dout, spec.head_dim**-0.5)
+    mask = None
+    if spec.window is not None:
+        mask = sparse.unseen(spec, qkv.device).repeat(spec.batch // spec.area, 1, 1)[:, None]
+    dq, dk, dv = differentiable_backward(q, k, v, dout, spec.head_dim**-0.5, mask)
     both = torch.cat((dq, dk, dv + through_image), dim=-1).transpose(1, 2).contiguous()
     return _unpack(both, qkv)
 
 
-def _by_autograd(packed: Tensor, dout: Tensor, dimage: Tensor, spec: AttentionSpec, backend: str) -> Tensor:
-    """The gradient of the packed tensor, through a graph that is built here."""
+_Inner = tuple[Tensor, tuple[Tensor, Tensor]]  # the packed tensor, and attention and v that a graph leads to from it
+
+
+def _forward(packed: Tensor, call: AttentionCall) -> tuple[_Inner | None, tuple[Any, ...]]:
+    """What the backend gives; and its own graph, where autograd has to differentiate it."""
+    if BACKENDS[call.backend].backward is not None:
+        return None, _operator(call.backend, call.spec)(packed, call.spec)
+    leaf, results = _graph_of(packed, call.spec, call.backend)
+    return (leaf, results), tuple(t.detach() for t in results)
+
+
+def _graph_of(packed: Tensor, spec: AttentionSpec, backend: str) -> _Inner:
     with torch.enable_grad():
         leaf = packed.detach().requires_grad_()
         out, image, *_ = _operator(backend, spec)(leaf, spec)
-    return torch.autograd.grad((out, image), leaf, (dout, dimage))[0]
+    return leaf, (out, image)
+
+
+def _gradient(inner: _Inner, dout: Tensor, dimage: Tensor) -> Tensor:
+    """The gradient of the packed tensor, through a graph of its own."""
+    leaf, results = inner
+    return torch.autograd.grad(results, leaf, (dout, dimage))[0].contiguous()
 
 
 def _run(qkv: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor]:

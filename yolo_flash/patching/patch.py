@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
+from collections.abc import Mapping
 
 import torch
 import ultralytics
 from torch import nn
+from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils import LOGGER
 
-from ..backends.registry import BackendNotSupportedError, check_name
+from ..backends.registry import BACKENDS, BackendNotSupportedError, check_name
 from ..checkpoints.authors import is_authors
 from ..config import FlashConfig, FlashConfigError
 from ..dispatch.dispatcher import Dispatcher
@@ -18,10 +21,14 @@ from .blocks import FlashAAttn, FlashAttention, FlashBlock, unknown_block
 from .class_swap import become, restore
 from .equivalence import why_not_equal
 from .multihead import FlashMultiheadAttention, unread_weights
+from .shapes import layer_inputs
 
 BLOCKS: dict[type, type[FlashBlock]] = {
     cls._stock: cls for cls in (FlashAAttn, FlashAttention, FlashMultiheadAttention)
 }
+
+
+_SIDE = 1024  # pixels: a multiple of every stride
 
 
 def without_known_blocks(name: str) -> str:
@@ -76,16 +83,18 @@ def patch_modules(module: nn.Module, config: FlashConfig, dispatcher: Dispatcher
 
     Raises:
         BackendNotSupportedError: A backend name that does not exist, or of a block that has to stay stock.
-        FlashConfigError: A pattern in `layers` that matches no layer.
+        FlashConfigError: A pattern in `layers` that matches no layer, or a window in pixels in a part of a model.
     """
     choices = layer_choices(module, config)
+    windows = layer_windows(module, config, choices)
     blocks = targets(module)
     _tell_strangers(module)
     dispatcher = dispatcher or Dispatcher(config)
     unpatch_modules(module)  # blocks that were changed since have to stay stock now
     for name, block in blocks.items():
         cls = BLOCKS[type(block)]
-        become(block, cls, layer=name, choice=choices[name], dispatcher=dispatcher, verdict=(cls.code(), ""))
+        own = {"layer": name, "choice": choices[name], "window": windows.get(name)}
+        become(block, cls, **own, dispatcher=dispatcher, verdict=(cls.code(), ""))
     return dispatcher
 
 
@@ -116,6 +125,34 @@ def layer_choices(module: nn.Module, config: FlashConfig) -> dict[str, str]:
         if choice not in ("auto", "stock") and (reason := _strangeness(blocks[name])):
             raise BackendNotSupportedError(unknown_block(blocks[name], name, choice, reason))
     return choices
+
+
+def layer_windows(module: nn.Module, config: FlashConfig, choices: Mapping[str, str]) -> dict[str, int]:
+    """Layer name -> side of its window in tokens, for the layers whose backend is approximate.
+
+    Args:
+        module: Patched or stock.
+        config: The settings.
+        choices: What `layer_choices` gave.
+
+    Raises:
+        FlashConfigError: The window is in pixels, and the module is no whole model, which alone tells the strides.
+    """
+    # Queries of nn.MultiheadAttention have no place in an image: there the backend refuses.
+    wanted = [
+        name
+        for name, block in known_blocks(module).items()
+        if choices[name] in BACKENDS
+        and not BACKENDS[choices[name]].exact
+        and not isinstance(block, nn.MultiheadAttention)
+    ]
+    strides: dict[str, int] = {}
+    whole = isinstance(getattr(module, "student_model", module), BaseModel)  # else it takes something else than images
+    if wanted and whole and isinstance(config.window, str):
+        with contextlib.suppress(Exception):  # of a model that cannot run on the meta device
+            inputs = layer_inputs(targets, module, 1, _SIDE, _SIDE)
+            strides = {name: _SIDE // found.grid[0] for name, found in inputs.items() if found.grid}
+    return {name: config.window_tokens(strides.get(name)) for name in wanted}
 
 
 def _tell_strangers(module: nn.Module) -> None:

@@ -98,8 +98,8 @@ def _kernels_of(spec: AttentionSpec) -> area.Problem:
 
 
 def candidates(spec: AttentionSpec, machine: Machine) -> list[str]:
-    """The backends worth a trial: all that can run, but torch's unfused one only where nothing fused can."""
-    able = [name for name, backend in BACKENDS.items() if not backend.not_supported_reasons(spec, machine)]
+    """The exact backends that can run, but torch's unfused one only where nothing fused can."""
+    able = [name for name, b in BACKENDS.items() if b.exact and not b.not_supported_reasons(spec, machine)]
     fused = any(BACKENDS[name].fused for name in able)
     return [name for name in able if name != "sdpa_math" or not fused]
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +12,8 @@ from ultralytics.nn.tasks import RTDETRDetectionModel, guess_model_task
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.checks import check_imgsz
 
-from ..patching.multihead import images_and_tokens
-from ..patching.patch import targets, unpatch_modules
+from ..patching.patch import targets
+from ..patching.shapes import LayerInput, layer_inputs
 
 
 @dataclass(frozen=True)
@@ -79,42 +76,6 @@ def assumed_inputs(model: Any, imgsz: int, batch: int, amp: bool | str, on_gpu: 
     ]
 
 
-class _AllSeenError(Exception):
-    """Ends a forward in which every attention layer has got its input."""
-
-
-def layer_shapes(model: nn.Module, batch: int, height: int, width: int) -> dict[str, tuple[int, int]]:
-    """The shapes that reach the attention layers, from a forward of a copy of the model on torch's meta device.
-
-    Beyond the Python objects of the modules, the copy takes no memory. BatchNorm statistics and random generators are
-    left alone.
-
-    Returns:
-        Layer name -> (images, tokens), for layers that a plain forward reaches: without labels, and so without the
-        denoising queries of RT-DETR.
-    """
-    names = list(targets(model))
-    if not names:
-        return {}
-    memo: dict[int, Any] = {
-        id(t): nn.Parameter(t.to("meta"), requires_grad=False) if isinstance(t, nn.Parameter) else t.to("meta")
-        for t in (*model.parameters(), *model.buffers())
-    }
-    if (criterion := getattr(model, "criterion", None)) is not None:
-        memo[id(criterion)] = None  # holds tensors of the real device and refers back to the model
-    ghost: Any = copy.deepcopy(model, memo)
-    unpatch_modules(ghost)
-    seen: dict[str, tuple[int, int]] = {}
-
-    def note(name: str, block: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        seen[name] = images_and_tokens(block, args[0])
-        if len(seen) == len(names):
-            raise _AllSeenError
-
-    for name, block in targets(ghost).items():
-        block.register_forward_pre_hook(partial(note, name))
-    config: Any = getattr(model, "yaml", None)
-    channels = config.get("channels", 3) if isinstance(config, dict) else 3
-    with contextlib.suppress(_AllSeenError), torch.no_grad():
-        ghost.train()(torch.empty(batch, channels, height, width, device="meta"))
-    return seen
+def layer_shapes(model: nn.Module, batch: int, height: int, width: int) -> dict[str, LayerInput]:
+    """What reaches the attention layers of a model, patched or stock, see `patching.shapes.layer_inputs`."""
+    return layer_inputs(targets, model, batch, height, width)

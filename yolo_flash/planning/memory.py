@@ -36,11 +36,13 @@ def kept_bytes(spec: AttentionSpec, backend: str) -> int:
     """Bytes that one layer keeps for its backward, its queries, keys and values included.
 
     Unfused attention keeps its score matrices; a fused kernel keeps its output, and a float32 for each query and head.
+    An approximate one also keeps the queries, keys and values that it has sorted by their place in the image.
     """
     tokens = spec.batch * spec.num_heads * spec.seq_len_q
     packed = tokens * (2 * spec.head_dim + spec.head_dim_v) * spec.dtype.itemsize
     if not BACKENDS[backend].fused:
         return packed + score_bytes([spec])
+    packed *= 1 if BACKENDS[backend].exact else 2
     return packed + tokens * (spec.head_dim_v * spec.dtype.itemsize + 4)
 
 

@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 from ultralytics.utils.torch_utils import unwrap_model
 
-from ..backends.spec import AttentionSpec
+from ..backends.registry import BACKENDS, label
+from ..backends.spec import AttentionSpec, Window
 from ..dispatch.decision import Decision, Trial
 from ..dispatch.dispatcher import Dispatcher
 from ..machine import Machine
 from ..patching.blocks import FlashBlock, block_spec
 from ..patching.multihead import denoising_queries
-from ..patching.patch import BLOCKS, layer_choices, targets
+from ..patching.patch import BLOCKS, layer_choices, layer_windows, targets
 from .inputs import RunInput, layer_shapes
 
 
@@ -64,10 +65,12 @@ def make_plan(
     """
     model = unwrap_model(model)
     blocks, choices = targets(model), layer_choices(model, dispatcher.config)
+    windows = layer_windows(model, dispatcher.config, choices)
     problems: list[tuple[str, str, RunInput, AttentionSpec]] = []
     for run_input in run_inputs:
         extra = denoising_queries(model) if run_input.mode == "train" else {}
-        for layer, (images, tokens) in layer_shapes(model, run_input.batch, run_input.height, run_input.width).items():
+        shapes = layer_shapes(model, run_input.batch, run_input.height, run_input.width)
+        for layer, (images, tokens, grid) in shapes.items():
             block = blocks[layer]
             cls = type(block) if isinstance(block, FlashBlock) else BLOCKS[type(block)]
             spec = block_spec(
@@ -80,6 +83,7 @@ def make_plan(
                 training=run_input.mode == "train",
                 deterministic=run_input.deterministic,
                 mask=layer in extra,
+                window=Window(*grid, windows[layer]) if grid and layer in windows else None,
             )
             if spec is not None:
                 problems.append((layer, cls._stock.__name__, run_input, spec))
@@ -101,21 +105,28 @@ def describe(rows: list[PlanRow], machine: Machine) -> str:
             row.decision.spec.batch,
             row.decision.spec.num_heads,
             row.decision.spec.seq_len_q,
-            row.decision.backend,
+            label(row.decision.backend),
             row.decision.summary(),
             ".".join(row.layer.split(".")[:2]),  # model.6.m.0.0.attn -> model.6
         )
         for row in rows
     )
     wide = max(11, *(len(row.block) + 2 for row in rows)) if rows else 11
+    named = max([16, *(len(label(row.decision.backend)) + 2 for row in rows)])
     lines = [
         f"yolo-flash: {len({row.layer for row in rows})} attention layers on {machine}",
-        f"  {'mode':<6}{'layers':<16}{'block':<{wide}}{'groups':>7}{'heads':>7}{'tokens':>8}  {'backend':<16}why",
+        f"  {'mode':<6}{'layers':<16}{'block':<{wide}}{'groups':>7}{'heads':>7}{'tokens':>8}  {'backend':<{named}}why",
     ]
     for (mode, block, groups, heads, tokens, backend, why, stage), count in folded.items():
         layers = f"{count} in {stage}"
-        lines.append(f"  {mode:<6}{layers:<16}{block:<{wide}}{groups:>7}{heads:>7}{tokens:>8}  {backend:<16}{why}")
+        lines.append(f"  {mode:<6}{layers:<16}{block:<{wide}}{groups:>7}{heads:>7}{tokens:>8}  {backend:<{named}}{why}")
     lines += [f"  {note}" for note in dict.fromkeys(row.note for row in rows) if note]
+    if windows := sorted({row.decision.spec.window.size for row in rows if row.decision.spec.window}):
+        sizes = ", ".join(f"{size} x {size}" for size in windows)
+        lines.append(
+            f"  approximate: a query sees the keys within {sizes} tokens around it, and no others; `yolo-flash verify` "
+            f"says how far that is from exact attention"
+        )
     if any(row.decision.spec.deterministic and not row.decision.reproducible for row in rows):
         lines.append(
             "  deterministic=True does not reach these backwards: losses may differ in the last bits from run to run. "
@@ -126,6 +137,8 @@ def describe(rows: list[PlanRow], machine: Machine) -> str:
 
 def plan_entry(row: PlanRow) -> dict[str, Any]:
     """A row of the plan as JSON: layer, block, mode, spec, backend, why, ms, error and the reasons of the refused.
+
+    `approximate` is whether the backend computes something else than stock attention.
 
     `method` is how a backend was timed, `spread` how far its samples lie apart, relative to the median; `notes` has the
     backends whose time was scaled, and from what.
@@ -138,6 +151,7 @@ def plan_entry(row: PlanRow) -> dict[str, Any]:
         "mode": row.mode,
         "spec": decision.spec.as_json(),
         "backend": decision.backend,
+        "approximate": not BACKENDS[decision.backend].exact,
         "why": decision.why,
         "ms": decision.ms,
         "method": {name: trial.method for name, trial in timed.items()},

@@ -14,6 +14,7 @@ COLORS = {
     "sdpa_efficient": "#cc79a7",
     "sdpa_cudnn": "#0072b2",
     "triton_area": "#d55e00",
+    "sparse_window": "#009e73",
     "nchw": "#999933",
     "unpatched": "#000000",
     "auto": "#882255",
