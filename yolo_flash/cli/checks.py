@@ -65,8 +65,13 @@ def _verdicts(spec: AttentionSpec, machine: Machine) -> dict[str, Any]:
         "spec": str(spec),
         "auto": decision.backend,
         "why": decision.why,
-        **{name: list(decision.refused.get(name, ())) or "ready" for name in BACKENDS},
+        **{name: list(decision.refused.get(name) or _imports(name)) or "ready" for name in BACKENDS},
     }
+
+
+def _imports(name: str) -> tuple[str, ...]:
+    """Why the package of a backend, which nothing else speaks against, cannot be imported."""
+    return (problem,) if (problem := BACKENDS[name].importable()) else ()
 
 
 def _text(facts: dict[str, Any], machine: Machine) -> str:
@@ -82,6 +87,8 @@ def _text(facts: dict[str, Any], machine: Machine) -> str:
         lines += ["", f"{name}: {verdicts['spec']}"]
         for backend in BACKENDS:
             text = "ready" if verdicts[backend] == "ready" else "; ".join(verdicts[backend])
+            if backend == "sdpa_flash" and machine.flash_impl:
+                text += f"; {machine.runs_flash}"
             chosen = f"  <- auto: {verdicts['why']}" if backend == verdicts["auto"] else ""
             lines.append(f"  {backend:<15}{text}{chosen}")
     return "\n".join(lines)

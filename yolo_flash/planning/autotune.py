@@ -90,7 +90,14 @@ def measure(specs: Iterable[AttentionSpec], device: torch.device) -> dict[Attent
         )
     elif wanted:
         LOGGER.info(f"yolo-flash: {len(wanted)} attention problems known from earlier, read in {seconds * 1e3:.0f} ms")
-    return trials
+    return {spec: {**of_spec, **_broken(spec, machine)} for spec, of_spec in trials.items()}
+
+
+def _broken(spec: AttentionSpec, machine: Machine) -> dict[str, Trial]:
+    """Of the backends that are no candidates, those whose package cannot be imported."""
+    tried = {name: backend for name, backend in BACKENDS.items() if not backend.by_name}
+    able = [backend for backend in tried.values() if not backend.not_supported_reasons(spec, machine)]
+    return {backend.name: Trial(why_not=problem) for backend in able if (problem := backend.importable())}
 
 
 def _kernels_of(spec: AttentionSpec) -> area.Problem:
@@ -99,7 +106,8 @@ def _kernels_of(spec: AttentionSpec) -> area.Problem:
 
 def candidates(spec: AttentionSpec, machine: Machine) -> list[str]:
     """The backends worth a trial: all that can run, but torch's unfused one only where nothing fused can."""
-    able = [name for name, backend in BACKENDS.items() if not backend.not_supported_reasons(spec, machine)]
+    tried = {name: backend for name, backend in BACKENDS.items() if not backend.by_name}
+    able = [name for name, backend in tried.items() if not backend.reasons_here(spec, machine)]
     fused = any(BACKENDS[name].fused for name in able)
     return [name for name in able if name != "sdpa_math" or not fused]
 

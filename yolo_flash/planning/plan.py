@@ -116,6 +116,8 @@ def describe(rows: list[PlanRow], machine: Machine) -> str:
         layers = f"{count} in {stage}"
         lines.append(f"  {mode:<6}{layers:<16}{block:<{wide}}{groups:>7}{heads:>7}{tokens:>8}  {backend:<16}{why}")
     lines += [f"  {note}" for note in dict.fromkeys(row.note for row in rows) if note]
+    if machine.flash_impl:
+        lines.append(f"  sdpa_flash {machine.runs_flash}")
     if any(row.decision.spec.deterministic and not row.decision.reproducible for row in rows):
         lines.append(
             "  deterministic=True does not reach these backwards: losses may differ in the last bits from run to run. "
