@@ -247,12 +247,12 @@ def _fa3_operators(calls: Calls) -> Iterator[None]:
         return *calls.attend(q, k, v, scale), torch.empty(0), torch.empty(0)
 
     def backward(*tensors: Any, **keywords: Any) -> tuple[Tensor, ...]:
-        given: list[Any] = list(tensors[:6])
-        dq, dk, dv = tensors[6:9]
+        dout, q, k, v, out, lse, dq, dk, dv = tensors[:9]
         others = dict(zip([argument.name for argument in schema("bwd")[9:]], tensors[9:], strict=False)) | keywords
         scale, deterministic = others.pop("softmax_scale"), others.pop("deterministic", False)
         assert set(others.values()) <= {None, False, -1}, others
-        for mine, grad in zip((dq, dk, dv), calls.differentiate(*given, scale, deterministic), strict=True):
+        grads = calls.differentiate(dout, q, k, v, out, lse, scale, deterministic)
+        for mine, grad in zip((dq, dk, dv), grads, strict=True):
             mine.copy_(grad)
         return tuple(torch.empty(0) for _ in range(5))
 
