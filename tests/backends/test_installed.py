@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from ultralytics import YOLO
 
 from tests.machines import MACHINES
 from tests.packages import NAMES, Calls, forget, installed_package
 from tests.patching.test_blocks import LAYOUTS, channels, error, make, patched, reference, run
-from yolo_flash import AttentionSpec, BackendNotSupportedError, checks
+from yolo_flash import AttentionSpec, BackendNotSupportedError, checks, patch_model
 from yolo_flash.backends import installed
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.cli import checks as report
+from yolo_flash.cli import main
 from yolo_flash.config import FlashConfig
 from yolo_flash.dispatch import trial_cache
 from yolo_flash.dispatch.decision import Trial, select
@@ -202,6 +204,19 @@ def test_a_kernel_that_raises_in_its_backward_is_no_candidate(package: Calls, mo
     monkeypatch.setattr(Calls, "differentiate", lambda *args: 1 / 0)
     trial = autotune.judge(spec, CPU, ["stock", package.name])[package.name]
     assert f"{package.name} raised in the backward of the block" in trial.why_not
+
+
+def test_a_training_with_validation_runs_by_name(package: Calls, tiny_model: str, tiny_args: dict[str, Any]) -> None:
+    """Its EMA is a deep copy of the model, and its checkpoint is plain Ultralytics'."""
+    if package.name != "flash_attn_4":
+        pytest.skip("one is enough")
+    model = patch_model(YOLO(tiny_model), backend=package.name, log=False)
+    model.train(**tiny_args)
+    assert {row.decision.backend for row in model.trainer.flash_plan} == {package.name}
+    assert package.backward
+    assert len(package.forward) > len(package.backward)
+    network = torch.load(model.trainer.last, weights_only=False)["model"]
+    assert not any("yolo_flash" in type(module).__module__ for module in network.modules())
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
@@ -392,6 +407,12 @@ def test_what_an_earlier_run_has_measured_is_not_imported(none_imported: list[st
     assert "flash_attn_4" in autotune.candidates(AREA, with_packages("H100"), known=NAMES)
     assert autotune._broken(AREA, with_packages("H100"), known=NAMES) == {}
     assert none_imported == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_line_refuses_what_cannot_run(name: str) -> None:
+    with pytest.raises(SystemExit, match=f"backend={name} cannot run .*: runs on NVIDIA cards, the device is"):
+        main.main(["plan", "imgsz=64", "device=cpu", f"flash.backend={name}"])
 
 
 def test_a_broken_package_that_is_asked_for_is_an_error_with_the_fix(none_imported: list[str]) -> None:
