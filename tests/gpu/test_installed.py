@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -175,6 +176,21 @@ def test_a_block_trains_from_a_cuda_graph(kind: str, name: str) -> None:
         wanted = step(static.detach().clone(memory_format=torch.channels_last).requires_grad_())
         for mine, other in zip(captured, wanted, strict=True):
             torch.testing.assert_close(mine, other, rtol=2e-2, atol=2e-2 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("tokens", [100, 400])
+def test_not_a_number_stays_one_and_reaches_nobody_else(tokens: int, name: str) -> None:
+    """A query's reaches its own output, a key's those of all queries of its head and group."""
+    spec = spec_of((3, tokens, 2, 32, 32), training=False)
+    packed, *_ = inputs(spec)
+    packed[0, 5, 0, 3] = math.nan
+    packed[1, 7, 1, spec.head_dim + 3] = math.nan
+    with torch.no_grad():
+        out = BACKENDS[name].run(packed, spec)[0]
+    wanted = torch.zeros(3, tokens, 2, dtype=torch.bool, device="cuda")
+    wanted[0, 5, 0] = wanted[1, :, 1] = True
+    assert torch.equal(out.isnan().all(-1), wanted)
+    assert torch.equal(out.isnan().any(-1), wanted)
 
 
 def test_it_runs_on_the_current_stream(name: str) -> None:
