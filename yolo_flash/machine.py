@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import platform
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,13 @@ import torch
 
 Kind = Literal["cuda", "rocm", "mps", "cpu", "other"]
 Release = tuple[int, ...]
+
+PACKAGES = {  # backend -> the package in pip that it runs on, where a user has installed it
+    "flash_attn_2": "flash-attn",
+    "flash_attn_3": "flash-attn-3",
+    "flash_attn_4": "flash-attn-4",
+    "xformers": "xformers",
+}
 
 _ARCHITECTURES = (  # the highest entry not above the device's compute capability names it
     ((12, 0), "Blackwell"),
@@ -45,7 +54,10 @@ class Machine:
         driver: Version of NVIDIA's driver, None without or where the system does not tell.
         cudnn: Version of cuDNN as torch's integer (9.15.1 is 91501), None without.
         flash_built: Whether this build of torch contains the CUDA flash kernels.
-        packages: Package -> version, or why it cannot be imported.
+        packages: Package -> version, or why it cannot be imported. Those of `PACKAGES` are there where they are
+            installed, and not imported.
+        flash_impl: What runs in place of torch's flash kernels in this process, `FA3` or `FA4`, since somebody called
+            `torch.nn.attention.activate_flash_attention_impl`; else None.
         system: Python and operating system.
     """
 
@@ -60,6 +72,7 @@ class Machine:
     cudnn: int | None = None
     flash_built: bool = True
     packages: Mapping[str, str] = field(default_factory=dict)
+    flash_impl: str | None = None
     system: str = ""
 
     @property
@@ -75,10 +88,17 @@ class Machine:
         return release(self.torch)
 
     @property
+    def runs_flash(self) -> str:
+        """What `sdpa_flash` runs in place of torch's kernels, as a clause; empty where it runs these."""
+        if not self.flash_impl:
+            return ""
+        return f"runs {self.flash_impl}: torch.nn.attention.activate_flash_attention_impl was called in this process"
+
+    @property
     def with_versions(self) -> str:
         """The device and what its numbers depend on, for the head of a table."""
         cudnn = f", cuDNN {cudnn_release(self.cudnn)}" if self.cudnn else ""
-        return f"{self}, torch {self.torch}{cudnn}"
+        return f"{self}, torch {self.torch}{cudnn}{f', flash {self.flash_impl}' if self.flash_impl else ''}"
 
     def __str__(self) -> str:
         """`Tesla T4 (Turing, compute capability 7.5)`."""
@@ -103,13 +123,23 @@ def cudnn_release(version: int) -> str:
     return f"{major}.{rest // 100}.{rest % 100}"
 
 
-@functools.lru_cache
+def flash_impl() -> str | None:
+    """What runs in place of torch's flash kernels at this moment, see `Machine.flash_impl`."""
+    attention = sys.modules.get("torch.nn.attention")  # torch < 2.11 has no such function
+    return getattr(attention, "current_flash_attention_impl", lambda: None)()
+
+
 def detect(device: torch.device) -> Machine:
     """Read the Machine of a device. Initialises CUDA when the device is one, and only then.
 
     Args:
         device: Any torch device; a `meta` tensor's device counts as a device of kind `other`.
     """
+    return _read(device, flash_impl() if device.type == "cuda" else None)
+
+
+@functools.lru_cache
+def _read(device: torch.device, impl: str | None) -> Machine:
     common: dict[str, Any] = {
         "torch": str(torch.__version__),
         "packages": {"triton": _import_result("triton")},
@@ -118,6 +148,7 @@ def detect(device: torch.device) -> Machine:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         rocm = torch.version.hip is not None
+        common["packages"] |= {} if rocm else _installed()
         return Machine(
             kind="rocm" if rocm else "cuda",
             name=properties.name,
@@ -128,6 +159,7 @@ def detect(device: torch.device) -> Machine:
             driver=None if rocm else _driver(),
             cudnn=None if rocm else torch.backends.cudnn.version(),
             flash_built=torch.backends.cuda.is_flash_attention_available(),
+            flash_impl=impl,
             **common,
         )
     if device.type == "cpu":
@@ -169,6 +201,15 @@ def _driver() -> str | None:
         return re.search(r"Module .*?(\d+\.[\d.]+)", text)[1]  # type: ignore[index]
     newest = getattr(torch._C, "_cuda_getDriverVersion", None)
     return str(newest()) if newest else None
+
+
+def _installed() -> dict[str, str]:
+    """The versions of what is installed of `PACKAGES`, without importing it: that takes seconds."""
+    found = {}
+    for name, package in PACKAGES.items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(package)
+    return found
 
 
 def _import_result(name: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -227,30 +226,14 @@ def test_without_a_graph_the_profiler_sums_the_kernels(monkeypatch: pytest.Monke
     assert timer.note.endswith("could be made: RuntimeError: operation not permitted when stream is capturing")
 
 
-@pytest.mark.parametrize("as_tuple", [True, False])
-def test_flash_attn_4_gets_views_and_the_true_scale(as_tuple: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def func(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool) -> Any:
-        assert not causal
-        assert q.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
-        scores = torch.einsum("gqhd,gkhd->ghqk", q, k) * softmax_scale
-        out = torch.einsum("ghqk,gkhd->gqhd", scores.softmax(-1), v)
-        return (out, "statistics") if as_tuple else out
-
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace(flash_attn_func=func))
-    card = Machine(kind="cuda", name="a card", capability=(9, 0))
-    assert op._no_peer(card) == ""
-    packed = torch.randn(2, 10, 2, 32 + 32 + 64)
-    spec = AttentionSpec(2, 2, 10, 10, 32, 64, torch.float32, "nhwc")
-    for found, wanted in zip(op_timing._run_peer(packed, spec), flash(packed, spec), strict=True):
-        assert found.is_contiguous()
-        torch.testing.assert_close(found, wanted)
-
-
-def test_a_broken_flash_attn_4_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    reason = op._no_peer(Machine(kind="cuda", name="a card", capability=(9, 0)))
-    assert reason.startswith("its import gave ModuleNotFoundError: ")
+def test_an_arm_whose_package_cannot_be_imported_has_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = dataclasses.replace(
+        BACKENDS["flash_attn_4"], limits=lambda spec, machine: iter(()), importable=lambda: "its import gave nothing"
+    )
+    monkeypatch.setitem(BACKENDS, "flash_attn_4", broken)
+    card = Machine(kind="cuda", name="a card", capability=(9, 0), packages={"flash_attn_4": "4.0.0b36"})
+    rows = [row for row in op._empty_rows("one-group", "float16", card) if row["arm"] == "flash_attn_4"]
+    assert [(row["note"], row["flash_attn_4"]) for row in rows] == [("its import gave nothing", "4.0.0b36")] * 2
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------

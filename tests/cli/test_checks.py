@@ -20,7 +20,7 @@ from yolo_flash import checks
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.cli import checks as report
 from yolo_flash.cli import main
-from yolo_flash.machine import Machine
+from yolo_flash.machine import PACKAGES, Machine
 
 SPECS = ["YOLO12, area attention", "YOLO26, PSA", "RT-DETR, decoder"]
 T4 = Machine(
@@ -231,7 +231,7 @@ def test_plan_as_json_is_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
     for row in facts["plan"]:
         assert (row["mode"], row["backend"], row["why"]) == ("train", "sdpa_math", "asked for")
         assert row["spec"]["seq_len_q"] == 4
-        assert set(row["refused"]) == {"sdpa_efficient", "sdpa_cudnn", "triton_area", "sparse_window"}
+        assert set(row["refused"]) == {"sdpa_efficient", "sdpa_cudnn", "triton_area", *PACKAGES, "sparse_window"}
     assert facts["score_bytes"]["stock"] == facts["score_bytes"]["planned"] > 0
     assert facts["machine"]["kind"] == "cpu"
 

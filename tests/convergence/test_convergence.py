@@ -61,6 +61,6 @@ def test_losses_agree_over_32_steps(
         return flash(torch.cat([3 * q, rest], dim=-1), spec)
 
     flash = registry.BACKENDS["sdpa_flash"].run
-    broken = registry.Backend("sdpa_flash", lambda spec, machine: iter(()), wrong_scale, lambda machine: True)
+    broken = registry.Backend("sdpa_flash", lambda spec, machine: iter(()), wrong_scale, lambda spec, machine: True)
     monkeypatch.setitem(registry.BACKENDS, "sdpa_flash", broken)
     assert distance(losses(tmp_path / "start.pt", args, "sdpa_flash")) > 100 * TOLERANCE  # the test can fail

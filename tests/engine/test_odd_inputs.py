@@ -47,7 +47,7 @@ def test_features_show_an_error_of_attention(tiny_model: str, monkeypatch: pytes
 
 
 def _with_forward(backend: Any, forward: Any) -> Any:
-    return backends_module.Backend(backend.name, lambda spec, machine: iter(()), forward, lambda machine: True)
+    return backends_module.Backend(backend.name, lambda spec, machine: iter(()), forward, lambda spec, machine: True)
 
 
 def test_pictures_of_odd_shapes(tiny_model: str) -> None:

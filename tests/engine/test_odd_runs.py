@@ -40,7 +40,7 @@ def test_losses_show_an_error_of_attention(
         out, image = flash.run(packed, spec)
         return out * 1.02, image
 
-    broken = backends_module.Backend("sdpa_flash", lambda spec, machine: iter(()), run, lambda machine: True)
+    broken = backends_module.Backend("sdpa_flash", lambda spec, machine: iter(()), run, lambda spec, machine: True)
     monkeypatch.setitem(backends_module.BACKENDS, "sdpa_flash", broken)
     with pytest.raises(AssertionError, match=r"gradient is off by 0\.0"):
         train_twins(tiny_model, tiny_args, steps=2)

@@ -378,7 +378,7 @@ def cudnn_with_a_failing_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(packed: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
         return flash.run(_FailingBackward.apply(packed) if packed.requires_grad else packed, spec)
 
-    broken = backends_module.Backend("sdpa_cudnn", lambda spec, machine: iter(()), run, lambda machine: True)
+    broken = backends_module.Backend("sdpa_cudnn", lambda spec, machine: iter(()), run, lambda spec, machine: True)
     monkeypatch.setitem(backends_module.BACKENDS, "sdpa_cudnn", broken)
     rules = [("sdpa_cudnn", "for this test"), ("sdpa_flash", "after it")]
     monkeypatch.setattr("yolo_flash.dispatch.rules._cpu_rules", lambda spec: iter(rules))

@@ -127,7 +127,7 @@ def test_no_copy_of_q_k_and_v_in_channels_last(monkeypatch: pytest.MonkeyPatch) 
         storages.append(packed.untyped_storage().data_ptr())
         return run_flash(packed, spec)
 
-    backend = backends_module.Backend("sdpa_flash", lambda spec, machine: iter(()), spy, lambda machine: True)
+    backend = backends_module.Backend("sdpa_flash", lambda spec, machine: iter(()), spy, lambda spec, machine: True)
     monkeypatch.setitem(backends_module.BACKENDS, "sdpa_flash", backend)
     block.qkv.register_forward_hook(lambda module, args, out: storages.append(out.untyped_storage().data_ptr()))
     copies: list[tuple[int, ...]] = []
@@ -277,7 +277,7 @@ def broken(message: str) -> backends_module.Backend:
     def run(packed: Tensor, spec: spec.AttentionSpec) -> tuple[Tensor, Tensor]:
         raise RuntimeError(message)
 
-    return backends_module.Backend("sdpa_flash", lambda spec, machine: iter(()), run, lambda machine: True)
+    return backends_module.Backend("sdpa_flash", lambda spec, machine: iter(()), run, lambda spec, machine: True)
 
 
 def test_auto_survives_a_kernel_that_raises_and_says_so_once(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
@@ -305,7 +305,7 @@ def test_out_of_memory_is_left_to_the_trainer(monkeypatch: pytest.MonkeyPatch) -
     def run(packed: Tensor, spec: spec.AttentionSpec) -> tuple[Tensor, Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    backend = backends_module.Backend("sdpa_flash", lambda spec, machine: iter(()), run, lambda machine: True)
+    backend = backends_module.Backend("sdpa_flash", lambda spec, machine: iter(()), run, lambda spec, machine: True)
     monkeypatch.setitem(backends_module.BACKENDS, "sdpa_flash", backend)
     with pytest.raises(torch.OutOfMemoryError):
         patched(make("area1"), "sdpa_flash")(torch.randn(2, 64, 8, 8))

@@ -109,7 +109,7 @@ def test_a_mask_that_is_left_out_is_wrong(training: bool, monkeypatch: pytest.Mo
 
 def break_flash(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     monkeypatch.setitem(
-        BACKENDS, "sdpa_flash", Backend("sdpa_flash", lambda spec, machine: iter(()), run, lambda machine: True)
+        BACKENDS, "sdpa_flash", Backend("sdpa_flash", lambda spec, machine: iter(()), run, lambda spec, machine: True)
     )
 
 

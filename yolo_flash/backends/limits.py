@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from ..kernels import area
-from ..machine import Machine, cudnn_release, dotted, release
+from ..machine import PACKAGES, Machine, cudnn_release, dotted, release
 from ..utils.compiler import TRITON
+from .installed import HOW
 from .spec import AttentionSpec, dtype_name
 
 
@@ -43,7 +44,9 @@ def flash(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
         yield f"torch {machine.torch} was built without the flash kernels"
     yield from _capability(machine, (8, 0))
     yield from _aotriton(machine)
-    yield from _fused(spec, machine, (torch.float16, torch.bfloat16), 256)
+    yield from _activated(machine)
+    replaced = machine.flash_impl == "FA4" and machine.capability is not None and machine.capability >= (10, 0)
+    yield from _fused(spec, machine, (torch.float16, torch.bfloat16), 128 if replaced else 256)
     if spec.mask:
         yield f"takes no mask, {spec.seq_len_q} queries x {spec.seq_len_k} keys are masked"
     largest = max(spec.head_dim, spec.head_dim_v)
@@ -143,3 +146,74 @@ def _aotriton(machine: Machine) -> Iterator[str]:
     """AMD's kernels are built ahead for a few architectures; torch calls all others experimental."""
     if machine.kind == "rocm" and not (machine.gcn or "").startswith(("gfx90a", "gfx942", "gfx950")):
         yield f"torch ships AMD kernels for gfx90a, gfx942 and gfx950, the device is {machine.gcn}"
+
+
+def _activated(machine: Machine) -> Iterator[str]:
+    """What torch's replacements of its flash kernels refuse, see `Machine.flash_impl`."""
+    majors = {"FA3": (9,), "FA4": (9, 10)}.get(machine.flash_impl or "")
+    if majors and machine.capability is not None and machine.capability[0] not in majors:
+        needed = " or ".join(f"{major}.0" for major in majors)
+        yield (
+            f"runs {machine.flash_impl}, which this process has activated and which needs compute capability {needed}, "
+            f"{machine.name} has {dotted(machine.capability)}"
+        )
+
+
+# Packages that a user may have installed ------------------------------------------------------------------------------
+def flash_attn_2(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
+    """FlashAttention 2 of the package flash-attn: on NVIDIA cards from Ampere on."""
+    if machine.kind == "cuda":
+        yield from _capability(machine, (8, 0))
+        yield from _fused(spec, machine, (torch.float16, torch.bfloat16), 256)
+    yield from _package("flash_attn_2", spec, machine)
+    found = machine.packages.get("flash_attn_2", "")
+    if machine.kind == "cuda" and found and release(found) < (2, 7):
+        yield f"needs flash-attn >= 2.7, found {found}"
+
+
+def flash_attn_3(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
+    """FlashAttention 3 of the hopper build: on Hopper."""
+    if machine.kind == "cuda":
+        if machine.capability is not None and machine.capability[0] != 9:
+            yield f"needs compute capability 9.0, {machine.name} has {dotted(machine.capability)}"
+        yield from _fused(spec, machine, (torch.float16, torch.bfloat16), 256)
+    yield from _package("flash_attn_3", spec, machine)
+
+
+def flash_attn_4(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
+    """FlashAttention 4 of the package flash-attn-4: on Hopper and Blackwell."""
+    if machine.kind == "cuda":
+        yield from _capability(machine, (9, 0))
+        hopper = machine.capability is None or machine.capability < (10, 0)
+        yield from _fused(spec, machine, (torch.float16, torch.bfloat16), 256 if hopper else 128)
+        if spec.training and spec.deterministic and machine.capability is not None and machine.capability[0] == 12:
+            yield f"has no deterministic backward at compute capability {dotted(machine.capability)}"
+    yield from _package("flash_attn_4", spec, machine)
+
+
+def xformers(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
+    """What xformers chooses: torch's CUTLASS kernels up to Hopper, and FlashAttention 2 or 3."""
+    if machine.kind == "cuda" and machine.capability is not None:
+        yield from _capability(machine, (5, 0))
+        card = f"at compute capability {dotted(machine.capability)}"
+        if machine.capability <= (9, 0):
+            dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+            yield from _fused(spec, machine, dtypes if machine.capability >= (8, 0) else dtypes[:2], 1024)
+        else:  # it has nothing but FlashAttention 2 there, which it takes for not deterministic
+            yield from _fused(spec, machine, (torch.float16, torch.bfloat16), 256)
+            if spec.head_dim != spec.head_dim_v:
+                yield f"needs equal head dims {card}, the layer has {spec.head_dim} and {spec.head_dim_v}"
+            if spec.deterministic:
+                yield f"has nothing deterministic {card}, and torch asks for it"
+    yield from _package("xformers", spec, machine)
+
+
+def _package(name: str, spec: AttentionSpec, machine: Machine) -> Iterator[str]:
+    """What is common to all packages; whether they can be imported, `Backend.importable` finds out."""
+    if machine.kind != "cuda":
+        yield f"runs on NVIDIA cards, the device is {machine}"
+        return
+    if spec.mask and spec.layout == "separate":
+        yield f"takes no mask here, {spec.seq_len_q} queries x {spec.seq_len_k} keys are masked"
+    if name not in machine.packages:
+        yield f"needs the package {PACKAGES[name]}, which is not installed: {HOW[name]}"

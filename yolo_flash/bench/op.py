@@ -1,4 +1,4 @@
-"""`yolo-flash bench op`: the attention core alone, every fused backend and a peer, side by side in one process.
+"""`yolo-flash bench op`: the attention core alone, every fused backend, side by side in one process.
 
 Packed qkv goes in, attention and a contiguous copy of v come out (`Backend.run`), so all layout work counts. The arms
 take turns within every repeat, and each result is compared with float64 in the run that times it.
@@ -7,7 +7,6 @@ take turns within every repeat, and each result is compared with float64 in the 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,11 @@ from ultralytics.utils import LOGGER, TQDM
 from .._version import __version__
 from ..backends.registry import BACKENDS, BackendNotSupportedError
 from ..machine import Machine, cudnn_release, detect
-from ..utils.errors import did_you_mean, first_line
+from ..utils.errors import did_you_mean
 from ..utils.files import Row, as_csv, from_csv, write_file
 from . import op_table
 from .op_table import CPU_SHAPES, GPU_SHAPES, MODES, OP_ARMS, OP_COLUMNS, OP_NUMBERS, PEER, SHAPES
-from .op_timing import load_peer, measure_shape
+from .op_timing import measure_shape
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,7 @@ def bench_op(job: OpJob) -> list[Row]:
     machine = detect(device)
     dtype = job.dtype or ("float16" if on_gpu else "float32")
     shapes = dict.fromkeys(job.shapes or (GPU_SHAPES if on_gpu else CPU_SHAPES))
-    no_peer = _no_peer(machine)  # once: an import that fails can be slow
-    rows = [row for name in shapes for row in _empty_rows(name, dtype, machine, no_peer)]
+    rows = [row for name in shapes for row in _empty_rows(name, dtype, machine)]
     rows = _without_hopeless(rows, job.arms)
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,22 +91,21 @@ def bench_op(job: OpJob) -> list[Row]:
     return rows
 
 
-def _empty_rows(name: str, dtype: str, machine: Machine, no_peer: str) -> Iterator[Row]:
+def _empty_rows(name: str, dtype: str, machine: Machine) -> Iterator[Row]:
     """A row for each mode and arm, without numbers; with the reasons as a note where the arm refuses."""
     known = {
         "device": machine.name,
         "torch": machine.torch,
         "triton": machine.packages.get("triton"),
         "cudnn": cudnn_release(machine.cudnn) if machine.cudnn else None,
+        PEER: machine.packages.get(PEER),
         "yolo_flash": __version__,
     }
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        known[PEER] = importlib.metadata.version("flash-attn-4")
     sizes = {"shape": name, **SHAPES[name]._asdict(), "dtype": dtype}
     for mode in MODES:
         spec = SHAPES[name].spec(getattr(torch, dtype), mode)
         for arm in OP_ARMS:
-            note = no_peer if arm == PEER else "; ".join(BACKENDS[arm].not_supported_reasons(spec, machine))
+            note = "; ".join(BACKENDS[arm].reasons_here(spec, machine))
             yield dict.fromkeys(OP_COLUMNS) | known | sizes | {"mode": mode, "arm": arm, "note": note}
 
 
@@ -121,14 +118,3 @@ def _without_hopeless(rows: list[Row], asked: tuple[str, ...]) -> list[Row]:
         others = ", ".join(arm for arm in OP_ARMS if arm in able) or "none"
         raise BackendNotSupportedError(f"cannot run on any shape: {reasons}. Arms that can: {others}.")
     return [row for row in rows if row["arm"] in (asked or OP_ARMS)]
-
-
-def _no_peer(machine: Machine) -> str:
-    """Why flash-attn-4 cannot run; empty when it can be tried."""
-    if machine.kind != "cuda":
-        return f"runs on NVIDIA cards, the device is {machine}"
-    try:
-        load_peer()
-    except Exception as error:  # a broken installation raises anything
-        return f"its import gave {first_line(error)}"
-    return ""

@@ -13,7 +13,7 @@ from ..utils.plotting import COLORS, as_png, new_figure
 
 FORWARD, BOTH = MODES = ("forward", "forward+backward")
 OURS, PEER = "triton_area", "flash_attn_4"
-OP_ARMS = (*(backend.name for backend in BACKENDS.values() if backend.fused and backend.exact), PEER)
+OP_ARMS = tuple(backend.name for backend in BACKENDS.values() if backend.fused and backend.exact)
 OP_COLUMNS = (  # microseconds of one call: us on the GPU, wall_us from Python; exp_percent of what the SMs can do
     *("shape", "groups", "tokens", "heads", "head_dim", "head_dim_v", "dtype", "mode", "arm", "method", "repeats"),
     *("us", "us_low", "us_high", "wall_us", "tflops", "exp_percent", "peak_mib", "error_out", "error_grad", "note"),

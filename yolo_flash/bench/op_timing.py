@@ -6,24 +6,21 @@ The arms take turns within every repeat. An arm that raises gets a note in its r
 from __future__ import annotations
 
 import contextlib
-import importlib
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import DeviceType
 
 from ..backends.registry import BACKENDS
-from ..backends.spec import AttentionSpec
 from ..utils.errors import first_line
 from ..utils.memory import extra_bytes
 from ..utils.numerics import Results, reference, relative_error
 from ..utils.profiler import kernels_profiled
 from ..utils.timing import clock_ms, graph_ms
-from .op_table import BOTH, FORWARD, MODES, PEER, SHAPES, Row
+from .op_table import BOTH, FORWARD, MODES, SHAPES, Row
 
 Call = Callable[[], Results]
 
@@ -159,22 +156,10 @@ def _noted(rows: Iterable[Row]) -> Iterator[None]:
                 row["note"] = first_line(error)
 
 
-def load_peer() -> Callable[..., Any]:
-    """The function of flash-attn-4; raises what its import raises."""
-    return importlib.import_module("flash_attn.cute").flash_attn_func
-
-
-def _run_peer(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """`Backend.run` by flash-attn-4, whose tensors are `[groups, tokens, heads, dim]` too."""
-    q, k, v = packed.split([spec.head_dim, spec.head_dim, spec.head_dim_v], dim=-1)
-    out = load_peer()(q, k, v, softmax_scale=spec.head_dim**-0.5, causal=False)
-    return (out[0] if isinstance(out, tuple) else out).contiguous(), v.contiguous()
-
-
 def _caller(row: Row, packed: Tensor, upstream: list[Tensor]) -> Call:
     """One call of an arm: `() -> (out, v)`, or `(out, v, gradient of packed)` with the backward."""
     spec = SHAPES[row["shape"]].spec(packed.dtype, row["mode"])
-    run = _run_peer if row["arm"] == PEER else BACKENDS[row["arm"]].run
+    run = BACKENDS[row["arm"]].run
 
     def forward() -> tuple[Tensor, ...]:
         with torch.no_grad():

@@ -76,6 +76,7 @@ def _arms_that_run(job: PredictJob, machine: Machine) -> tuple[str, ...]:
         for name, sizes in refused.items():
             sizes += [reasons for row in rows if (reasons := "; ".join(row.decision.refused.get(name, ())))][:1]
     unable = {name: sizes[0] for name, sizes in refused.items() if len(sizes) == len(job.imgsz)}
+    unable |= {name: why for name, b in BACKENDS.items() if name not in unable and (why := b.importable())}
     for name, reason in unable.items():
         LOGGER.info(f"bench predict: without {name}: {reason}")
     return (UNPATCHED, *(name for name in BACKENDS if name not in ("stock", *unable)), "auto")  # stock is unpatched

@@ -71,9 +71,10 @@ def _verdicts(spec: AttentionSpec, machine: Machine) -> dict[str, Any]:
 
 
 def _reasons(backend: Backend, spec: AttentionSpec, machine: Machine, decision: Decision) -> tuple[str, ...]:
-    """Why a backend cannot run; of an approximate one, why it could not if it were asked for."""
+    """Why a backend cannot run, its package included; of an approximate one, why it could not if it were asked for."""
     if backend.exact:
-        return decision.refused.get(backend.name, ())
+        refused = decision.refused.get(backend.name, ())
+        return refused or ((problem,) if (problem := backend.importable()) else ())
     return backend.not_supported_reasons(spec._replace(window=Window(20, 20, FlashConfig().window_tokens(32))), machine)
 
 
@@ -93,6 +94,8 @@ def _text(facts: dict[str, Any], machine: Machine) -> str:
             if not BACKENDS[backend].exact:
                 slow = ", in plain operators that are slow" if text == "ready" and machine.kind == "cpu" else ""
                 text = f"approximate, by name only: {text}{slow}"
+            if backend == "sdpa_flash" and machine.flash_impl:
+                text += f"; {machine.runs_flash}"
             chosen = f"  <- auto: {verdicts['why']}" if backend == verdicts["auto"] else ""
             lines.append(f"  {backend:<15}{text}{chosen}")
     return "\n".join(lines)

@@ -146,7 +146,7 @@ def select(
             reasons.append(failed[name])
         if not backend.exact and choice != name:
             reasons = [BY_NAME_ONLY]
-        if deterministic == "strict" and spec.training and not backend.reproducible(machine):
+        if deterministic == "strict" and spec.training and not backend.reproducible(spec, machine):
             reasons.append("deterministic=strict, and its backward adds in an order that changes from run to run")
         if reasons:
             refused[name] = tuple(reasons)
@@ -162,21 +162,30 @@ def select(
             if trial.why_not and not (by_rules and trial.no_memory):
                 refused[name] = (*refused.get(name, ()), trial.why_not)
         if timed:
-            winner, why = _fastest(timed, [name for name, _ in rules], memory_limited, machine)
+            winner, why = _fastest(timed, [name for name, _ in rules], memory_limited, spec, machine)
         else:
-            winner, why = next((rule for rule in rules if rule[0] not in refused), ("stock", "nothing else is left"))
+            winner, why = next((rule for rule in rules if _free(rule[0], refused)), ("stock", "nothing else is left"))
             refused.pop(winner, None)  # stock, which could not be tried
-    elif choice in refused:
+    elif not _free(choice, refused):
         raise BackendNotSupportedError(
             f"backend={label(choice)} cannot run {spec} on {machine}: {'; '.join(refused[choice])}. "
             f"These can: {', '.join(['auto', *(name for name in BACKENDS if name not in refused)])}."
         )
     else:
         winner, why = choice, "asked for"
-    return Decision(spec, winner, why, refused, BACKENDS[winner].reproducible(machine), trials, by_rules)
+    return Decision(spec, winner, why, refused, BACKENDS[winner].reproducible(spec, machine), trials, by_rules)
 
 
-def _fastest(timed: Mapping[str, Trial], rules: list[str], memory_limited: bool, machine: Machine) -> tuple[str, str]:
+def _free(name: str, refused: dict[str, tuple[str, ...]]) -> bool:
+    """Whether nothing speaks against a backend that is to run: its package is imported now, and not before."""
+    if name not in refused and (problem := BACKENDS[name].importable()):
+        refused[name] = (problem,)
+    return name not in refused
+
+
+def _fastest(
+    timed: Mapping[str, Trial], rules: list[str], memory_limited: bool, spec: AttentionSpec, machine: Machine
+) -> tuple[str, str]:
     """The fastest backend and why; of those within 3 %, the reproducible one, then the one with less memory.
 
     On a CPU, whose clock other processes disturb, the choice of the rules stands unless another is faster beyond doubt.
@@ -194,11 +203,9 @@ def _fastest(timed: Mapping[str, Trial], rules: list[str], memory_limited: bool,
     if machine.kind == "cpu" and best != by_rules and by_rules in timed and low[by_rules] <= (1 + TIE) * low[best]:
         return by_rules, f"by the rules, as {best} was not faster beyond the noise"
     tied = [name for name in ms if ms[name] <= (1 + TIE) * ms[best]]
-    winner = min(
-        tied, key=lambda name: (not BACKENDS[name].reproducible(machine), timed[name].extra_bytes or 0, ms[name])
-    )
+    same_bits = {name: BACKENDS[name].reproducible(spec, machine) for name in ms}
+    winner = min(tied, key=lambda name: (not same_bits[name], timed[name].extra_bytes or 0, ms[name]))
     if winner == best:
         return winner, "the fastest measured"
-    bits = BACKENDS[winner].reproducible(machine) and not BACKENDS[best].reproducible(machine)
-    kept = "gives the same bits every time" if bits else "takes less memory"
+    kept = "gives the same bits every time" if same_bits[winner] and not same_bits[best] else "takes less memory"
     return winner, f"within {TIE:.0%} of {best}, and {kept}"

@@ -15,7 +15,7 @@ from ultralytics.utils import LOGGER, RANK
 from ..backends.registry import BACKENDS
 from ..backends.spec import AttentionSpec
 from ..config import FlashConfig
-from ..machine import Machine, detect
+from ..machine import Machine, detect, flash_impl
 from ..utils.compiler import assume_constant_result
 from . import trial_cache
 from .decision import Decision, Trial, select
@@ -62,6 +62,7 @@ class Dispatcher:
         self.measure: Measure | None = None
         self.layers = 1
         self._met: dict[_Key, int] = {}
+        self._flash_impl: str | None = None
         self._tried: set[AttentionSpec] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Dispatcher:
@@ -125,6 +126,9 @@ class Dispatcher:
         Raises:
             BackendNotSupportedError: `choice` names a backend that cannot run the spec.
         """
+        if (now := flash_impl()) != self._flash_impl:  # `sdpa_flash` runs another kernel than when it was decided
+            self._flash_impl = now
+            self._decisions.clear()
         key = spec, choice, device
         decision = self._decisions.get(key)
         if decision is None:

@@ -10,6 +10,7 @@ from ..backends.spec import AttentionSpec
 from ..machine import Machine
 
 RULES_MEASURED_ON = (9, 0)  # the compute capability of the card whose numbers are behind the rules for GPUs
+FLASH_ATTN_4_FROM = 4096  # tokens, in training: docs/results/area-h100.md
 
 
 def rules_for(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str]]:
@@ -24,6 +25,8 @@ def rules_for(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str]
 def _gpu_rules(spec: AttentionSpec, machine: Machine) -> Iterator[tuple[str, str]]:
     padded = spec.head_dim != spec.head_dim_v
     if machine.capability == RULES_MEASURED_ON:
+        if spec.training and not spec.deterministic and spec.seq_len_k >= FLASH_ATTN_4_FROM:
+            yield "flash_attn_4", f"the fastest backward from {FLASH_ATTN_4_FROM:,} tokens on"
         yield "triton_area", "fused, reads the convolution's output in place"
     if spec.layout == "nchw" and not spec.training:
         # Prediction in NCHW, where torch's fused kernels need a copy of q, k and v: small images do not pay for it.

@@ -8,14 +8,14 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
 import torch
 from ultralytics.utils import LOGGER, NUM_THREADS, TQDM
 
-from ..backends.registry import BACKENDS
+from ..backends.registry import BACKENDS, Backend
 from ..backends.spec import AttentionSpec
 from ..dispatch import trial_cache
 from ..dispatch.decision import Trial
@@ -90,23 +90,39 @@ def measure(specs: Iterable[AttentionSpec], device: torch.device) -> dict[Attent
         )
     elif wanted:
         LOGGER.info(f"yolo-flash: {len(wanted)} attention problems known from earlier, read in {seconds * 1e3:.0f} ms")
-    return trials
+    return {spec: {**of_spec, **_broken(spec, machine, of_spec)} for spec, of_spec in trials.items()}
+
+
+def _broken(spec: AttentionSpec, machine: Machine, known: Container[str]) -> dict[str, Trial]:
+    """Of the backends without a trial, those whose package cannot be imported, which was tried when measuring."""
+    others = [backend for backend in BACKENDS.values() if backend.name not in known and not backend.by_name]
+    able = [backend for backend in others if not backend.not_supported_reasons(spec, machine)]
+    return {backend.name: Trial(why_not=problem) for backend in able if (problem := backend.importable())}
 
 
 def _kernels_of(spec: AttentionSpec) -> area.Problem:
     return area.Problem(spec.seq_len_q, spec.head_dim, spec.head_dim_v, spec.dtype, spec.training)
 
 
-def candidates(spec: AttentionSpec, machine: Machine) -> list[str]:
-    """The exact backends that can run, but torch's unfused one only where nothing fused can."""
-    able = [name for name, b in BACKENDS.items() if b.exact and not b.not_supported_reasons(spec, machine)]
+def candidates(spec: AttentionSpec, machine: Machine, known: Container[str] = ()) -> list[str]:
+    """The exact backends worth a trial: all that can run, but torch's unfused one only where nothing fused can.
+
+    Packages are imported to find out whether they can run, but not those of `known` backends, which ran once: an import
+    may take seconds, and another backend may be the fastest.
+    """
+
+    def reasons(backend: Backend) -> tuple[str, ...]:
+        ask = backend.not_supported_reasons if backend.name in known else backend.reasons_here
+        return ask(spec, machine)
+
+    able = [name for name, b in BACKENDS.items() if b.exact and not b.by_name and not reasons(b)]
     fused = any(BACKENDS[name].fused for name in able)
     return [name for name in able if name != "sdpa_math" or not fused]
 
 
 def _missing(spec: AttentionSpec, device: torch.device, machine: Machine, known: Mapping[str, Trial]) -> list[str]:
     """The candidates without a trial, and those whose trial lacked memory that is free now."""
-    names = candidates(spec, machine)
+    names = candidates(spec, machine, known)
     lacking = [name for name, trial in known.items() if trial.no_memory]
     room = free_bytes(device) // (2 * len(names)) if lacking else 0
     fits = [name for name in lacking if _bytes_a_group(spec, name) * spec.area <= room]

@@ -127,6 +127,8 @@ def describe(rows: list[PlanRow], machine: Machine) -> str:
             f"  approximate: a query sees the keys within {sizes} tokens around it, and no others; `yolo-flash verify` "
             f"says how far that is from exact attention"
         )
+    if machine.flash_impl:
+        lines.append(f"  sdpa_flash {machine.runs_flash}")
     if any(row.decision.spec.deterministic and not row.decision.reproducible for row in rows):
         lines.append(
             "  deterministic=True does not reach these backwards: losses may differ in the last bits from run to run. "

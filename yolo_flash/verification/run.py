@@ -214,8 +214,8 @@ def _others(case: Case, spec: AttentionSpec | None, planned: str) -> list[str]:
         for name, backend in BACKENDS.items()
         if backend.exact
         and name not in ("stock", planned)
-        and not backend.not_supported_reasons(spec, case.machine)
-        and not (strict and not backend.reproducible(case.machine))
+        and not backend.reasons_here(spec, case.machine)
+        and not (strict and not backend.reproducible(spec, case.machine))
     ]
 
 

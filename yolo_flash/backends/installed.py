@@ -1,0 +1,108 @@
+"""Backends of packages that a user may have installed: the calls, and what a failed import means."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import installed
+from ..machine import PACKAGES
+from ..utils.errors import first_line
+from . import packed as packed_calls
+from . import separate as separate_calls
+from .packed import _multiple_of_8, _narrow, _widen
+from .separate import Inputs
+from .spec import AttentionSpec
+
+HOW = {  # to get the package of a backend
+    "flash_attn_2": "pip install --no-build-isolation flash-attn",
+    "flash_attn_3": "pip install --no-build-isolation . in the folder hopper of github.com/Dao-AILab/flash-attention",
+    "flash_attn_4": "pip install --pre flash-attn-4, with CUDA 13 'flash-attn-4[cu13]'",
+    "xformers": "pip install xformers",
+}
+_ONE_HEAD_DIM = ("flash_attn_2", "flash_attn_3")  # of queries, keys and values
+
+
+def _operator(name: str, spec: AttentionSpec) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The package's attention as an aten operator would be called: on views `[batch, num_heads, seq_len, dim]`."""
+
+    def op(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse = installed.call(name, *(t.transpose(1, 2) for t in (q, k, v)), scale, spec.deterministic)
+        return out.transpose(1, 2), lse
+
+    return op
+
+
+def forward(name: str, packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:
+    """`Backend.forward` by a package."""
+    dims = _multiple_of_8(spec.head_dim), _multiple_of_8(spec.head_dim_v)
+    if name in _ONE_HEAD_DIM:
+        dims = max(dims), max(dims)
+    return packed_calls._attend(packed, spec, *dims, _operator(name, spec))
+
+
+def backward(name: str, packed: Tensor, kept: Sequence[Any], dout: Tensor, dv: Tensor, spec: AttentionSpec) -> Tensor:
+    """`Backend.backward` by a package, which writes its gradients into the packed one where no channel was padded."""
+    *views, lse = kept
+    q, k, v, out = (t.transpose(1, 2) for t in views)
+    widths, dims = [t.shape[-1] for t in (q, k, v)], [spec.head_dim, spec.head_dim, spec.head_dim_v]
+    grad = packed.new_empty((*packed.shape[:3], sum(widths)))
+    parts = grad.split(widths, dim=-1)
+    dout = _widen(dout, out.shape[-1])
+    installed.call(f"{name}_backward", dout, q, k, v, out, lse, *parts, spec.head_dim**-0.5, spec.deterministic)
+    if widths == dims:
+        parts[2].add_(dv)
+        return grad
+    dq, dk, through_scores = (_narrow(t.transpose(1, 2), dim) for t, dim in zip(parts, dims, strict=True))
+    return torch.cat((dq, dk, through_scores + dv), dim=-1)
+
+
+def separate(name: str, inputs: Inputs, spec: AttentionSpec) -> Tensor:
+    """`Backend.separate` by a package."""
+    return separate_calls._attend(inputs, spec, 8, _operator(name, spec))
+
+
+# Imports --------------------------------------------------------------------------------------------------------------
+@functools.cache
+def import_problem(name: str) -> str:
+    """Why a package cannot be imported, with the fix where the cause is known; empty where it can. Imports it."""
+    try:
+        installed.load(name)
+    except Exception as error:  # a broken installation raises anything, and its text is what the user needs
+        return f"its import gave {first_line(error)}{explanation(name, str(error))}"
+    return ""
+
+
+def explanation(name: str, text: str) -> str:
+    """What the text of a failed import means and what to do, as the end of a sentence; empty if nobody knows."""
+    package, how = PACKAGES[name], HOW[name]
+    cuda = f"brings CUDA {torch.version.cuda}" if torch.version.cuda else "is a build for the CPU"
+    if found := re.search(r"lib(?:cudart|cublas|cublasLt|nvrtc)\.so\.(\d+)", text):
+        return (
+            f": this {package} was built for CUDA {found[1]}, and torch {torch.__version__} {cuda}. "
+            f"Install one for that CUDA, or build it here: {how}"
+        )
+    if re.search(r"undefined symbol|lib(?:torch|c10)\S*\.so|DLL load failed", text):
+        return (
+            f": this {package} was built for another torch than {torch.__version__}. Build it for this one: "
+            f"pip uninstall {package}, then {how}"
+        )
+    if re.search(r"GLIBC(?:XX)?_[\d.]+' not found", text):
+        return f": this {package} was built on a newer Linux. Build it here: {how}"
+    if name == "xformers" and "flash_attn.flash_attn_interface" in text:
+        return (
+            ": xformers takes the folder flash_attn of flash-attn-4 for flash-attn 2, which is not there. "
+            "Uninstall flash-attn-4 or xformers, or install flash-attn 2 as well"
+        )
+    if "Requires Flash-Attention version" in text:
+        return ": install a flash-attn of those versions, or set XFORMERS_IGNORE_FLASH_VERSION_CHECK=1"
+    if "has no " in text:
+        return f": another version of {package} is needed: {how}"
+    if found := re.search(r"No module named '([\w.]+)'", text):
+        return f": {package} needs {found[1]}, which is not installed. Install it with what it needs: {how}"
+    return ""
