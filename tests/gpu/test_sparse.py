@@ -162,7 +162,7 @@ def test_training_validation_and_prediction_run_it(graphs: str, tiny_args: dict[
     model.train(**args)
     lines = [line for message in log for line in message.splitlines() if "sparse_window" in line]
     assert lines
-    assert all("approximate" in line for line in lines)
+    assert [line for line in lines if "approximate" not in line] == []
     assert any(f"one step ran 8 x {LABEL}" in line for line in lines)
     assert not any("Please report" in message for message in log)
     events = [json.loads(line) for line in (Path(model.trainer.save_dir) / "flash.jsonl").read_text().splitlines()]

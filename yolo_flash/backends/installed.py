@@ -87,6 +87,11 @@ def explanation(name: str, text: str) -> str:
             f": this {package} was built for CUDA {found[1]}, and torch {torch.__version__} {cuda}. "
             f"Install one for that CUDA, or build it here: {how}"
         )
+    if found := re.search(r"was built for: PyTorch (\S+)", text):
+        return (
+            f": this {package} was built for torch {found[1]}, its kernels do not load in torch {torch.__version__}. "
+            f"Install one for that torch, or build it here: {how} --no-build-isolation --no-binary {package}"
+        )
     if re.search(r"undefined symbol|lib(?:torch|c10)\S*\.so|DLL load failed", text):
         return (
             f": this {package} was built for another torch than {torch.__version__}. Build it for this one: "

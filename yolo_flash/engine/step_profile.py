@@ -83,6 +83,8 @@ class StepProfile:
         for name, count in counts.items():
             names[label(short_kernel_name(name))] += count
         ran = ", ".join(f"{count} x {name}" for name, count in names.items()) or "no fused attention"
+        if replayed and (approximate := [label(backend) for backend in planned if not BACKENDS[backend].exact]):
+            ran += f", of {', '.join(approximate)}"  # a replay has no operators, whose names say so
         LOGGER.info(f"yolo-flash: {step} ran {ran}")
         if replayed:
             if missing := self._eager_kernels.keys() - counts.keys():

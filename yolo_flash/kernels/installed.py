@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -115,11 +116,14 @@ def load(name: str) -> Any:
     """Import a package, and give what has its functions.
 
     Raises:
-        ImportError: It has not the functions that are called.
+        ImportError: It has not the functions that are called, or could not load its kernels.
         Exception: Whatever its import raises.
     """
     module, functions, operators, *_ = PACKAGES[name]
     found = importlib.import_module(module)
+    own = sys.modules.get(f"{module.partition('.')[0]}._cpp_lib")  # xformers keeps this error, and imports all the same
+    if error := getattr(own, "_cpp_library_load_exception", None):
+        raise ImportError(" ".join(str(error).split())) from error
     if operators:
         found = getattr(torch.ops, operators)
     for function in functions:
