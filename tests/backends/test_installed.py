@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import importlib.metadata
@@ -177,25 +178,21 @@ def test_the_operators_tell_torch_the_truth_about_themselves(package: Calls) -> 
     torch.library.opcheck(operators._operators[f"{package.name}_backward"], given, test_utils=("test_schema",))
 
 
-def test_a_compiled_block_is_refused_in_words(package: Calls) -> None:
-    """On an H100 the gradients of a compiled block with flash-attn-4 were wrong; nobody knows of the others."""
-    torch.compiler.reset()
-    block = patched(make("area4"), package.name)
-    with pytest.raises(Exception, match=f"backend={package.name} cannot run in a compiled model: .* compile=False"):
-        torch.compile(block, backend="eager", fullgraph=True)(torch.randn(2, channels(block), 8, 6))
-    assert not package.forward
-
-
-def test_a_compiled_model_gets_another_backend_by_auto() -> None:
-    dispatcher = Dispatcher(FlashConfig())
-    machine = with_packages("H100")
-    measured = {"flash_attn_4": Trial(ms=1.0), "triton_area": Trial(ms=2.0), "stock": Trial(ms=9.0)}
-    dispatcher.learn({LONG: measured}, machine)
-    assert dispatcher.select(LONG, "auto", machine).backend == "flash_attn_4"
-    dispatcher.compiles = True
-    found = dispatcher.select(LONG, "auto", machine)
-    assert found.backend == "triton_area"
-    assert "compiled" in found.refused["flash_attn_4"][0]
+@pytest.mark.parametrize("kind", ["area4", "psa 36/72"])
+def test_a_block_compiles_for_training(kind: str, package: Calls) -> None:
+    block = patched(make(kind), package.name)
+    x = torch.randn(2, channels(block), 8, 6)
+    weight = torch.randn_like(x)
+    found = []
+    for compiled in (False, True):
+        mine = copy.deepcopy(block)
+        leaf = x.clone().requires_grad_()
+        call = torch.compile(mine, backend="aot_eager", fullgraph=True) if compiled else mine
+        out = call(leaf)
+        (out * weight).sum().backward()
+        found.append([out.detach(), leaf.grad, *(p.grad for p in mine.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert len(package.backward) == 2
 
 
 def test_a_profile_proves_what_ran(package: Calls) -> None:

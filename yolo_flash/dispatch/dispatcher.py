@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from ultralytics.utils import LOGGER, RANK
 
-from ..backends.registry import BACKENDS, BackendNotSupportedError
+from ..backends.registry import BACKENDS
 from ..backends.spec import AttentionSpec
 from ..config import FlashConfig
-from ..machine import PACKAGES, Machine, detect, flash_impl
+from ..machine import Machine, detect, flash_impl
 from ..utils.compiler import assume_constant_result
 from . import trial_cache
 from .decision import Decision, Trial, select
@@ -28,7 +28,6 @@ _Key = tuple[AttentionSpec, str, torch.device]
 _MAX_DECISIONS = 1024  # predict on a folder of mixed aspect ratios meets a new spec an image
 _MAX_MEASURED = 16  # specs that predictions of one model may have measured: half a minute at most
 _LARGE = 2**28  # scores: 1 GiB and more in float32, of which unfused attention holds several
-NOT_COMPILED = "cannot run in a compiled model: gradients of flash_attn_4 were wrong there (torch 2.11)"
 _UNPLANNED_SIZE = (16, 400)  # groups and tokens of a graph compiled outside of training: a YOLO at 640
 
 
@@ -38,7 +37,6 @@ class Dispatcher:
     Attributes:
         config: The settings of the model.
         failed: Backend -> the error for which it is not used again.
-        compiles: Whether the run compiles its model, in which `auto` takes no backend of an installed package.
         planned_sizes: (layer, whether training) -> groups and tokens of the run, once they are known.
         trials: Spec -> backend -> what was measured for this run, see `learn`. Specs without any go by what earlier
             runs have measured, see `trial_cache`, and else by the rules.
@@ -55,7 +53,6 @@ class Dispatcher:
         self.planned_sizes: dict[tuple[str, bool], tuple[int, int]] = {}
         self._decisions: dict[_Key, Decision] = {}
         self.failed: dict[str, str] = {}
-        self.compiles = False
         self.trials: Trials = {}
         self._measured_on: Machine | None = None
         self._known: list[tuple[Machine, dict[AttentionSpec, Mapping[str, Trial]]]] = []
@@ -185,17 +182,9 @@ class Dispatcher:
         """The backend's name for a compiled graph, whose sizes may be symbols: decided for the layer's planned size."""
         training = AttentionSpec.with_sizes(spec_parts, 1, 1).training
         batch, seq_len = self.planned_sizes.get((layer, training), _UNPLANNED_SIZE)
-        spec = AttentionSpec.with_sizes(spec_parts, batch, seq_len)
-        backend = self._decide(spec, choice, torch.device(device)).backend
-        if backend not in PACKAGES:
-            return backend
-        if choice != "auto":
-            raise BackendNotSupportedError(
-                f"backend={backend} {NOT_COMPILED}. compile=False runs it, flash.backend=auto takes another."
-            )
-        return self.select(spec, choice, detect(torch.device(device)), compiles=True).backend
+        return self._decide(AttentionSpec.with_sizes(spec_parts, batch, seq_len), choice, torch.device(device)).backend
 
-    def select(self, spec: AttentionSpec, choice: str, machine: Machine, *, compiles: bool = False) -> Decision:
+    def select(self, spec: AttentionSpec, choice: str, machine: Machine) -> Decision:
         """The decision for a spec on any machine, with this model's settings and without the backends that failed.
 
         Never measures: it is called inside steps, compilations and captures.
@@ -210,9 +199,8 @@ class Dispatcher:
         if near and trials and spec.scores > max(_LARGE, near.scores):
             # Four times as many tokens are sixteen times the scores: unfused attention was measured where they fit.
             trials = {name: trial for name, trial in trials.items() if BACKENDS[name].fused}
-        left_out = dict.fromkeys(PACKAGES, NOT_COMPILED) if compiles or self.compiles else {}
         decision = select(
-            *(spec, machine, choice, self.config.deterministic, left_out | self.failed),
+            *(spec, machine, choice, self.config.deterministic, self.failed),
             trials=trials,
             memory_limited=self.memory_limited,
         )

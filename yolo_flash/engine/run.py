@@ -18,11 +18,11 @@ from ..backends.registry import BACKENDS, BackendNotSupportedError, label
 from ..backends.spec import AttentionSpec
 from ..config import FlashConfig
 from ..dispatch.decision import Trial
-from ..dispatch.dispatcher import NOT_COMPILED, Dispatcher
+from ..dispatch.dispatcher import Dispatcher
 from ..graphs.optimizer import OptimizerPolicy
 from ..graphs.policy import GraphPolicy
 from ..graphs.validation import ValidationGraphs
-from ..machine import PACKAGES, detect
+from ..machine import detect
 from ..patching.patch import patch_modules, targets
 from ..planning import autotune
 from ..planning.inputs import RunInput, precisions
@@ -122,11 +122,6 @@ class FlashRun:
                 telemetry.teardown(trainer)  # a profile under way
 
     def _refuse_compile(self, trainer: Any) -> None:
-        if trainer.args.compile and (packages := [row for row in self.plan if row.decision.backend in PACKAGES]):
-            raise BackendNotSupportedError(
-                f"backend={packages[0].decision.backend} {NOT_COMPILED}. compile=False runs it in "
-                f"{packages[0].layer}, flash.backend=auto takes another."
-            )
         named = [row for row in self.plan if not BACKENDS[row.decision.backend].exact]
         if named and trainer.args.compile:
             raise BackendNotSupportedError(
@@ -138,7 +133,6 @@ class FlashRun:
     def _make_plan(self, trainer: Any, model: nn.Module) -> None:
         machine = detect(trainer.device)
         measure = functools.partial(_measure_for_all_ranks, trainer) if self.config.autotune else None
-        self.dispatcher.compiles = bool(trainer.args.compile)
         try:
             self.dispatcher.recall(trainer.device)  # the steps will, and have to decide as the plan does
             self.plan = make_plan(model, self.dispatcher, machine, run_inputs(trainer), measure)
