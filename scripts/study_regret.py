@@ -27,7 +27,7 @@ import torch
 from yolo_flash import AttentionSpec
 from yolo_flash.dispatch import trial_cache
 from yolo_flash.dispatch.decision import select
-from yolo_flash.kernels import area
+from yolo_flash.kernels import operators
 from yolo_flash.machine import detect
 from yolo_flash.planning import autotune
 
@@ -62,7 +62,7 @@ def specs(device: str, sizes: list[int]) -> list[AttentionSpec]:
 def compile_one(job: tuple[int, int]) -> None:
     tokens, dim_v = job
     packed = torch.randn(1, tokens, 1, 64 + dim_v, device="cuda", dtype=torch.float16, requires_grad=True)
-    area.call("area_attention", packed, 32)
+    operators.call("area_attention", packed, 32)
 
 
 def again(device: str) -> None:

@@ -35,6 +35,7 @@ from yolo_flash.backends.registry import label
 from yolo_flash.config import FlashConfig
 from yolo_flash.machine import detect
 from yolo_flash.patching.patch import patch_modules
+from yolo_flash.utils.timing import clock_ms, events_ms, wait
 
 LAYERS = {"model.6, 4 areas": (64, 2, 4, 16), "model.8": (128, 4, 1, 32)}  # channels, heads, areas, stride of yolo12n
 EXACT = "exact"
@@ -69,33 +70,13 @@ def measured(call: Callable[[], object], device: torch.device) -> dict[str, Any]
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < 3 or (len(times) < 15 and time.perf_counter() - begin < 0.6):
-        times.append(between_events(call) if device.type == "cuda" else on_the_clock(call))
+        times.append(events_ms(call) if device.type == "cuda" else clock_ms(call, device))
     peak = (torch.cuda.max_memory_allocated(device) - before) / 2**20 if device.type == "cuda" else None
     found = {"ms": statistics.median(times), "low": min(times), "high": max(times), "peak_mib": peak}
     return {name: None if value is None else round(value, 3) for name, value in found.items()} | {
         "calls": len(times),
         "first_seconds": round(first, 2),
     }
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def between_events(call: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))
-
-
-def on_the_clock(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
 
 
 def layer_call(kind: str, imgsz: int, training: bool, arm: str, device: torch.device) -> Callable[[], object]:

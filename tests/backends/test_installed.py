@@ -28,7 +28,8 @@ from yolo_flash.config import FlashConfig
 from yolo_flash.dispatch import trial_cache
 from yolo_flash.dispatch.decision import Trial, select
 from yolo_flash.dispatch.dispatcher import Dispatcher
-from yolo_flash.kernels import installed as operators
+from yolo_flash.kernels import installed as kernels
+from yolo_flash.kernels import operators
 from yolo_flash.machine import PACKAGES, Machine, detect, flash_impl
 from yolo_flash.planning import autotune
 from yolo_flash.planning.plan import PlanRow, describe
@@ -76,7 +77,7 @@ def none_imported(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         raise ImportError("libcudart.so.12: cannot open shared object file: No such file or directory")
 
     forget(monkeypatch)
-    monkeypatch.setattr(operators.importlib, "import_module", fail)
+    monkeypatch.setattr(kernels.importlib, "import_module", fail)
     yield asked
     forget(monkeypatch)
 
@@ -170,12 +171,14 @@ def test_autograd_differentiates_the_forward_once(kind: str, package: Calls) -> 
 def test_the_operators_tell_torch_the_truth_about_themselves(package: Calls) -> None:
     q, k, v = torch.randn(3, 2, 9, 2, 16).unbind()
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    operator = operators._operators[package.name]
+    operator = getattr(torch.ops.yolo_flash, package.name).default
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     torch.library.opcheck(operator, (*leaves, 0.3, False), test_utils=tests)
     out, lse = operator(q, k, v, 0.3, False)
     given = (torch.randn_like(out), q, k, v, out, lse, *torch.zeros(3, 2, 9, 2, 16).unbind(), 0.3, False)
-    torch.library.opcheck(operators._operators[f"{package.name}_backward"], given, test_utils=("test_schema",))
+    torch.library.opcheck(
+        getattr(torch.ops.yolo_flash, f"{package.name}_backward").default, given, test_utils=("test_schema",)
+    )
 
 
 @pytest.mark.parametrize("kind", ["area4", "psa 36/72"])
@@ -336,7 +339,7 @@ def test_what_an_import_gave_is_told_with_the_fix(
     name: str, text: str, meaning: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(module: str) -> Any:
-        assert module == operators.PACKAGES[name].module
+        assert module == kernels.PACKAGES[name].module
         raise ImportError(text)
 
     forget(monkeypatch)

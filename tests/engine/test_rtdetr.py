@@ -27,7 +27,8 @@ from yolo_flash.machine import detect
 from yolo_flash.patching.blocks import FlashBlock
 from yolo_flash.patching.multihead import FlashMultiheadAttention
 from yolo_flash.patching.patch import patch_modules, targets
-from yolo_flash.planning.inputs import RunInput, layer_shapes
+from yolo_flash.patching.shapes import layer_inputs
+from yolo_flash.planning.inputs import RunInput
 from yolo_flash.planning.plan import describe, make_plan
 
 # config -> (layer of AIFI, of the decoder, head_dim of AIFI)
@@ -82,7 +83,7 @@ def test_the_plan_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> N
 def test_small_images_have_fewer_queries_than_300() -> None:
     with torch.device("meta"):
         model = RTDETRDetectionModel("rtdetr-resnet50.yaml", verbose=False)
-    sizes = layer_shapes(model, 2, 96, 64)
+    sizes = layer_inputs(model, targets(model), 2, 96, 64)
     assert sizes["model.6.ma"] == (2, 6, None)
     assert sizes["model.23.decoder.layers.5.self_attn"] == (2, 96 + 24 + 6, None)
 

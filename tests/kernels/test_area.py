@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.versions import needs_triton
-from yolo_flash.kernels import area
+from yolo_flash.kernels import area, operators
 
 needs_triton()
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, about the infinities that are meant
@@ -32,7 +32,7 @@ def packed(groups: int, tokens: int, heads: int, dim: int, dim_v: int, dtype: to
 
 def area_attention(qkv: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Attention and the copy of v."""
-    out, image, _ = area.call("area_attention", qkv, dim)
+    out, image, _ = operators.call("area_attention", qkv, dim)
     return out, image
 
 

@@ -22,7 +22,8 @@ from yolo_flash.assets.models import open_model
 from yolo_flash.dispatch.dispatcher import Dispatcher
 from yolo_flash.engine.run import commonest_shape
 from yolo_flash.patching.patch import BLOCKS, patch_modules, targets
-from yolo_flash.planning.inputs import RunInput, assumed_inputs, layer_shapes, rounded_size
+from yolo_flash.patching.shapes import layer_inputs
+from yolo_flash.planning.inputs import RunInput, assumed_inputs, rounded_size
 from yolo_flash.planning.plan import describe, make_plan
 
 # scale -> (layers, heads) of the table in the README; YOLO12: (layers of each stage, heads of stage 6, of stage 8)
@@ -110,7 +111,7 @@ def test_models_without_attention_have_no_targets(name: str) -> None:
 )
 def test_a_ghost_forward_tells_the_tokens(name: str, tokens: dict[int, int]) -> None:
     model = YOLO(name).model
-    found = layer_shapes(model, 3, 512, 512)
+    found = layer_inputs(model, targets(model), 3, 512, 512)
     assert list(found) == list(targets(model))
     assert {images for images, *_ in found.values()} == {3}
     assert Counter(count for _, count, _ in found.values()) == tokens
@@ -120,7 +121,7 @@ def test_a_ghost_forward_leaves_the_model_as_it_was() -> None:
     model = YOLO("yolo12n.yaml").model
     state = {name: value.clone() for name, value in model.state_dict().items()}
     rng, mode = torch.get_rng_state(), model.training
-    layer_shapes(model, 2, 64, 96)
+    layer_inputs(model, targets(model), 2, 64, 96)
     assert torch.equal(torch.get_rng_state(), rng)
     assert model.training is mode
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import installed
+from ..kernels import installed, operators
 from ..machine import PACKAGES
 from ..utils.errors import first_line
 from . import packed as packed_calls
@@ -32,7 +32,7 @@ def _operator(name: str, spec: AttentionSpec) -> Callable[..., tuple[Tensor, Ten
     """The package's attention as an aten operator would be called: on views `[batch, num_heads, seq_len, dim]`."""
 
     def op(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse = installed.call(name, *(t.transpose(1, 2) for t in (q, k, v)), scale, spec.deterministic)
+        out, lse = operators.call(name, *(t.transpose(1, 2) for t in (q, k, v)), scale, spec.deterministic)
         return out.transpose(1, 2), lse
 
     return op
@@ -54,7 +54,7 @@ def backward(name: str, packed: Tensor, kept: Sequence[Any], dout: Tensor, dv: T
     grad = packed.new_empty((*packed.shape[:3], sum(widths)))
     parts = grad.split(widths, dim=-1)
     dout = _widen(dout, out.shape[-1])
-    installed.call(f"{name}_backward", dout, q, k, v, out, lse, *parts, spec.head_dim**-0.5, spec.deterministic)
+    operators.call(f"{name}_backward", dout, q, k, v, out, lse, *parts, spec.head_dim**-0.5, spec.deterministic)
     if widths == dims:
         parts[2].add_(dv)
         return grad

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import area
+from ..kernels import area, operators
 from .spec import AttentionSpec
 
 aten = torch.ops.aten
@@ -136,10 +136,10 @@ def triton_area(packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:
     """Our own kernel."""
     if spec.training and not torch.compiler.is_compiling():
         area.try_backward(packed, spec.head_dim)
-    out, image, lse = area.call("area_attention", packed, spec.head_dim)
+    out, image, lse = operators.call("area_attention", packed, spec.head_dim)
     return out, image, out, lse
 
 
 def triton_area_backward(packed: Tensor, kept: Sequence[Any], dout: Tensor, dv: Tensor, spec: AttentionSpec) -> Tensor:
     """The gradient of `triton_area`."""
-    return area.call("area_attention_backward", packed, *kept, dout, dv, spec.head_dim)
+    return operators.call("area_attention_backward", packed, *kept, dout, dv, spec.head_dim)

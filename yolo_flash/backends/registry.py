@@ -172,6 +172,11 @@ def label(name: str) -> str:
     return BACKENDS[name].label if name in BACKENDS else name
 
 
+def is_approximate(name: str) -> bool:
+    """Whether a backend computes something else than stock attention; `auto` never takes one."""
+    return name in BACKENDS and not BACKENDS[name].exact
+
+
 def check_name(name: str) -> str:
     """Return `name` if it is `auto` or a backend.
 

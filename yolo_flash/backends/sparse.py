@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ..utils.errors import is_out_of_memory
+from .packed import _widen
 from .spec import AttentionSpec, Window
 
 OPERATOR = "yolo_flash::sparse_window"
@@ -72,11 +73,11 @@ def unseen(spec: AttentionSpec, device: torch.device) -> Tensor:
 
 def _unseen(spec: AttentionSpec, strip: int, start: int, stop: int, device: torch.device) -> Tensor:
     """Rows `start` to `stop` of the mask of one strip."""
-    _, width, size = _window(spec)
+    width, reach = _window(spec).width, _window(spec).reach
     tokens = strip * spec.seq_len_k + torch.arange(spec.seq_len_k, device=device)
     y, x = tokens // width, tokens % width
-    far_y = (y[start:stop, None] - y).abs() > size // 2
-    return far_y | ((x[start:stop, None] - x).abs() > size // 2)
+    far_y = (y[start:stop, None] - y).abs() > reach
+    return far_y | ((x[start:stop, None] - x).abs() > reach)
 
 
 def _window(spec: AttentionSpec) -> Window:
@@ -231,8 +232,7 @@ def _flex(packed: Tensor, spec: AttentionSpec) -> Tensor:
 
 def _power_of_2(t: Tensor) -> Tensor:
     """`t` with zero channels up to a power of 2 of at least 16: all that the kernels of torch 2.6 take."""
-    dim = max(16, 1 << (t.shape[-1] - 1).bit_length())
-    return t if t.shape[-1] == dim else torch.constant_pad_nd(t, (0, dim - t.shape[-1]))
+    return _widen(t, max(16, 1 << (t.shape[-1] - 1).bit_length()))
 
 
 def _program(spec: AttentionSpec, q: Tensor) -> Callable[..., Tensor]:

@@ -11,10 +11,10 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.checks import collect_system_info
 
 from .._version import __version__
-from ..backends.registry import BACKENDS, Backend
+from ..backends.registry import BACKENDS, Backend, is_approximate
 from ..backends.spec import AttentionSpec, Layout, Window
 from ..config import FlashConfig
-from ..dispatch.decision import Decision, select
+from ..dispatch.decision import select
 from ..machine import Machine, cudnn_release, detect, resolve_device
 from ..utils.log import log_disabled
 
@@ -66,16 +66,15 @@ def _verdicts(spec: AttentionSpec, machine: Machine) -> dict[str, Any]:
         "spec": str(spec),
         "auto": decision.backend,
         "why": decision.why,
-        **{name: list(_reasons(backend, spec, machine, decision)) or "ready" for name, backend in BACKENDS.items()},
+        **{name: list(_reasons(backend, spec, machine)) or "ready" for name, backend in BACKENDS.items()},
     }
 
 
-def _reasons(backend: Backend, spec: AttentionSpec, machine: Machine, decision: Decision) -> tuple[str, ...]:
+def _reasons(backend: Backend, spec: AttentionSpec, machine: Machine) -> tuple[str, ...]:
     """Why a backend cannot run, its package included; of an approximate one, why it could not if it were asked for."""
-    if backend.exact:
-        refused = decision.refused.get(backend.name, ())
-        return refused or ((problem,) if (problem := backend.importable()) else ())
-    return backend.not_supported_reasons(spec._replace(window=Window(20, 20, FlashConfig().window_tokens(32))), machine)
+    if not backend.exact:
+        spec = spec._replace(window=Window(20, 20, FlashConfig().window_tokens(32)))
+    return backend.reasons_here(spec, machine)
 
 
 def _text(facts: dict[str, Any], machine: Machine) -> str:
@@ -91,7 +90,7 @@ def _text(facts: dict[str, Any], machine: Machine) -> str:
         lines += ["", f"{name}: {verdicts['spec']}"]
         for backend in BACKENDS:
             text = "ready" if verdicts[backend] == "ready" else "; ".join(verdicts[backend])
-            if not BACKENDS[backend].exact:
+            if is_approximate(backend):
                 slow = ", in plain operators that are slow" if text == "ready" and machine.kind == "cpu" else ""
                 text = f"approximate, by name only: {text}{slow}"
             if backend == "sdpa_flash" and machine.flash_impl:

@@ -11,7 +11,7 @@ from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
-from ..backends.registry import BACKENDS, label
+from ..backends.registry import is_approximate, label
 from ..config import FlashConfig, known_keys
 from ..dispatch.dispatcher import Dispatcher
 from ..graphs.validation import ValidationGraphs
@@ -79,7 +79,7 @@ class FlashModelMixin(StockPickle, Model):
         if dispatcher is None:
             return super().export(**kwargs)
         choices = set(layer_choices(network, self._flash_config).values())
-        if named := [name for name in choices if name in BACKENDS and not BACKENDS[name].exact]:
+        if named := [name for name in choices if is_approximate(name)]:
             LOGGER.warning(
                 f"yolo-flash: the exported model has stock attention, which is exact: it does not compute what "
                 f"{label(named[0])} computes here."

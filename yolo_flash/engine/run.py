@@ -14,7 +14,7 @@ from torch import nn
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
-from ..backends.registry import BACKENDS, BackendNotSupportedError, label
+from ..backends.registry import BackendNotSupportedError, is_approximate, label
 from ..backends.spec import AttentionSpec
 from ..config import FlashConfig
 from ..dispatch.decision import Trial
@@ -122,7 +122,7 @@ class FlashRun:
                 telemetry.teardown(trainer)  # a profile under way
 
     def _refuse_compile(self, trainer: Any) -> None:
-        named = [row for row in self.plan if not BACKENDS[row.decision.backend].exact]
+        named = [row for row in self.plan if is_approximate(row.decision.backend)]
         if named and trainer.args.compile:
             raise BackendNotSupportedError(
                 f"backend={label(named[0].decision.backend)} cannot run with compile=True, in {named[0].layer} and "

@@ -11,7 +11,7 @@ from torch.profiler import DeviceType, ProfilerActivity, profile
 from ultralytics.utils import LOGGER
 
 from ..backends.profiled import attention_kernels, short_kernel_name
-from ..backends.registry import BACKENDS, label
+from ..backends.registry import BACKENDS, is_approximate, label
 from ..utils.profiler import PROFILER, events_of, hushed, profiler_lets_go, stop_profiler
 
 
@@ -83,7 +83,7 @@ class StepProfile:
         for name, count in counts.items():
             names[label(short_kernel_name(name))] += count
         ran = ", ".join(f"{count} x {name}" for name, count in names.items()) or "no fused attention"
-        if replayed and (approximate := [label(backend) for backend in planned if not BACKENDS[backend].exact]):
+        if replayed and (approximate := [label(backend) for backend in planned if is_approximate(backend)]):
             ran += f", of {', '.join(approximate)}"  # a replay has no operators, whose names say so
         LOGGER.info(f"yolo-flash: {step} ran {ran}")
         if replayed:

@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .operators import call
+
 Kernel = Literal["area_forward", "area_backward_q", "area_backward_kv"]
 
 HEAD_DIM_MAX = 128
@@ -212,18 +214,6 @@ torch.library.register_fake(
 )
 torch.library.register_autograd("yolo_flash::area_attention", _differentiate, setup_context=_save, lib=_library)
 torch.library.register_autograd("yolo_flash::area_attention_backward", _refuse, lib=_library)
-
-_operators = {
-    name: getattr(torch.ops.yolo_flash, name).default for name in ("area_attention", "area_attention_backward")
-}
-
-
-def call(name: str, *args: Any) -> Any:
-    """Call an operator; in no_grad mode it skips the registered autograd formula, which is slow Python."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _operators[name](*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _operators[name](*args)
 
 
 # Launch ---------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .operators import call
+
 
 class Package(NamedTuple):
     """What is called of a package.
@@ -191,17 +193,3 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 for _name in PACKAGES:
     _define(_name)
-
-_operators = {
-    name: getattr(torch.ops.yolo_flash, name).default
-    for package in PACKAGES
-    for name in (package, f"{package}_backward")
-}
-
-
-def call(name: str, *args: Any) -> Any:
-    """Call an operator; in no_grad mode it skips the registered autograd formula, which is slow Python."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _operators[name](*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _operators[name](*args)

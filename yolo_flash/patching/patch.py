@@ -13,7 +13,7 @@ from torch import nn
 from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils import LOGGER
 
-from ..backends.registry import BACKENDS, BackendNotSupportedError, check_name
+from ..backends.registry import BackendNotSupportedError, check_name, is_approximate
 from ..checkpoints.authors import is_authors
 from ..config import FlashConfig, FlashConfigError
 from ..dispatch.dispatcher import Dispatcher
@@ -142,15 +142,13 @@ def layer_windows(module: nn.Module, config: FlashConfig, choices: Mapping[str, 
     wanted = [
         name
         for name, block in known_blocks(module).items()
-        if choices[name] in BACKENDS
-        and not BACKENDS[choices[name]].exact
-        and not isinstance(block, nn.MultiheadAttention)
+        if is_approximate(choices[name]) and not isinstance(block, nn.MultiheadAttention)
     ]
     strides: dict[str, int] = {}
     whole = isinstance(getattr(module, "student_model", module), BaseModel)  # else it takes something else than images
     if wanted and whole and isinstance(config.window, str):
         with contextlib.suppress(Exception):  # of a model that cannot run on the meta device
-            inputs = layer_inputs(targets, module, 1, _SIDE, _SIDE)
+            inputs = layer_inputs(module, targets(module), 1, _SIDE, _SIDE)
             strides = {name: _SIDE // found.grid[0] for name, found in inputs.items() if found.grid}
     return {name: config.window_tokens(strides.get(name)) for name in wanted}
 

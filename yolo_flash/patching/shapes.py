@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,17 +29,15 @@ class _AllSeenError(Exception):
     """Ends a forward in which every attention layer has got its input."""
 
 
-def layer_inputs(
-    find: Callable[[nn.Module], dict[str, nn.Module]], model: nn.Module, batch: int, height: int, width: int
-) -> dict[str, LayerInput]:
+def layer_inputs(model: nn.Module, layers: Iterable[str], batch: int, height: int, width: int) -> dict[str, LayerInput]:
     """What reaches the attention layers, from a forward of a copy of the model on torch's meta device.
 
     Beyond the Python objects of the modules, the copy takes no memory. BatchNorm statistics and random generators are
     left alone. On the meta device patched blocks run as stock.
 
     Args:
-        find: Gives the layers of a model by name, such as `patch.targets`.
         model: Patched or stock.
+        layers: Names of its attention layers.
         batch: Images.
         height: Of the images, in pixels.
         width: Of the images, in pixels.
@@ -47,7 +45,7 @@ def layer_inputs(
     Returns:
         Layers that a plain forward reaches: without labels, and so without the denoising queries of RT-DETR.
     """
-    names = list(find(model))
+    names = list(layers)
     if not names:
         return {}
     memo: dict[int, Any] = {
@@ -65,7 +63,8 @@ def layer_inputs(
         if len(seen) == len(names):
             raise _AllSeenError
 
-    for name, block in find(ghost).items():
+    for name in names:
+        block = ghost.get_submodule(name)
         block.register_forward_pre_hook(partial(note, name))
     config: Any = getattr(model, "yaml", None)
     channels = config.get("channels", 3) if isinstance(config, dict) else 3

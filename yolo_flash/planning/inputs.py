@@ -7,13 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from ultralytics.nn.tasks import RTDETRDetectionModel, guess_model_task
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.checks import check_imgsz
-
-from ..patching.patch import targets
-from ..patching.shapes import LayerInput, layer_inputs
 
 
 @dataclass(frozen=True)
@@ -74,8 +70,3 @@ def assumed_inputs(model: Any, imgsz: int, batch: int, amp: bool | str, on_gpu: 
         RunInput("train", batch, imgsz, imgsz, train_dtype, on_gpu, deterministic),
         RunInput("val", images, side, side, val_dtype, on_gpu, note=note if padded else ""),
     ]
-
-
-def layer_shapes(model: nn.Module, batch: int, height: int, width: int) -> dict[str, LayerInput]:
-    """What reaches the attention layers of a model, patched or stock, see `patching.shapes.layer_inputs`."""
-    return layer_inputs(targets, model, batch, height, width)

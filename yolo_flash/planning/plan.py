@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from ultralytics.utils.torch_utils import unwrap_model
 
-from ..backends.registry import BACKENDS, label
+from ..backends.registry import is_approximate, label
 from ..backends.spec import AttentionSpec, Window
 from ..dispatch.decision import Decision, Trial
 from ..dispatch.dispatcher import Dispatcher
@@ -18,7 +18,8 @@ from ..machine import Machine
 from ..patching.blocks import FlashBlock, block_spec
 from ..patching.multihead import denoising_queries
 from ..patching.patch import BLOCKS, layer_choices, layer_windows, targets
-from .inputs import RunInput, layer_shapes
+from ..patching.shapes import layer_inputs
+from .inputs import RunInput
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def make_plan(
     problems: list[tuple[str, str, RunInput, AttentionSpec]] = []
     for run_input in run_inputs:
         extra = denoising_queries(model) if run_input.mode == "train" else {}
-        shapes = layer_shapes(model, run_input.batch, run_input.height, run_input.width)
+        shapes = layer_inputs(model, blocks, run_input.batch, run_input.height, run_input.width)
         for layer, (images, tokens, grid) in shapes.items():
             block = blocks[layer]
             cls = type(block) if isinstance(block, FlashBlock) else BLOCKS[type(block)]
@@ -153,7 +154,7 @@ def plan_entry(row: PlanRow) -> dict[str, Any]:
         "mode": row.mode,
         "spec": decision.spec.as_json(),
         "backend": decision.backend,
-        "approximate": not BACKENDS[decision.backend].exact,
+        "approximate": is_approximate(decision.backend),
         "why": decision.why,
         "ms": decision.ms,
         "method": {name: trial.method for name, trial in timed.items()},

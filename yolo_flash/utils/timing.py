@@ -40,7 +40,7 @@ def sampler_of(
         except Exception:  # an extension may synchronize, allocate or compile
             with contextlib.suppress(RuntimeError):
                 wait(device)  # takes what is left of the error
-    return lambda: _between_events(call, calls) / calls, "events"
+    return lambda: events_ms(call, calls) / calls, "events"
 
 
 def graph_ms(call: Callable[[], Results], calls: int = 10) -> Callable[[], float]:
@@ -67,12 +67,13 @@ def graph_ms(call: Callable[[], Results], calls: int = 10) -> Callable[[], float
         raise RuntimeError("kernels are missing in it")  # launched on a stream of the extension's own, say
 
     def sample(read: object = call) -> float:  # the graph reads the tensors that the call holds
-        return _between_events(graph.replay) / calls
+        return events_ms(graph.replay) / calls
 
     return sample
 
 
-def _between_events(run: Callable[[], object], times: int = 1) -> float:
+def events_ms(run: Callable[[], object], times: int = 1) -> float:
+    """Milliseconds of the current CUDA stream between the first call and the last, of all calls together."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(times):
