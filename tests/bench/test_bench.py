@@ -93,7 +93,7 @@ def test_arms_take_turns_in_fresh_processes(tmp_path: Path, monkeypatch: pytest.
         def wait(self) -> None: ...
 
     monkeypatch.setattr("yolo_flash.bench.process.subprocess.Popen", Process)
-    monkeypatch.setattr(rounds, "_commit", lambda: "c0ffee")
+    monkeypatch.setattr(rounds, "checkout", lambda: "c0ffee")
     job = StepJob(imgsz=(640, 4096), arms=("unpatched", "auto", "stock"), rounds=2, csv=str(sheet))
     small, large = bench(job)
     assert told == began == ["unpatched", "auto", "stock"] * 4
@@ -203,6 +203,6 @@ def test_an_arm_without_the_plugin_is_stock() -> None:
 
 def test_the_commit_is_that_of_the_checkout_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds, "__file__", str(tmp_path / "yolo_flash" / "bench" / "rounds.py"))
-    assert rounds._commit() == ""
+    assert rounds.checkout() == ""
     (tmp_path / ".git").touch()  # no repository
-    assert rounds._commit() == ""
+    assert rounds.checkout() == ""

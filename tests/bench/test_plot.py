@@ -11,9 +11,18 @@ from PIL import Image
 
 from tests.bench.test_op import made_up_rows
 from yolo_flash.bench import op_table, pictures
-from yolo_flash.bench.pictures import TECHNIQUES, draw_predict, draw_runs, draw_sizes, draw_train, draw_waterfall
+from yolo_flash.bench.pictures import (
+    TECHNIQUES,
+    draw_predict,
+    draw_run_waterfall,
+    draw_runs,
+    draw_sizes,
+    draw_train,
+    draw_waterfall,
+)
 from yolo_flash.bench.plot import PlotJob, bench_plot
 from yolo_flash.bench.rounds import COLUMNS, NUMBERS, VERSIONS
+from yolo_flash.bench.run import RunJob
 from yolo_flash.bench.train import TrainJob
 from yolo_flash.cli import main
 from yolo_flash.utils.files import as_csv, from_csv
@@ -221,6 +230,32 @@ def test_the_csv_of_whole_runs_is_drawn(tmp_path: Path) -> None:
     source = Path(__file__).parents[2] / "docs" / "results" / "run-yolo12s-bccd-h100.csv"
     (picture,) = bench_plot(PlotJob(files=(str(source),), folder=str(tmp_path)))
     assert picture.name == "run.png"
+
+
+def test_techniques_of_whole_runs_are_three_panels(figures: list[Any]) -> None:
+    """Speed, memory and mAP; what failed says so once; arms that are no technique are left out."""
+    rows = []
+    for number in (1, 2):
+        for i, arm in enumerate(("graphs", "unpatched", "auto", "stock", "sdpa_flash", "triton_area")):
+            row = dict.fromkeys((*COLUMNS, *RunJob.more_columns)) | {"command": "run", "model": "yolo12n.yaml"}
+            row |= {"imgsz": 640, "batch": 16, "arm": arm, "precision": "fp16", "round": number, "device": "a card"}
+            if arm == "sdpa_flash":
+                row["error"] = LOST
+            else:
+                row |= {"process_s": 60.0, "images_per_second": 1000.0 / (1 + i), "peak_gib": 2.0 + i}
+                row["map50_95"] = 0.48 + number / 100
+            rows.append(row)
+    draw_run_waterfall(rows)
+    (figure,) = figures
+    speed, memory, quality = figure.axes
+    assert [label.get_text() for label in speed.get_yticklabels()][::4] == ["stock", TECHNIQUES["graphs"]]
+    assert len(speed.get_yticklabels()) == 5
+    assert texts(speed) == ["500", "250 (\N{MINUS SIGN}50 %)", LOST, "167 (\N{MINUS SIGN}33 %)", "1,000 (+500 %)"]
+    assert texts(memory) == ["3.00", "5.00 (+67 %)", "-", "7.00 (+40 %)", "2.00 (\N{MINUS SIGN}71 %)"]
+    assert texts(quality) == ["0.495", "0.495", "-", "0.495", "0.495"]
+    assert [bar.get_width() for bar in quality.patches] == [0.495] * 4
+    assert covered(figure) == []
+    assert draw_run_waterfall([row for row in rows if row["arm"] in ("unpatched", "auto")]) is None
 
 
 def test_the_csv_of_a_training_is_drawn(tmp_path: Path) -> None:

@@ -22,6 +22,10 @@ def test_a_process_trains_validates_and_tells_its_seconds_and_its_map(tiny_model
     assert len(sample["epoch_seconds"]) == 2
     assert 0 < sample["epoch_s"] < sample["first_epoch_s"] < sample["process_s"]
     assert 0 <= sample["map50_95"] <= 1
+    assert (
+        sample["images_per_second"] > 4 / sample["epoch_s"]
+    )  # validation and saving do not count; the set has 4 images
+    assert 0 < sample["peak_gib"] < 16
     assert sample["seed"] == 0
 
 
@@ -34,6 +38,7 @@ def test_each_round_has_its_seed_and_arms_take_turns(
         for arm in job.arms:
             asked.append((arm, job.seed))
             figures = {"process_s": 9.0 - job.seed, "first_epoch_s": 2.0, "epoch_s": 1.0, "map50_95": 0.1234}
+            figures |= {"images_per_second": 100.0, "peak_gib": 1.5}
             yield arm, figures | {"seed": job.seed, "machine": {"text": "a card", "precision": "fp16"}}
 
     monkeypatch.setattr(rounds, "one_round", one_round)
@@ -43,9 +48,8 @@ def test_each_round_has_its_seed_and_arms_take_turns(
     seed = rows[0].split(",").index("seed")
     assert [row.split(",")[seed] for row in rows[1:]] == ["5", "5", "6", "6"]
     (table,) = [line for line in log if "| arm |" in line]
-    assert (
-        "| auto | 3.50 (3.00..4.00) | 2.00 (2.00..2.00) | 1.00 (1.00..1.00) | 0.123 (0.123..0.123) | 1.00x |" in table
-    )
+    cells = ["3.50 (3.00..4.00)", *(f"{x} ({x}..{x})" for x in ("2.00", "1.00", "100.00", "1.50", "0.123")), "1.00x"]
+    assert f"| auto | {' | '.join(cells)} |" in table
 
 
 def test_processes_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:

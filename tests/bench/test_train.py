@@ -141,13 +141,15 @@ def test_speed_up_is_by_the_iteration() -> None:
     [
         ("unpatched", False, None),
         ("compile", True, None),
+        ("compile_max_autotune", "max-autotune", None),
+        ("triton_area", False, {"backend": "triton_area", "graphs": "off"}),
         ("eager", False, {"graphs": "off"}),
         ("graphs", False, {"graphs": "on"}),
         ("auto", False, {"graphs": "auto"}),
     ],
 )
 def test_an_arm_is_a_setting(
-    arm: str, compiled: bool, settings: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+    arm: str, compiled: bool | str, settings: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[dict[str, Any]] = []
     patched: list[dict[str, Any]] = []
@@ -174,7 +176,7 @@ def test_an_arm_is_a_setting(
     assert get_ready(job, arm)(96) == {"iteration_ms": 1.0}
     (arguments,) = trained
     assert arguments == train_arguments(job, arm) | {"data": "/there/coco8.yaml", "imgsz": 96}
-    assert arguments["compile"] is compiled
+    assert arguments["compile"] == compiled
     assert [arguments[name] for name in ("batch", "epochs", "workers", "cache", "seed")] == [8, 8, 2, False, 3]
     assert (arguments["mosaic"], arguments["close_mosaic"], arguments["patience"]) == (0.0, 0, 0)
     assert not any(arguments[name] for name in ("val", "save", "plots", "pretrained", "amp"))
@@ -228,7 +230,10 @@ def test_settings_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch) ->
         ("epochs=2", "epochs must be a whole number of at least 3, found 2"),
         ("workers=-1", "workers must be a whole number of at least 0, found -1"),
         ("arms=unpatched,grphs", "there is no arm 'grphs'. Did you mean 'graphs'?"),
-        ("arms=sdpa_flash", r"there is no arm 'sdpa_flash'\. Valid: unpatched, compile, eager, graphs, auto"),
+        (
+            "arms=nchw",
+            r"there is no arm 'nchw'\. Valid: unpatched, compile, compile_max_autotune, stock, .*eager, graphs, auto",
+        ),
         ("device=0,1", "device must be cpu or the index of one GPU"),
         ("mosaic=2", "mosaic must be a number from 0 to 1, found 2"),
         ("cache=tape", "cache must be ram, disk or False, found 'tape'"),

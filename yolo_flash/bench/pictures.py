@@ -21,6 +21,11 @@ TECHNIQUES = {  # of a training step, in the order in which each builds on the o
     "triton_area": "+ our kernel\n(triton_area)",
     "graphs": "+ CUDA graphs\n(network and loss)",
 }
+RUN_TECHNIQUES = {  # of whole trainings, in the same order; "stock" is the backend
+    "unpatched": "stock",
+    "stock": "+ direct optimizer step",
+    **{arm: TECHNIQUES[arm] for arm in ("sdpa_flash", "triton_area", "graphs")},
+}
 _MARKERS = "os^DvPhX*d"
 _GREY = "#dddddd"
 _OUT_OF_MEMORY = "out of memory"
@@ -106,6 +111,52 @@ def draw_waterfall(rows: list[Row]) -> bytes | None:
         names[0] = names[0].removeprefix("+ ")
         _horizontal(axis, panel, names, 1.42 * longest)
         axis.set_xlabel(f"training step, {unit}; in brackets, against the bar above")
+    return _with_heading(figure, panels)
+
+
+def draw_run_waterfall(rows: list[Row]) -> bytes | None:
+    """A PNG with one technique after the other in whole trainings: speed, memory and mAP, three panels for each model.
+
+    Bars are medians over the rounds, lines go from the lowest to the highest. None if no run has two techniques.
+    """
+    runs = _panels(
+        [row for row in rows if row["command"] == "run" and row["arm"] in RUN_TECHNIQUES], figure="process_s"
+    )
+    panels = {panel: mine for panel, mine in runs.items() if len(_arms(mine)) > 1}
+    if not panels:
+        return None
+    arms = [len(_arms(mine, RUN_TECHNIQUES)) for mine in panels.values()]
+    figure = new_figure(13, 0.7 + sum(0.95 + 0.46 * number for number in arms))
+    grid = figure.subplots(len(arms), 3, squeeze=False, height_ratios=[0.8 + 0.46 * number for number in arms])
+    columns = {
+        "images_per_second": ("training, images/s; in brackets, against above", ",.0f"),
+        "peak_gib": ("peak of training, GiB", ".2f"),
+        "map50_95": ("mAP50-95 after it", ".3f"),
+    }
+    for axes, (panel, mine) in zip(grid, panels.items(), strict=True):
+        found = _arms(mine, RUN_TECHNIQUES)
+        for axis, (column, (label, digits)) in zip(axes, columns.items(), strict=True):
+            spans = {arm: _span(mine, arm, column) for arm in found}
+            longest = max((span.high for span in spans.values() if span), default=0) or 1
+            before: float | None = None
+            for place, (arm, span) in enumerate(spans.items()):
+                if span is None:
+                    error = _error(mine, arm) if axis is axes[0] else "-"  # why is said once
+                    _label(axis, 0.01 * longest, place, error, color="#b00000")
+                    continue
+                axis.barh(place, span.median, height=0.62, color=COLORS[arm], zorder=2)
+                axis.plot([span.low, span.high], [place, place], color="#a0a0a0", linewidth=1.5, zorder=3)
+                text = f"{span.median:{digits}}"
+                if before and column != "map50_95":  # a percentage of a mAP would say more than a few seeds can
+                    text += f" ({_signed(100 * (span.median / before - 1), '.0f')} %)"
+                _label(axis, span.high + 0.012 * longest, place, text)
+                before = span.median
+            names = [RUN_TECHNIQUES[arm] for arm in found] if axis is axes[0] else [""] * len(found)
+            names[0] = names[0].removeprefix("+ ")
+            _horizontal(axis, panel, names, 1.5 * longest)
+            axis.set_xlabel(label)
+            if axis is not axes[0]:
+                axis.set_title("")
     return _with_heading(figure, panels)
 
 

@@ -10,7 +10,7 @@ from ultralytics.utils import LOGGER, TQDM
 
 from ..utils.files import Row, columns_of, from_csv, write_file
 from . import op_table, rounds
-from .pictures import draw_predict, draw_runs, draw_sizes, draw_train, draw_waterfall
+from .pictures import draw_predict, draw_run_waterfall, draw_runs, draw_sizes, draw_train, draw_waterfall
 from .run import RunJob
 from .train import TrainJob
 
@@ -40,7 +40,8 @@ def bench_plot(job: PlotJob) -> list[Path]:
 
     `imgsz.png` has time and memory against the image size, where there are several; `waterfall.png` the techniques of a
     training step, one after the other; `predict.png` latencies; `train.png` iterations of a real training; `run.png`
-    the seconds of whole trainings; `op.png` the speed of attention alone.
+    the seconds of whole trainings; `run-waterfall.png` their speed, memory and mAP, one technique after the other;
+    `op.png` the speed of attention alone.
 
     Returns:
         The pictures.
@@ -61,6 +62,7 @@ def bench_plot(job: PlotJob) -> list[Path]:
         "predict.png": lambda: draw_predict(samples),
         "train.png": lambda: draw_train(trainings),
         "run.png": lambda: draw_runs(runs),
+        "run-waterfall.png": lambda: draw_run_waterfall(runs),
         "op.png": lambda: op_table.draw_op(op) if any(row["us"] is not None for row in op) else None,
     }
     folder = Path(job.folder or Path(job.files[0]).parent)

@@ -38,7 +38,7 @@ def bench(job: BaseJob) -> list[dict[str, Any]]:
     """
     rows: list[Row] = []
     machine: dict[str, Any] = {}
-    commit = _commit()
+    commit = checkout()
     columns = (*COLUMNS, *job.more_columns)
     if job.csv:
         write_file(Path(job.csv), as_csv(columns, rows))  # a folder that is not there is told before an hour has passed
@@ -137,7 +137,7 @@ def _conditions(machine: dict[str, Any], job: BaseJob) -> Row:
     }
 
 
-def _commit() -> str:
+def checkout() -> str:
     """The commit of the checkout that this package lies in, with `-dirty` if files differ from it; else empty."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():  # git would find the repository around an environment

@@ -21,15 +21,22 @@ from ultralytics.utils.checks import check_file
 
 from ..assets import offline
 from ..assets.models import open_model
+from ..backends.registry import BACKENDS
 from ..engine.model import patch_model
 from ..utils.errors import did_you_mean
 from ..utils.memory import peak_memory_gib
 from .process import UNPATCHED, BaseJob, take_turn
 from .rounds import bench
 
-COMPILE = "compile"  # an arm without the plugin, by Ultralytics' own compile=True
-PLUGIN: dict[str, dict[str, Any]] = {"eager": {"graphs": "off"}, "graphs": {"graphs": "on"}, "auto": {"graphs": "auto"}}
-TRAIN_ARMS = (UNPATCHED, COMPILE, *PLUGIN)
+# Arms without the plugin -> Ultralytics' own compile=
+STOCK: dict[str, bool | str] = {UNPATCHED: False, "compile": True, "compile_max_autotune": "max-autotune"}
+PLUGIN: dict[str, dict[str, Any]] = {
+    **{name: {"backend": name, "graphs": "off"} for name in BACKENDS},
+    "eager": {"graphs": "off"},
+    "graphs": {"graphs": "on"},
+    "auto": {"graphs": "auto"},
+}
+TRAIN_ARMS = (*STOCK, *PLUGIN)
 WARMUP_EPOCHS = 2  # in which caches fill, kernels are compiled, the plugin profiles a step and graphs are captured
 _IN_MEMORY = 16  # batches at most
 
@@ -42,8 +49,10 @@ class TrainJob(BaseJob):
     """What `bench train` measures: a model in Ultralytics' trainer, from fresh weights.
 
     Without `arms`, `unpatched`, which is stock Ultralytics, `eager`, the plugin without CUDA graphs, and on a GPU
-    `graphs`, the plugin with them. There are also `auto`, where the plugin decides about them, and `compile`, which is
-    stock Ultralytics with `compile=True`; that drops the last batch of an epoch if it is smaller than the others.
+    `graphs`, the plugin with them. There are also `auto`, where the plugin decides about them; each backend by its
+    name, without graphs; and `compile` and `compile_max_autotune`, stock Ultralytics with `compile=True` and
+    `compile=max-autotune`. Those compile for minutes, and drop the last batch of an epoch if it is smaller than the
+    others.
 
     Attributes:
         data: A data set.
@@ -111,7 +120,7 @@ class TrainJob(BaseJob):
             "device": str(device.index) if device.type == "cuda" else "cpu",
             "amp": amp if device.type == "cuda" else False,
             "mosaic": float(self.mosaic),
-            "compile": arm == COMPILE,
+            "compile": STOCK.get(arm, False),
             "verbose": False,
         }
 

@@ -1,0 +1,275 @@
+"""Whether the plugin changes what a training reaches: mAP of stock and ours over seeds; docs/results/accuracy-h100.md.
+
+    python scripts/study_accuracy.py run data.yaml folder [row ...] [epochs=30] [seeds=0,1,2] [arms=stock,eager,auto]
+                                     [parallel=6] [workers=2] [batch=16] [device=0] [seconds=550]
+    python scripts/study_accuracy.py resume data.yaml folder [row] [epochs=24] [workers=4] [batch=16] [device=0]
+
+run: a row is a model and an image size, as in `yolo12n-640`; without any, those of ROWS. Each run is a fresh process of
+Ultralytics' trainer from fresh weights, by its defaults. Arms: `stock` without the plugin, `eager` the plugin with
+flash.graphs=off, `auto` as it ships. `parallel` processes run side by side, the longest first, so that no second of
+them is a time to quote. The rows of a run that has ended go to folder/accuracy.csv at once; a run whose rows are there
+is not repeated. After `seconds` the runs under way are killed, and none is started for which less time is left than the
+quickest of its row took.
+
+resume: one training of stock from start to end, and two that are killed half way, when the checkpoint is saved, and go
+on in the other arm from last.pt; the epochs of all three go to folder/resume.csv. Mosaic stays on until the end, so
+that no epoch differs from the one before by plan.
+
+`study_accuracy_report.py` has the tables and pictures of both files.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import ultralytics
+from study_accuracy_report import COLUMNS, RESUME_COLUMNS, RESUMED, key_of, read, resume_table
+from ultralytics import YOLO
+
+from yolo_flash import __version__, patch_model
+from yolo_flash.assets import offline
+from yolo_flash.bench.rounds import checkout
+from yolo_flash.bench.run import Clocks
+from yolo_flash.utils.files import Row, as_csv, write_file
+from yolo_flash.utils.memory import GIB
+
+ARMS: dict[str, dict[str, str] | None] = {"stock": None, "eager": {"graphs": "off"}, "auto": {}}
+ROWS = {  # in the order of their length -> arms
+    "yolo12n-1280": ("stock", "auto"),
+    "yolo12s-640": tuple(ARMS),
+    "yolo26n-640": tuple(ARMS),
+    "yolo12n-640": tuple(ARMS),
+}
+
+
+# A process ------------------------------------------------------------------------------------------------------------
+class Follower(Clocks):
+    """Keeps a row of every epoch."""
+
+    def __init__(self, job: Row, device: torch.device) -> None:
+        super().__init__(device)
+        self.rows: list[Row] = []
+        self._job = job
+
+    def on_train_epoch_end(self, trainer: Any) -> None:
+        super().on_train_epoch_end(trainer)
+        if trainer.batch_size != self._job["batch"]:
+            raise RuntimeError(f"the batch was halved to {trainer.batch_size}: run fewer processes side by side.")
+        self.loss = sum(float(value) for value in trainer.tloss.values())
+        on_gpu = self._device.type == "cuda"
+        self.reserved = torch.cuda.max_memory_reserved(self._device) / GIB if on_gpu else None
+
+    def on_fit_epoch_end(self, trainer: Any) -> None:
+        super().on_fit_epoch_end(trainer)
+        if self.rows and self.rows[-1]["epoch"] == trainer.epoch + 1:
+            return  # the final evaluation is told as an epoch too
+        ends = self.ends[-2:]
+        self.rows.append(
+            {name: self._job[name] for name in ("model", "imgsz", "batch", "arm", "seed")}
+            | {
+                "epoch": trainer.epoch + 1,
+                "map50_95": float(trainer.metrics["metrics/mAP50-95(B)"]),
+                "map50": float(trainer.metrics["metrics/mAP50(B)"]),
+                "loss": self.loss,
+                "epoch_s": ends[1] - ends[0] if len(ends) == 2 else None,
+                "peak_gib": self.peaks[-1],
+                "reserved_gib": self.reserved,
+            }
+        )
+
+
+def one(job: Row) -> None:
+    """Train in this process, and write a row of every epoch to the job's file. The job is `job_of`'s."""
+    folder = Path(job["project"], Path(job["file"]).stem)
+    if not job["last"]:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    model = YOLO(job["last"] or f"{job['model']}.yaml")
+    if (settings := ARMS[job["arm"]]) is not None:
+        patch_model(model, **settings)
+    device = torch.device("cpu" if job["device"] == "cpu" else f"cuda:{job['device']}")
+    follower = Follower(job, device)
+    for event in ("on_train_epoch_start", "on_train_epoch_end", "on_fit_epoch_end"):
+        model.add_callback(event, getattr(follower, event))
+
+    def killed(trainer: Any) -> None:
+        if trainer.epoch + 1 == job["kill_after"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    model.add_callback("on_model_save", killed)
+    given = {name: job[name] for name in ("data", "imgsz", "batch", "epochs", "workers", "device", "seed", "project")}
+    given |= {"name": folder.name, "exist_ok": True, "plots": False, "verbose": False, "patience": 0, **job["more"]}
+    with offline.without_amp_weights():
+        model.train(**({"resume": True} if job["last"] else given))
+    lines = folder / "flash.jsonl"
+    epochs = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()] if lines.exists() else []
+    counts = {line["epoch"]: line["graphs"] for line in epochs if line["event"] == "epoch"}
+    replayed = {epoch: of.get("replayed", 0) / of["steps"] for epoch, of in counts.items() if of.get("steps")}
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    shared = {
+        "device": machine,
+        "torch": torch.__version__,
+        "ultralytics": ultralytics.__version__,
+        "yolo_flash": __version__,
+    }
+    rows = [row | shared | {"replayed": replayed.get(row["epoch"]), "commit": checkout()} for row in follower.rows]
+    write_file(Path(job["file"]), json.dumps(rows).encode())
+
+
+def job_of(data: str, folder: Path, row: str, arm: str, seed: int, given: dict[str, str]) -> Row:
+    """What a process is told."""
+    model, imgsz = row.rsplit("-", 1)
+    device = given.get("device", "0")
+    return {
+        "model": model,
+        "imgsz": int(imgsz),
+        "arm": arm,
+        "seed": seed,
+        "data": data,
+        **{name: int(given.get(name, least)) for name, least in (("epochs", 30), ("batch", 16), ("workers", 2))},
+        "device": device,
+        "project": str(folder.resolve() / "runs"),
+        "file": str(folder.resolve() / f"{row}-{arm}-{seed}.json"),
+        "last": "",  # a checkpoint to resume from
+        "kill_after": 0,
+        "more": {"save": False},  # more arguments of `train`
+    }
+
+
+def start(job: Row) -> subprocess.Popen[bytes]:
+    log = Path(job["file"]).with_suffix(".txt")
+    with log.open("ab") as said:
+        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+        command = [sys.executable, __file__, "one", json.dumps(job)]
+        return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+
+
+def last_lines(job: Row, count: int = 3) -> str:
+    text = Path(job["file"]).with_suffix(".txt").read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+    return " / ".join([line.strip() for line in text.splitlines() if line.strip()][-count:])[-600:]
+
+
+# The queue ------------------------------------------------------------------------------------------------------------
+def jobs_left(jobs: list[Row], rows: list[Row]) -> list[Row]:
+    """The jobs whose last epoch is not in the rows."""
+    done = {(*key_of(row), row["epoch"]) for row in rows}
+    return [job for job in jobs if (*key_of(job), job["epochs"]) not in done]
+
+
+def run(data: str, folder: Path, rows: list[str], given: dict[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    file, begin = folder / "accuracy.csv", time.perf_counter()
+    seconds, parallel = float(given.get("seconds", "inf")), int(given.get("parallel", "6"))
+    seeds = [int(seed) for seed in given.get("seeds", "0,1,2").split(",")]
+    jobs = [
+        job_of(data, folder, row, arm, seed, given)
+        for row in sorted(rows or ROWS, key=lambda row: list(ROWS).index(row) if row in ROWS else -1)
+        for seed in seeds  # a cut leaves whole comparisons
+        for arm in (given["arms"].split(",") if "arms" in given else ROWS.get(row, tuple(ARMS)))
+    ]
+    waiting = jobs_left(jobs, read(file))
+    print(f"{len(waiting)} of {len(jobs)} runs to go, {parallel} side by side", flush=True)
+    running: dict[tuple[Any, ...], tuple[Row, subprocess.Popen[bytes], float]] = {}
+    took: dict[tuple[Any, ...], float] = defaultdict(lambda: 0.0)
+    while waiting or running:
+        now = time.perf_counter() - begin
+        waiting = [job for job in waiting if now + took[job["model"], job["imgsz"]] < seconds]
+        while waiting and len(running) < parallel:
+            job = waiting.pop(0)
+            running[key_of(job)] = job, start(job), time.perf_counter() - begin
+        for key, (job, process, since) in list(running.items()):
+            if process.poll() is None and now < seconds:
+                continue
+            name, mine = "-".join(map(str, key)), now - since
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                print(f"{now:4.0f} s: {name} killed after {mine:.0f} s, since {seconds:.0f} s are over", flush=True)
+            elif process.returncode:
+                print(f"{now:4.0f} s: {name} failed: {last_lines(job)}", flush=True)
+            else:
+                found = json.loads(Path(job["file"]).read_text(encoding="utf-8"))
+                write_file(file, as_csv(COLUMNS, [*read(file), *(row | {"process_s": mine} for row in found)]))
+                took[key[:2]] = min(mine, took[key[:2]] or mine)
+                best = max(row["map50_95"] for row in found)
+                text = f"mAP50-95 {found[-1]['map50_95']:.4f}, best {best:.4f}, peak {found[-1]['peak_gib']:.2f} GiB"
+                print(f"{now:4.0f} s: {name} in {mine:.0f} s: {text}, replayed {found[-1]['replayed']}", flush=True)
+            process.wait()
+            del running[key]
+        time.sleep(0.2)
+    left = jobs_left(jobs, read(file))
+    print(
+        f"{len(jobs) - len(left)} of {len(jobs)} runs are in {file}" + (": call it again" if left else ""), flush=True
+    )
+
+
+# Resume ---------------------------------------------------------------------------------------------------------------
+def resume(data: str, folder: Path, rows: list[str], given: dict[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    begin, given = time.perf_counter(), {"epochs": "24", "workers": "4"} | given
+    half = int(given["epochs"]) // 2
+    jobs: dict[str, Row] = {}
+    for name, arms in RESUMED.items():
+        job = job_of(data, folder, rows[0] if rows else "yolo12n-640", arms[0], 0, given)
+        file = folder.resolve() / f"resume-{'-'.join(arms)}.json"
+        jobs[name] = job | {"file": str(file), "more": {"close_mosaic": 0}, "kill_after": half if len(arms) > 1 else 0}
+    started = {name: start(job) for name, job in jobs.items()}
+    for name, (_, *other) in RESUMED.items():
+        if other:
+            print(f"{name}: killed ({started[name].wait()}) at {time.perf_counter() - begin:.0f} s", flush=True)
+            last = Path(jobs[name]["project"], Path(jobs[name]["file"]).stem, "weights", "last.pt")
+            started[name] = start(jobs[name] | {"arm": other[0], "last": str(last), "kill_after": 0})
+    found: list[Row] = []
+    for name, job in jobs.items():
+        code = started[name].wait()
+        print(
+            f"{name}: exit {code} at {time.perf_counter() - begin:.0f} s" + (last_lines(job) if code else ""),
+            flush=True,
+        )
+        if code:
+            continue
+        told = json.loads(Path(job["file"]).read_text(encoding="utf-8"))[-1]
+        columns = Path(job["project"], Path(job["file"]).stem, "results.csv")
+        for line in csv.DictReader(columns.read_text(encoding="utf-8").splitlines()):
+            losses = [
+                sum(float(v) for k, v in line.items() if k.startswith(p) and k.endswith("loss"))
+                for p in ("train/", "val/")
+            ]
+            arm, facts = (
+                RESUMED[name][0 if int(line["epoch"]) <= half else -1],
+                {k: told[k] for k in RESUME_COLUMNS if k in told},
+            )
+            values = {
+                "epoch": int(line["epoch"]),
+                "map50_95": float(line["metrics/mAP50-95(B)"]),
+                "loss": losses[0],
+                "val_loss": losses[1],
+            }
+            found.append(facts | {"run": name, "arm": arm} | values)
+    write_file(folder / "resume.csv", as_csv(RESUME_COLUMNS, found))
+    print(resume_table(found))
+
+
+def main() -> None:
+    what, *words = sys.argv[1:] or [""]
+    if what == "one" and len(words) == 1:
+        one(json.loads(words[0]))
+    elif what in ("run", "resume") and len(words) >= 2:
+        data, folder, *others = words
+        given = dict(word.split("=", 1) for word in others if "=" in word)
+        (run if what == "run" else resume)(data, Path(folder), [word for word in others if "=" not in word], given)
+    else:
+        sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
