@@ -1,15 +1,15 @@
 """Whether the plugin changes what a training reaches: mAP of stock and ours over seeds; docs/results/accuracy-h100.md.
 
     python scripts/study_accuracy.py run data.yaml folder [row ...] [epochs=30] [seeds=0,1,2] [arms=stock,eager,auto]
-                                     [parallel=6] [workers=2] [batch=16] [device=0] [seconds=550]
+                                     [parallel=6] [memory=72] [workers=2] [batch=16] [device=0] [seconds=550]
     python scripts/study_accuracy.py resume data.yaml folder [row] [epochs=24] [workers=4] [batch=16] [device=0]
 
 run: a row is a model and an image size, as in `yolo12n-640`; without any, those of ROWS. Each run is a fresh process of
 Ultralytics' trainer from fresh weights, by its defaults. Arms: `stock` without the plugin, `eager` the plugin with
-flash.graphs=off, `auto` as it ships. `parallel` processes run side by side, the longest first, so that no second of
-them is a time to quote. The rows of a run that has ended go to folder/accuracy.csv at once; a run whose rows are there
-is not repeated. After `seconds` the runs under way are killed, and none is started for which less time is left than the
-quickest of its row took.
+flash.graphs=off, `auto` as it ships. `parallel` processes run side by side, the longest first and within `memory` GiB
+by the estimates of ROWS, so that no second of them is a time to quote. The rows of a run that has ended go to
+folder/accuracy.csv at once; a run whose rows are there is not repeated. After `seconds` the runs under way are killed,
+and none is started for which less time is left than the quickest of its row took.
 
 resume: one training of stock from start to end, and two that are killed half way, when the checkpoint is saved, and go
 on in the other arm from last.pt; the epochs of all three go to folder/resume.csv. Mosaic stays on until the end, so
@@ -20,6 +20,7 @@ that no epoch differs from the one before by plan.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -45,11 +46,11 @@ from yolo_flash.utils.files import Row, as_csv, write_file
 from yolo_flash.utils.memory import GIB
 
 ARMS: dict[str, dict[str, str] | None] = {"stock": None, "eager": {"graphs": "off"}, "auto": {}}
-ROWS = {  # in the order of their length -> arms
-    "yolo12n-1280": ("stock", "auto"),
-    "yolo12s-640": tuple(ARMS),
-    "yolo26n-640": tuple(ARMS),
-    "yolo12n-640": tuple(ARMS),
+ROWS: dict[str, Row] = {  # in the order of their length; gib is what a run may reserve on the card
+    "yolo12n-1280": {"arms": "stock,auto", "batch": 8, "workers": 3, "gib": 14},
+    "yolo12s-640": {"gib": 10},
+    "yolo26n-640": {"gib": 7},
+    "yolo12n-640": {"gib": 7},
 }
 
 
@@ -72,7 +73,7 @@ class Follower(Clocks):
 
     def on_fit_epoch_end(self, trainer: Any) -> None:
         super().on_fit_epoch_end(trainer)
-        if self.rows and self.rows[-1]["epoch"] == trainer.epoch + 1:
+        if trainer.epoch == trainer.epochs:
             return  # the final evaluation is told as an epoch too
         ends = self.ends[-2:]
         self.rows.append(
@@ -130,13 +131,15 @@ def job_of(data: str, folder: Path, row: str, arm: str, seed: int, given: dict[s
     """What a process is told."""
     model, imgsz = row.rsplit("-", 1)
     device = given.get("device", "0")
+    defaults: Row = {"epochs": 30, "batch": 16, "workers": 2, "gib": 0} | ROWS.get(row, {})
+    defaults.pop("arms", None)
     return {
         "model": model,
         "imgsz": int(imgsz),
         "arm": arm,
         "seed": seed,
         "data": data,
-        **{name: int(given.get(name, least)) for name, least in (("epochs", 30), ("batch", 16), ("workers", 2))},
+        **{name: int(given.get(name, default)) for name, default in defaults.items()},
         "device": device,
         "project": str(folder.resolve() / "runs"),
         "file": str(folder.resolve() / f"{row}-{arm}-{seed}.json"),
@@ -161,55 +164,76 @@ def last_lines(job: Row, count: int = 3) -> str:
 
 # The queue ------------------------------------------------------------------------------------------------------------
 def jobs_left(jobs: list[Row], rows: list[Row]) -> list[Row]:
-    """The jobs whose last epoch is not in the rows."""
-    done = {(*key_of(row), row["epoch"]) for row in rows}
-    return [job for job in jobs if (*key_of(job), job["epochs"]) not in done]
+    """The jobs whose last epoch is not the last in the rows."""
+    done: dict[tuple[Any, ...], int] = defaultdict(int)
+    for row in rows:
+        done[key_of(row)] = max(done[key_of(row)], row["epoch"])
+    return [job for job in jobs if done[key_of(job)] != job["epochs"]]
 
 
 def run(data: str, folder: Path, rows: list[str], given: dict[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file, begin = folder / "accuracy.csv", time.perf_counter()
     seconds, parallel = float(given.get("seconds", "inf")), int(given.get("parallel", "6"))
+    memory = float(given.get("memory", "72"))
     seeds = [int(seed) for seed in given.get("seeds", "0,1,2").split(",")]
     jobs = [
         job_of(data, folder, row, arm, seed, given)
         for row in sorted(rows or ROWS, key=lambda row: list(ROWS).index(row) if row in ROWS else -1)
         for seed in seeds  # a cut leaves whole comparisons
-        for arm in (given["arms"].split(",") if "arms" in given else ROWS.get(row, tuple(ARMS)))
+        for arm in given.get("arms", ROWS.get(row, {}).get("arms", ",".join(ARMS))).split(",")
     ]
     waiting = jobs_left(jobs, read(file))
     print(f"{len(waiting)} of {len(jobs)} runs to go, {parallel} side by side", flush=True)
-    running: dict[tuple[Any, ...], tuple[Row, subprocess.Popen[bytes], float]] = {}
-    took: dict[tuple[Any, ...], float] = defaultdict(lambda: 0.0)
-    while waiting or running:
-        now = time.perf_counter() - begin
-        waiting = [job for job in waiting if now + took[job["model"], job["imgsz"]] < seconds]
-        while waiting and len(running) < parallel:
-            job = waiting.pop(0)
-            running[key_of(job)] = job, start(job), time.perf_counter() - begin
-        for key, (job, process, since) in list(running.items()):
-            if process.poll() is None and now < seconds:
-                continue
-            name, mine = "-".join(map(str, key)), now - since
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                print(f"{now:4.0f} s: {name} killed after {mine:.0f} s, since {seconds:.0f} s are over", flush=True)
-            elif process.returncode:
-                print(f"{now:4.0f} s: {name} failed: {last_lines(job)}", flush=True)
-            else:
-                found = json.loads(Path(job["file"]).read_text(encoding="utf-8"))
-                write_file(file, as_csv(COLUMNS, [*read(file), *(row | {"process_s": mine} for row in found)]))
-                took[key[:2]] = min(mine, took[key[:2]] or mine)
-                best = max(row["map50_95"] for row in found)
-                text = f"mAP50-95 {found[-1]['map50_95']:.4f}, best {best:.4f}, peak {found[-1]['peak_gib']:.2f} GiB"
-                print(f"{now:4.0f} s: {name} in {mine:.0f} s: {text}, replayed {found[-1]['replayed']}", flush=True)
-            process.wait()
-            del running[key]
-        time.sleep(0.2)
-    left = jobs_left(jobs, read(file))
-    print(
-        f"{len(jobs) - len(left)} of {len(jobs)} runs are in {file}" + (": call it again" if left else ""), flush=True
-    )
+    running: list[tuple[Row, subprocess.Popen[bytes], float]] = []
+    took: dict[tuple[Any, ...], float] = {}
+    try:
+        while waiting or running:
+            now = time.perf_counter() - begin
+            waiting = [job for job in waiting if now + took.get(key_of(job)[:2], 0.0) < seconds]
+            while len(running) < parallel:
+                free = memory - sum(job["gib"] for job, *_ in running)
+                job = next((job for job in waiting if job["gib"] <= free or not running), None)
+                if job is None:
+                    break
+                waiting.remove(job)
+                running.append((job, start(job), now))
+            for job, process, since in list(running):
+                over = now >= seconds and process.poll() is None
+                if over:
+                    kill(process)
+                elif process.poll() is None:
+                    continue
+                running.remove((job, process, since))
+                text = f"killed, since {seconds:.0f} s are over" if over else ended(job, process, file, now - since)
+                if text.startswith("mAP"):
+                    took[key_of(job)[:2]] = min(now - since, took.get(key_of(job)[:2], now))
+                print(f"{now:4.0f} s: {'-'.join(map(str, key_of(job)))}, {now - since:.0f} s: {text}", flush=True)
+            time.sleep(0.2)
+    finally:
+        for _, process, _ in running:
+            kill(process)
+    done = len(jobs) - len(jobs_left(jobs, read(file)))
+    print(f"{done} of {len(jobs)} runs are in {file}" + (": call it again" if done < len(jobs) else ""), flush=True)
+
+
+def ended(job: Row, process: subprocess.Popen[bytes], file: Path, seconds: float) -> str:
+    """Take the rows of a process that has ended into the file; what it reached, or why it failed."""
+    if process.wait():
+        return f"failed: {last_lines(job)}"
+    found = json.loads(Path(job["file"]).read_text(encoding="utf-8"))
+    others = [row for row in read(file) if key_of(row) != key_of(job)]
+    write_file(file, as_csv(COLUMNS, [*others, *(row | {"process_s": seconds} for row in found)]))
+    last, best = found[-1], max(row["map50_95"] for row in found)
+    memory = f"{last['peak_gib']:.2f} GiB"
+    return f"mAP50-95 {last['map50_95']:.4f}, best {best:.4f}, peak {memory}, replayed {last['replayed']}"
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process and the workers of its loader."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 # Resume ---------------------------------------------------------------------------------------------------------------
@@ -260,6 +284,7 @@ def resume(data: str, folder: Path, rows: list[str], given: dict[str, str]) -> N
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that `timeout` ends the runs, too
     what, *words = sys.argv[1:] or [""]
     if what == "one" and len(words) == 1:
         one(json.loads(words[0]))

@@ -13,6 +13,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from yolo_flash.utils.files import Row, columns_of, from_csv, write_file
 from yolo_flash.utils.plotting import COLORS, as_png, new_figure
 
@@ -33,7 +35,7 @@ NOTE = """\
 Last epoch against stock: the difference of the means, and in brackets its 95 % interval (Welch). Within the spread
 means that the interval contains 0: no difference was seen, and one beyond the interval is unlikely; not that there is
 none. Of twenty such intervals one misses by chance. Runs went side by side on one card: the seconds are no times to
-quote. Peak is what was allocated, of training alone."""
+quote. Peak is what was allocated, of training alone, the highest of any epoch and seed, captures included."""
 
 
 def read(file: Path, numbers: tuple[str, ...] = NUMBERS) -> list[Row]:
@@ -45,11 +47,16 @@ def key_of(row: Row) -> tuple[Any, ...]:
 
 
 # Statistics -----------------------------------------------------------------------------------------------------------
+def student_t(freedom: float) -> float:
+    """The 97.5 % quantile of Student's t: with x = sqrt(freedom) tan(angle) its density is a power of the cosine."""
+    angles = np.linspace(0, np.pi / 2, 200_001)
+    mass = np.cumsum(np.cos((angles[1:] + angles[:-1]) / 2) ** (freedom - 1))
+    return float(math.sqrt(freedom) * np.tan(np.interp(0.95, mass / mass[-1], angles[1:])))
+
+
 def interval(difference: float, error: float, freedom: float) -> tuple[float, float]:
     """The 95 % interval by Student's t."""
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, freedom)) * error
+    half = student_t(freedom) * error
     return difference - half, difference + half
 
 
@@ -84,9 +91,9 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         runs[key_of(row)].append(row)
     heads = ("model, pixels", "arm", "seeds", "mAP50-95, last epoch", "best epoch", "last epoch against stock")
-    lines = [f"| {' | '.join((*heads, 'epoch s', 'peak GiB', 'steps replayed'))} |", "| --- " * 9 + "|"]
+    lines = [f"| {' | '.join((*heads, 'epoch s', 'peak, reserved GiB', 'steps replayed'))} |", "| --- " * 9 + "|"]
     pairs: dict[str, list[float]] = defaultdict(list)
-    for model, imgsz in dict.fromkeys(key[:2] for key in runs):
+    for imgsz, model in sorted({(key[1], key[0]) for key in runs}):
         arms = {arm: {key[3]: mine for key, mine in runs.items() if key[:3] == (model, imgsz, arm)} for arm in NAMES}
         last = {
             arm: {seed: max(mine, key=lambda row: row["epoch"])["map50_95"] for seed, mine in found.items()}
@@ -110,7 +117,7 @@ def table(rows: list[Row]) -> str:
                 spread([max(row["map50_95"] for row in mine) for mine in found.values()]),
                 against,
                 f"{statistics.median(seconds):.2f}" if seconds else "-",
-                f"{max(row['peak_gib'] for row in every):.2f}",
+                ", ".join(f"{max(row[name] or 0 for row in every):.2f}" for name in ("peak_gib", "reserved_gib")),
                 f"{statistics.mean(replayed):.0%}" if replayed else "-",
             ]
             lines.append(f"| {' | '.join(cells)} |")
@@ -159,7 +166,7 @@ STYLE = {"stock": COLORS["unpatched"], "eager": COLORS["triton_area"], "auto": C
 
 def draw(rows: list[Row]) -> bytes:
     """A panel for each model and size: mean over the seeds, and a band from the lowest to the highest."""
-    panels = list(dict.fromkeys((row["model"], row["imgsz"]) for row in rows))
+    panels = sorted({(row["model"], row["imgsz"]) for row in rows}, key=lambda panel: (panel[1], panel[0]))
     figure = new_figure(5.2 * min(len(panels), 2), 0.6 + 3.6 * math.ceil(len(panels) / 2))
     grid = figure.subplots(math.ceil(len(panels) / 2), min(len(panels), 2), squeeze=False).ravel()
     for axis, panel in itertools.zip_longest(grid, panels):

@@ -130,7 +130,7 @@ def draw_run_waterfall(rows: list[Row]) -> bytes | None:
     grid = figure.subplots(len(arms), 3, squeeze=False, height_ratios=[0.8 + 0.46 * number for number in arms])
     columns = {
         "images_per_second": ("training, images/s; in brackets, against above", ",.0f"),
-        "peak_gib": ("peak of training, GiB", ".2f"),
+        "peak_gib": ("peak allocated in training, GiB", ".2f"),
         "map50_95": ("mAP50-95 after it", ".3f"),
     }
     for axes, (panel, mine) in zip(grid, panels.items(), strict=True):
@@ -141,7 +141,7 @@ def draw_run_waterfall(rows: list[Row]) -> bytes | None:
             before: float | None = None
             for place, (arm, span) in enumerate(spans.items()):
                 if span is None:
-                    error = _error(mine, arm) if axis is axes[0] else "-"  # why is said once
+                    error = _error(mine, arm)[:36] if axis is axes[0] else "-"  # why is said once
                     _label(axis, 0.01 * longest, place, error, color="#b00000")
                     continue
                 axis.barh(place, span.median, height=0.62, color=COLORS[arm], zorder=2)
@@ -156,7 +156,7 @@ def draw_run_waterfall(rows: list[Row]) -> bytes | None:
             _horizontal(axis, panel, names, 1.5 * longest)
             axis.set_xlabel(label)
             if axis is not axes[0]:
-                axis.set_title("")
+                axis.set_title("", loc="left")
     return _with_heading(figure, panels)
 
 
