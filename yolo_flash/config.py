@@ -20,7 +20,13 @@ _OTHER_ENV = {"YOLO_FLASH_DATASETS"}  # the folder of data sets, see assets/offl
 
 
 class FlashConfigError(ValueError):
-    """A setting that does not exist or has a value it cannot have. The message names what is valid."""
+    """A setting that does not exist or has a value it cannot have. The message names what is valid.
+
+    Examples:
+        >>> FlashConfig.resolve(backnd="stock")
+        Traceback (most recent call last):
+        yolo_flash.config.FlashConfigError: the keyword arguments: there is no setting 'backnd'. Did you mean ...
+    """
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,12 @@ class FlashConfig:
 
     Raises:
         FlashConfigError: A value has the wrong type or is not among the valid ones.
+
+    Examples:
+        >>> FlashConfig(backend="sdpa_flash").graphs
+        'auto'
+        >>> FlashConfig.resolve(config="strict", cli={"layers": "model.6.*:stock"}).layers
+        {'model.6.*': 'stock'}
     """
 
     enabled: bool = True
