@@ -28,7 +28,7 @@ class FlashKernelError(Exception):
 
     Examples:
         >>> try:
-        ...     results = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash").predict("bus.jpg", imgsz=64)
+        ...     results = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash").predict("bus.jpg", device="cpu")
         ... except FlashKernelError as error:  # under `auto` another backend would have taken over
         ...     print(error)
     """
