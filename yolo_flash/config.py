@@ -20,26 +20,58 @@ _OTHER_ENV = {"YOLO_FLASH_DATASETS"}  # the folder of data sets, see assets/offl
 
 
 class FlashConfigError(ValueError):
-    """A setting that does not exist or has a value it cannot have. The message names what is valid."""
+    """A setting that does not exist or has a value it cannot have. The message names what is valid.
+
+    Examples:
+        >>> FlashConfig.resolve(backnd="stock")
+        Traceback (most recent call last):
+        yolo_flash.config.FlashConfigError: the keyword arguments: there is no setting 'backnd'. Did you mean ...
+    """
 
 
 @dataclass(frozen=True)
 class FlashConfig:
-    """What the user asked of the plugin; `configs/default.yaml` explains every key.
+    """What the user asked of the plugin.
+
+    `scripts/make_reference.py` writes docs/configuration.md and configs/default.yaml from this text.
 
     Attributes:
-        enabled: False leaves the model stock.
-        backend: `auto`, or the name of the backend that every attention layer shall run.
-        layers: fnmatch pattern of layer names -> backend, over `backend`; the last matching pattern wins.
-        window: Side of the square that a query of `sparse_window` sees: tokens of the layer, or `"256px"`.
-        deterministic: `strict` trains with reproducible backends only, `prefer` with the fastest.
-        autotune: Choose by measuring the backends on this machine, before the first step; False chooses by rules.
-        graphs: Run training steps and validation from CUDA graphs: `off`, `auto`, where it pays, or `on`, which takes
-            predictions too.
-        log: Report plan, kernels, memory and speed in the log and in the run folder.
+        enabled: Use the plugin at all; false leaves every model stock. `YOLO_FLASH=0` in the environment does the same.
+        backend: The backend of every attention layer: auto, the fastest exact one that the device can run, or one by
+            its name, which is an error where that one cannot run. flash_attn_2, flash_attn_3, flash_attn_4 and xformers
+            are packages that have to be installed. sparse_window is approximate, for very large images, and never taken
+            by auto: a query sees the keys near it alone.
+        layers: Layers that shall differ from `backend`: a pattern of their names to the backend. The plan in the log
+            names the stages, and a pattern that matches nothing is an error that lists all layers. The last pattern
+            that matches a layer wins.
+        window: What a query of sparse_window sees: the keys in a square of so many tokens around it, in the grid of its
+            layer; an even number counts as the next odd one. Or of so many pixels of the image, rounded up to tokens:
+            "256px".
+        deterministic: strict trains with backends only whose backward is bitwise reproducible. prefer trains with the
+            fastest, and the log says when that one is not reproducible although Ultralytics trains with
+            deterministic=True.
+        autotune: Choose by measuring: before the first step, every backend that can run is held against float64 and
+            timed on the layers of this run. The numbers are kept for later runs; `yolo-flash checks --clear-cache`
+            forgets them. false chooses by rules.
+        graphs: Run forward, loss and backward from CUDA graphs: what a training step takes on the clock is then the
+            GPU's time and no longer Python's. Of tasks other than detection and segmentation the loss stays outside.
+            auto does so where steps are measured to be 5 % faster and the memory for it is there; on does so or fails
+            with the reason. The graphs hold as much memory as a step, beside that of the last, smaller batch. The
+            network of validation, in a training and in val, runs from graphs too, for shapes of images that come again:
+            under auto those that are measured to be 5 % faster, under on all of them, and those of predict. Metrics and
+            predictions keep every bit; what cannot be captured, or has too little memory, runs as ever, and the log
+            says why.
+        log: Say what runs: the plan, the kernels that really ran, memory and speed of every epoch. In the log, in
+            flash.jsonl and flash.png of the run folder, as two columns of results.csv and in Ultralytics' loggers.
 
     Raises:
         FlashConfigError: A value has the wrong type or is not among the valid ones.
+
+    Examples:
+        >>> FlashConfig(backend="sdpa_flash").graphs
+        'auto'
+        >>> FlashConfig.resolve(config="strict", cli={"layers": "model.6.*:stock"}).layers
+        {'model.6.*': 'stock'}
     """
 
     enabled: bool = True

@@ -59,6 +59,10 @@ class Machine:
         flash_impl: What runs in place of torch's flash kernels in this process, `FA3` or `FA4`, since somebody called
             `torch.nn.attention.activate_flash_attention_impl`; else None.
         system: Python and operating system.
+
+    Examples:
+        >>> print(Machine("cuda", "Tesla T4", capability=(7, 5)))
+        Tesla T4 (Turing, compute capability 7.5)
     """
 
     kind: Kind

@@ -78,7 +78,14 @@ class Backend:
 
 
 class BackendNotSupportedError(ValueError):
-    """A backend asked for by name cannot run. The message has the reasons, and the backends that can."""
+    """A backend asked for by name cannot run. The message has the reasons, and the backends that can.
+
+    Examples:
+        >>> model = patch_model(YOLO("yolo12n.yaml"), backend="triton_area")
+        >>> plan(model, device="cpu")
+        Traceback (most recent call last):
+        yolo_flash.backends.registry.BackendNotSupportedError: backend=triton_area cannot run ... These can: auto, ...
+    """
 
 
 def _always(spec: AttentionSpec, machine: Machine) -> bool:

@@ -49,6 +49,13 @@ class AttentionSpec(NamedTuple):
         area: Strips that an image is cut into, each a problem of `batch`; it matters to the speed of stock, and to what
             a window sees.
         window: What an approximate backend sees of the image; None for all exact ones, whose specs thus stay equal.
+
+    Examples:
+        >>> spec = AttentionSpec(64, 2, 400, 400, 32, 32, torch.float16, "nhwc")
+        >>> print(spec)
+        64 x 2 heads x 400 tokens x 32, float16, nhwc, train
+        >>> spec.scores
+        20480000
     """
 
     batch: int

@@ -42,8 +42,10 @@ def convert(weights: str | Path, out: str | Path | None = None, to: str = "ultra
         OSError: The original cannot be read or the new file cannot be written.
 
     Examples:
-        >>> convert("yolov12n.pt")
-        PosixPath('yolov12n-ultralytics.pt')
+        >>> file = convert("yolov12n.pt")
+        >>> print(file)
+        yolov12n-ultralytics.pt
+        >>> results = YOLO(file).predict("bus.jpg", imgsz=64)
     """
     if to not in _TARGETS:
         raise CheckpointError(f"to={to} is not one of {', '.join(_TARGETS)}.")

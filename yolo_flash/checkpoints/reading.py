@@ -35,7 +35,13 @@ _SHOWN = 5  # names in a message
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or converted, with what was found."""
+    """A checkpoint that cannot be read or converted, with what was found.
+
+    Examples:
+        >>> convert("missing.pt")
+        Traceback (most recent call last):
+        yolo_flash.checkpoints.reading.CheckpointError: missing.pt does not exist or is not a file.
+    """
 
 
 def read_checkpoint(content: bytes, name: str) -> dict[str, Any]:

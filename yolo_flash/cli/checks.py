@@ -31,6 +31,11 @@ def checks(device: str | int | None = None, as_json: bool = False) -> dict[str, 
 
     Raises:
         ValueError: The device does not exist.
+
+    Examples:
+        >>> facts = checks("cpu")
+        >>> facts["backends"]["YOLO12, area attention"]["sdpa_flash"]
+        'ready'
     """
     with log_disabled(as_json):
         machine = detect(resolve_device(device))

@@ -69,6 +69,14 @@ class Decision:
         reproducible: Whether the winner's backward gives the same bits every time.
         trials: Backend -> what it did with this very spec; empty where nothing was measured.
         by_rules: Whether `auto` took the winner by the rules, without a measurement.
+
+    Examples:
+        >>> model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+        >>> decision = plan(model, imgsz=640, batch=2, device="cpu")[0].decision
+        >>> decision.backend, decision.why
+        ('sdpa_flash', 'asked for')
+        >>> decision.fate("triton_area")
+        'runs on NVIDIA cards, the device is ...'
     """
 
     spec: AttentionSpec

@@ -113,8 +113,9 @@ def patch_model(model: M, **settings: Any) -> M:
         BackendNotSupportedError: A backend that does not exist; one that cannot run raises when it is first needed.
 
     Examples:
-        >>> model = patch_model(YOLO("yolo12n.yaml"))
-        >>> model.train(data="coco8.yaml", epochs=3)
+        >>> model = patch_model(YOLO("yolo12n.yaml"), deterministic="strict")
+        >>> metrics = model.train(data="coco8.yaml", epochs=1, imgsz=32, device="cpu", plots=False)
+        >>> (result,) = model.predict("bus.jpg", imgsz=64)
     """
     return patch_from_sources(model, known_keys(settings, "the keyword arguments"))
 
@@ -150,6 +151,10 @@ def unpatch_model(model: M) -> M:
 
     Returns:
         The same object.
+
+    Examples:
+        >>> type(unpatch_model(patch_model(YOLO("yolo12n.yaml")))) is YOLO
+        True
     """
     if isinstance(model, FlashModelMixin):
         restore(model)
@@ -180,6 +185,12 @@ def plan(
     Raises:
         BackendNotSupportedError: A backend asked for by name cannot run a layer.
         ValueError: The model is not patched, or there is no such precision.
+
+    Examples:
+        >>> model = patch_model(YOLO("yolo12n.yaml"), layers={"model.8.*": "stock"}, autotune=False)
+        >>> rows = plan(model, imgsz=640, batch=2, device="cpu")
+        >>> {row.layer[:7]: row.decision.backend for row in rows if row.mode == "train"}
+        {'model.6': 'sdpa_flash', 'model.8': 'stock'}
     """
     network: Any = unwrap_model(model.model if isinstance(model, Model) else model)
     dispatcher = _dispatcher_of(network)

@@ -31,7 +31,14 @@ _WARM_UPS = 3  # kernels are chosen, compiled and given their workspaces before 
 
 
 class FlashGraphError(Exception):
-    """The step cannot run from CUDA graphs. Not a RuntimeError, which the trainer might take for out of memory."""
+    """The step cannot run from CUDA graphs. Not a RuntimeError, which the trainer might take for out of memory.
+
+    Examples:
+        >>> model = patch_model(YOLO("yolo12n.yaml"), graphs="on")
+        >>> model.train(data="coco8.yaml", imgsz=32, device="cpu")
+        Traceback (most recent call last):
+        yolo_flash.graphs.graphed_step.FlashGraphError: ... needs an NVIDIA GPU, the device is cpu...
+    """
 
 
 class GraphedStep:

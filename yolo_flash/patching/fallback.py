@@ -24,7 +24,14 @@ from .derivatives import differentiable_backward, is_batched, needs_rules
 
 
 class FlashKernelError(Exception):
-    """A backend asked for by name raised. Not a RuntimeError, which the trainer might take for out of memory."""
+    """A backend asked for by name raised. Not a RuntimeError, which the trainer might take for out of memory.
+
+    Examples:
+        >>> try:
+        ...     results = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash").predict("bus.jpg", device="cpu")
+        ... except FlashKernelError as error:  # under `auto` another backend would have taken over
+        ...     print(error)
+    """
 
 
 class AttentionCall(NamedTuple):

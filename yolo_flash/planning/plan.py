@@ -32,6 +32,11 @@ class PlanRow:
         mode: `train` or `val`.
         decision: The backend with everything that led to it.
         note: What a reader has to know about the shape of the images; the same in all rows of a mode.
+
+    Examples:
+        >>> row = plan(patch_model(YOLO("yolo12n.yaml"), autotune=False), imgsz=640, batch=2, device="cpu")[0]
+        >>> row.layer, row.block, row.mode
+        ('model.6.m.0.0.attn', 'AAttn', 'train')
     """
 
     layer: str

@@ -60,6 +60,11 @@ def verify(
         FileNotFoundError: No such model or source.
         BackendNotSupportedError: A backend asked for by name cannot run a layer.
         FlashKernelError: A backend asked for by name raised.
+
+    Examples:
+        >>> facts = verify("yolo12n.yaml", imgsz=64, device="cpu", backend="sdpa_flash")
+        >>> facts["ok"], facts["off"]
+        (True, [])
     """
     run: dict[str, Any] = {"source": source, "imgsz": imgsz, "batch": batch, "device": device, "amp": amp, "every": all}
     return verify_from_sources(model, known_keys(settings, "the keyword arguments"), **run)
