@@ -11,9 +11,8 @@ from .triton_area import TRITON_AREA
 
 STOCK = Backend("stock", lambda spec, machine: iter(()), None, always, fused=False, color="#a0a0a0")
 
-BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (STOCK, MATH, FLASH, EFFICIENT, CUDNN, TRITON_AREA, *INSTALLED, SPARSE_WINDOW)
-}
+_ALL = (STOCK, MATH, FLASH, EFFICIENT, CUDNN, TRITON_AREA, *INSTALLED, SPARSE_WINDOW)  # in the order of every list
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
 
 # Okabe and Ito's palette and others that colour-blind readers can tell apart; unfused backends are grey.
 COLORS = {backend.name: backend.color for backend in BACKENDS.values()}
