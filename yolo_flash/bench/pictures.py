@@ -22,12 +22,13 @@ TECHNIQUES = {  # of a training step, in the order in which each builds on the o
     "triton_area": "+ our kernel\n(triton_area)",
     "graphs": "+ CUDA graphs\n(network and loss)",
 }
-# Those that are no backends differ from all backends in lightness.
-COLORS = _OF_BACKENDS | {"nchw": "#999933", "unpatched": "#000000", "auto": "#882255", "graphs": "#332288"}
 _MARKERS = "os^DvPhX*d"
 _GREY = "#dddddd"
 _OUT_OF_MEMORY = "out of memory"
 _Texts = dict[str, Callable[[float], str]]  # figure -> how its median is written
+
+# Those that are no backends differ from all backends in lightness.
+COLORS = _OF_BACKENDS | {"nchw": "#999933", "unpatched": "#000000", "auto": "#882255", "graphs": "#332288"}
 
 
 class Span(NamedTuple):
