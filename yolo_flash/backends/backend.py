@@ -28,7 +28,7 @@ class Backend:
         backward: `(packed, kept, dout, dv, spec) -> gradient of packed`, all contiguous; kept are the tensors that the
             forward returned after v. None: autograd differentiates the forward.
         separate: `(inputs, spec) -> out` for three tensors and a mask, see `calls.Inputs`, with out contiguous
-            `[batch, seq_len_q, num_heads, head_dim]`. Autograd can differentiate it. None: takes packed tensors only.
+            `[batch, seq_len_q, num_heads, head_dim]`. Autograd can differentiate it. None: refused for such tensors.
         fused: Whether the score matrices never reach the memory.
         importable: Imports the package that it runs on; gives why that failed, or nothing where it did not.
         by_name: Why `auto` leaves it out, so that it runs only where it is asked for by name; empty where it does not.
@@ -66,7 +66,10 @@ class Backend:
 
     def not_supported_reasons(self, spec: AttentionSpec, machine: Machine) -> tuple[str, ...]:
         """Why this backend cannot run `spec` on `machine`, one sentence a reason; empty when it can."""
-        return tuple(self.limits(spec, machine))
+        reasons = tuple(self.limits(spec, machine))
+        if not reasons and spec.layout == "separate" and self.forward is not None and self.separate is None:
+            return ("takes the packed output of one convolution, the 3 tensors are separate",)
+        return reasons
 
     def reasons_here(self, spec: AttentionSpec, machine: Machine) -> tuple[str, ...]:
         """As `not_supported_reasons`, for a machine that is this one: where they are none, the package is imported."""

@@ -28,8 +28,6 @@ def limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
     elif release(found) < TRITON:
         yield f"needs triton >= {dotted(TRITON)}, found {found}"
     yield from fits(spec, machine, HALF, area.HEAD_DIM_MAX)
-    if spec.layout == "separate":
-        yield "takes the packed output of one convolution, the 3 tensors are separate"
 
 
 def forward(packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:
