@@ -73,5 +73,15 @@ def test_no_file_imports_from_a_wing_above(file: Path) -> None:
     assert imports(file) <= allowed
 
 
+def test_every_module_of_tests_says_what_it_guards() -> None:
+    """In a sentence about what users or other code may rely on, and not in the name of the module once more."""
+    for file in Path(__file__).parent.rglob("test_*.py"):
+        said = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        first, *_ = said.splitlines() or [""]
+        assert len(first) > 40, file
+        assert first.endswith("."), file
+        assert not first.startswith("Test"), file
+
+
 def test_no_file_is_longer_than_a_reader_holds() -> None:
     assert {file.name: n for file in FILES if (n := len(file.read_text(encoding="utf-8").splitlines())) > 400} == {}

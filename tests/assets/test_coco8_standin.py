@@ -1,4 +1,4 @@
-"""Tests of the stand-in data set; they need no network."""
+"""The stand-in for coco8 is a data set as Ultralytics wants it, the same on every machine, and needs no network."""
 
 from __future__ import annotations
 

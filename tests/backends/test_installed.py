@@ -421,6 +421,10 @@ def test_candidates_are_what_can_be_imported_but_never_xformers(monkeypatch: pyt
     found = autotune.candidates(AREA, with_packages("H100"))
     assert "flash_attn_4" in found
     assert "xformers" not in found
+    why = "kernels of other backends: runs only where it is asked for by name"
+    assert select(AREA, with_packages("H100")).fate("xformers") == why
+    asked = select(AREA, with_packages("H100"), "xformers")
+    assert (asked.backend, asked.why) == ("xformers", "asked for")
 
 
 def test_what_an_earlier_run_has_measured_is_not_imported(none_imported: list[str]) -> None:

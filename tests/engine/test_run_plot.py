@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from yolo_flash.backends.registry import BACKENDS
+from yolo_flash.bench.pictures import COLORS
 from yolo_flash.engine.run_plot import draw_run
-from yolo_flash.utils.plotting import COLORS
 
 
 def written(folder: Path, epochs: int, layers: int) -> Path:

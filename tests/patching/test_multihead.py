@@ -24,7 +24,8 @@ from ultralytics.nn.modules.transformer import (
 from tests.counting import AttentionCalls
 from tests.versions import TORCH
 from yolo_flash import AttentionSpec, BackendNotSupportedError, FlashConfig, FlashKernelError
-from yolo_flash.backends import separate
+from yolo_flash.backends import sdpa
+from yolo_flash.backends.calls import Inputs
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.patching.multihead import FlashMultiheadAttention, denoising_mask
 from yolo_flash.patching.patch import patch_modules, targets, unpatch_modules
@@ -392,10 +393,10 @@ def failing(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def broken(grad: Tensor) -> Tensor:
         raise RuntimeError("no engine")
 
-    def spy(inputs: separate.Inputs, spec: AttentionSpec) -> Tensor:
+    def spy(inputs: Inputs, spec: AttentionSpec) -> Tensor:
         if where == "forward":
             raise RuntimeError("no engine")
-        out = separate.flash(inputs, spec)
+        out = sdpa.separate_flash(inputs, spec)
         if out.requires_grad:
             out.register_hook(broken)
         return out

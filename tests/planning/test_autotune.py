@@ -21,9 +21,9 @@ from ultralytics import YOLO
 from tests.engine.test_telemetry import events
 from tests.machines import MACHINES
 from yolo_flash import FlashConfig, patch_model, plan
-from yolo_flash.backends import separate
+from yolo_flash.backends import sdpa
+from yolo_flash.backends.calls import Inputs
 from yolo_flash.backends.registry import BACKENDS, Backend
-from yolo_flash.backends.separate import Inputs
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.cli import main
 from yolo_flash.dispatch import trial_cache
@@ -92,7 +92,7 @@ def forget_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let flash ignore the mask of separate tensors."""
 
     def run(inputs: Inputs, spec: AttentionSpec) -> Tensor:
-        return separate.flash((*inputs[:3], None), spec)
+        return sdpa.separate_flash((*inputs[:3], None), spec)
 
     monkeypatch.setitem(BACKENDS, "sdpa_flash", dataclasses.replace(BACKENDS["sdpa_flash"], separate=run))
 

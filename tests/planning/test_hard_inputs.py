@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.planning.test_autotune import AREA, CPU, PSA, break_flash
-from yolo_flash.backends import separate
+from yolo_flash.backends import sdpa
+from yolo_flash.backends.calls import Inputs
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.backends.spec import AttentionSpec
 from yolo_flash.dispatch import trial_cache
@@ -62,8 +63,8 @@ def test_nan_for_strongly_negative_scores_alone_is_refused(
         out, image = BACKENDS["sdpa_math"].run(packed, spec)
         return spoilt(out, lowest_score(*packed.split(spec.head_dim, dim=-1)[:2])), image
 
-    def run_separate(given: separate.Inputs, spec: AttentionSpec) -> Tensor:
-        return spoilt(separate.flash(given, spec), lowest_score(*given[:2]))
+    def run_separate(given: Inputs, spec: AttentionSpec) -> Tensor:
+        return spoilt(sdpa.separate_flash(given, spec), lowest_score(*given[:2]))
 
     break_flash(monkeypatch, run)
     monkeypatch.setitem(BACKENDS, "sdpa_flash", dataclasses.replace(BACKENDS["sdpa_flash"], separate=run_separate))

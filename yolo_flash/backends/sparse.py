@@ -23,8 +23,11 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from ..machine import Machine
 from ..utils.errors import is_out_of_memory
-from .packed import _widen
+from .backend import Backend, always
+from .calls import widen
+from .conditions import capability, fits
 from .spec import AttentionSpec, Window
 
 OPERATOR = "yolo_flash::sparse_window"
@@ -42,6 +45,28 @@ _sizes: dict[Any, list[tuple[int, int]]] = {}
 _programs: dict[Any, Callable[..., Tensor]] = {}
 _numbers = itertools.count()
 _lock = threading.Lock()
+
+
+def limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
+    """FlexAttention of torch on NVIDIA's cards from Ampere on and on AMD's, and plain operators on the CPU."""
+    if spec.layout == "separate":
+        yield "needs an image, and the queries of nn.MultiheadAttention have no place in one"
+    elif spec.window is None:
+        yield "needs the height and width of the image, which a graph of torch.compile leaves open: compile=False"
+    if machine.kind == "cpu":
+        return
+    if machine.kind not in ("cuda", "rocm"):
+        yield f"runs on CUDA, ROCm and the CPU, the device is {machine}"
+        return
+    yield from capability(machine, (8, 0))  # torch itself tests FlexAttention from there on
+    if machine.release < (2, 6):
+        yield f"needs torch >= 2.6, found {machine.torch}: block masks of before know no sequence length"
+    found = machine.packages.get("triton", "none")
+    if not found[:1].isdigit():
+        yield f"needs triton, which torch.compile generates code for: its import gave {found}"
+    yield from fits(spec, machine, (torch.float32, torch.float16, torch.bfloat16), 256)
+    if spec.batch * spec.num_heads > 65535:
+        yield f"needs batch x area x heads <= 65535, found {spec.batch * spec.num_heads}"
 
 
 def attend(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -63,6 +88,9 @@ def _heads_first(packed: Tensor, spec: AttentionSpec) -> tuple[Tensor, ...]:
     """Queries, keys and values as views `[groups, heads, tokens, channels]`."""
     parts = packed.split([spec.head_dim, spec.head_dim, spec.head_dim_v], dim=-1)
     return tuple(t.transpose(1, 2) for t in parts)
+
+
+SPARSE_WINDOW = Backend("sparse_window", limits, attend, always, (OPERATOR,), by_name="approximate", color="#117733")
 
 
 # The window -----------------------------------------------------------------------------------------------------------
@@ -232,7 +260,7 @@ def _flex(packed: Tensor, spec: AttentionSpec) -> Tensor:
 
 def _power_of_2(t: Tensor) -> Tensor:
     """`t` with zero channels up to a power of 2 of at least 16: all that the kernels of torch 2.6 take."""
-    return _widen(t, max(16, 1 << (t.shape[-1] - 1).bit_length()))
+    return widen(t, max(16, 1 << (t.shape[-1] - 1).bit_length()))
 
 
 def _program(spec: AttentionSpec, q: Tensor) -> Callable[..., Tensor]:

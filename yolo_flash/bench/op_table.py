@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..backends.registry import BACKENDS
+from ..backends.registry import BACKENDS, COLORS
 from ..backends.spec import AttentionSpec
 from ..utils.files import Row
-from ..utils.plotting import COLORS, as_png, new_figure
+from ..utils.plotting import as_png, new_figure
 
 FORWARD, BOTH = MODES = ("forward", "forward+backward")
 OURS, PEER = "triton_area", "flash_attn_4"

@@ -10,8 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..backends.registry import COLORS as _OF_BACKENDS
 from ..utils.files import Row
-from ..utils.plotting import COLORS, as_png, new_figure
+from ..utils.plotting import as_png, new_figure
 from .rounds import VERSIONS
 
 TECHNIQUES = {  # of a training step, in the order in which each builds on the one before
@@ -30,6 +31,9 @@ _MARKERS = "os^DvPhX*d"
 _GREY = "#dddddd"
 _OUT_OF_MEMORY = "out of memory"
 _Texts = dict[str, Callable[[float], str]]  # figure -> how its median is written
+
+# Those that are no backends differ from all backends in lightness.
+COLORS = _OF_BACKENDS | {"nchw": "#999933", "unpatched": "#000000", "auto": "#882255", "graphs": "#332288"}
 
 
 class Span(NamedTuple):

@@ -95,9 +95,9 @@ def _text(facts: dict[str, Any], machine: Machine) -> str:
         lines += ["", f"{name}: {verdicts['spec']}"]
         for backend in BACKENDS:
             text = "ready" if verdicts[backend] == "ready" else "; ".join(verdicts[backend])
-            if is_approximate(backend):
-                slow = ", in plain operators that are slow" if text == "ready" and machine.kind == "cpu" else ""
-                text = f"approximate, by name only: {text}{slow}"
+            if by_name := BACKENDS[backend].by_name:
+                plain = text == "ready" and is_approximate(backend) and machine.kind == "cpu"
+                text = f"{by_name}, by name only: {text}{', in plain operators that are slow' if plain else ''}"
             if backend == "sdpa_flash" and machine.flash_impl:
                 text += f"; {machine.runs_flash}"
             chosen = f"  <- auto: {verdicts['why']}" if backend == verdicts["auto"] else ""

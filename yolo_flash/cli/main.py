@@ -28,7 +28,7 @@ Examples
   yolo-flash predict model=runs/detect/train/weights/best.pt source=image.jpg
 
 Settings (flash.KEY=VALUE; also YOLO_FLASH_KEY in the environment, or a `flash:` section in a cfg= file)
-  flash.backend=auto              or stock, triton_area, sdpa_math/flash/efficient/cudnn, flash_attn_2/3/4, xformers
+  flash.backend=auto              or stock, or a name from the list of `yolo-flash checks`, as sdpa_flash
   flash.layers='model.6.*:stock'  for some layers; sparse_window (approximate) takes flash.window=33 or 256px
   flash.deterministic=prefer      or strict: only bitwise reproducible backends
   flash.config=strict             a shipped or own YAML file of settings

@@ -10,7 +10,6 @@ from ..backends.spec import AttentionSpec
 from ..machine import Machine
 from .rules import rules_for
 
-BY_NAME_ONLY = "approximate: runs only where it is asked for by name"
 TIE = 0.03  # times this near are equal: the spread of repeats
 WIDE = 0.3  # samples of a GPU that lie further apart, relative to their median, are no measurement
 
@@ -152,8 +151,8 @@ def select(
         reasons = list(backend.not_supported_reasons(spec, machine))
         if failed and name in failed and choice == "auto":
             reasons.append(failed[name])
-        if not backend.exact and choice != name:
-            reasons = [BY_NAME_ONLY]
+        if backend.by_name and choice != name:
+            reasons = [f"{backend.by_name}: runs only where it is asked for by name"]
         if deterministic == "strict" and spec.training and not backend.reproducible(spec, machine):
             reasons.append("deterministic=strict, and its backward adds in an order that changes from run to run")
         if reasons:

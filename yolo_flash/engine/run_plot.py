@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..backends.registry import label
-from ..utils.plotting import COLORS, as_png, new_figure
+from ..backends.registry import COLORS, label
+from ..utils.plotting import as_png, new_figure
 from .clock import PARTS
 
 _PART_COLORS = dict(zip(PARTS, ("#332288", "#882255", "#44aa99", "#ddcc77", "#dddddd"), strict=True))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..backends import sparse
+from ..backends.calls import Inputs
 from ..backends.registry import BACKENDS, label
-from ..backends.separate import Inputs
 from ..backends.spec import AttentionSpec
 from ..dispatch.dispatcher import Dispatcher
 from ..machine import detect

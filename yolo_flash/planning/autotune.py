@@ -115,7 +115,7 @@ def candidates(spec: AttentionSpec, machine: Machine, known: Container[str] = ()
         ask = backend.not_supported_reasons if backend.name in known else backend.reasons_here
         return ask(spec, machine)
 
-    able = [name for name, b in BACKENDS.items() if b.exact and not b.by_name and not reasons(b)]
+    able = [name for name, b in BACKENDS.items() if not b.by_name and not reasons(b)]
     fused = any(BACKENDS[name].fused for name in able)
     return [name for name in able if name != "sdpa_math" or not fused]
 
