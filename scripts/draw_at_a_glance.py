@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from yolo_flash.bench.pictures import COLORS
 from yolo_flash.bench.rounds import NUMBERS
 from yolo_flash.bench.run import RunJob
 from yolo_flash.utils.files import Row, from_csv
-from yolo_flash.utils.plotting import COLORS, as_png, new_figure
+from yolo_flash.utils.plotting import as_png, new_figure
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESULTS = DOCS / "results"

@@ -1,15 +1,16 @@
 """Whether the plugin changes what a training reaches: mAP of stock and ours over seeds; docs/results/accuracy-h100.md.
 
-    python scripts/study_accuracy.py run data.yaml folder [row ...] [epochs=30] [seeds=0,1,2] [arms=stock,eager,auto]
+    python scripts/study_accuracy.py run data.yaml folder [row ...] [epochs=30] [seeds=0,1,2] [arms=stock,auto]
                                      [parallel=6] [memory=72] [workers=2] [batch=16] [device=0] [seconds=550]
     python scripts/study_accuracy.py resume data.yaml folder [row] [epochs=24] [workers=4] [batch=16] [device=0]
 
 run: a row is a model and an image size, as in `yolo12n-640`; without any, those of ROWS. Each run is a fresh process of
-Ultralytics' trainer from fresh weights, by its defaults. Arms: `stock` without the plugin, `eager` the plugin with
-flash.graphs=off, `auto` as it ships. `parallel` processes run side by side, the longest first and within `memory` GiB
-by the estimates of ROWS, so that no second of them is a time to quote. The rows of a run that has ended go to
-folder/accuracy.csv at once; a run whose rows are there is not repeated. After `seconds` the runs under way are killed,
-and none is started for which less time is left than the quickest of its row took.
+Ultralytics' trainer from fresh weights, by its defaults. Arms: `stock` without the plugin, `auto` the plugin as it
+ships, which measures and chooses between the other two, `graphs` and `eager`: flash.graphs=on and off. `parallel`
+processes run side by side, the longest first and within `memory` GiB by the estimates of ROWS, so that no second of
+them is a time to quote. The rows of a run that has ended go to folder/accuracy.csv at once; a run whose rows are there
+is not repeated. After `seconds` the runs under way are killed, and none is started for which less time is left than the
+quickest of its row took.
 
 resume: one training of stock from start to end, and two that are killed half way, when the checkpoint is saved, and go
 on in the other arm from last.pt; the epochs of all three go to folder/resume.csv. Mosaic stays on until the end, so
@@ -45,11 +46,16 @@ from yolo_flash.bench.run import Clocks
 from yolo_flash.utils.files import Row, as_csv, write_file
 from yolo_flash.utils.memory import GIB
 
-ARMS: dict[str, dict[str, str] | None] = {"stock": None, "eager": {"graphs": "off"}, "auto": {}}
+ARMS: dict[str, dict[str, str] | None] = {
+    "stock": None,
+    "auto": {},
+    "graphs": {"graphs": "on"},
+    "eager": {"graphs": "off"},
+}
 ROWS: dict[str, Row] = {  # in the order of their length; gib is what a run may reserve on the card
     "yolo12n-1280": {"arms": "stock,auto", "batch": 8, "workers": 3, "gib": 14},
-    "yolo12s-640": {"gib": 10},
-    "yolo26n-640": {"gib": 7},
+    "yolo12s-640": {"arms": "stock,auto,graphs", "gib": 10},
+    "yolo26n-640": {"arms": "stock,auto,graphs", "gib": 7},
     "yolo12n-640": {"gib": 7},
 }
 

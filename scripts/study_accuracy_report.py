@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from yolo_flash.bench.pictures import COLORS
 from yolo_flash.utils.files import Row, columns_of, from_csv, write_file
-from yolo_flash.utils.plotting import COLORS, as_png, new_figure
+from yolo_flash.utils.plotting import as_png, new_figure
 
-NAMES = {"stock": "stock", "eager": "ours, no graphs", "auto": "ours as it ships"}
+NAMES = {"stock": "stock", "auto": "ours as it ships", "graphs": "ours from graphs", "eager": "ours, no graphs"}
 NUMBERS = (
     *("imgsz", "batch", "seed", "epoch", "map50_95", "map50", "loss", "epoch_s", "peak_gib", "reserved_gib"),
     *("replayed", "process_s"),
@@ -161,7 +162,12 @@ def resume_table(rows: list[Row]) -> str:
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------
-STYLE = {"stock": COLORS["unpatched"], "eager": COLORS["triton_area"], "auto": COLORS["sdpa_cudnn"]}
+STYLE = {
+    "stock": COLORS["unpatched"],
+    "auto": COLORS["sdpa_cudnn"],
+    "graphs": COLORS["graphs"],
+    "eager": COLORS["triton_area"],
+}
 
 
 def draw(rows: list[Row]) -> bytes:
