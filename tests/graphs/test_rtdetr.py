@@ -336,6 +336,20 @@ def test_a_loss_that_differs_stays_outside(monkeypatch: pytest.MonkeyPatch) -> N
         captured(model, batch)
 
 
+def test_a_capture_that_fails_with_its_loss_is_one_of_the_network_alone() -> None:
+    class Refuses(Eager):
+        def __init__(self, model: Any, images: Tensor, loss: Any, *inputs: Any) -> None:
+            if loss is not None:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            super().__init__(model, images, loss, *inputs)
+
+    batch = BATCHES["some"]
+    targets = pad_targets(batch, 3, 16)
+    step, why_not = rtdetr.capture_step(a_model(), batch, targets, Capacity(16), Refuses)  # type: ignore[arg-type]
+    assert step.loss is None
+    assert why_not == "RuntimeError: operation not permitted when stream is capturing"
+
+
 def test_a_decoder_that_denoises_nothing_is_refused() -> None:
     with pytest.raises(RuntimeError, match="no denoising queries"):
         captured(a_model(denoising=0), BATCHES["some"])

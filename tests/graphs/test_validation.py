@@ -48,7 +48,7 @@ def ten_pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def args(tiny_args: dict[str, Any], ten_pictures: str) -> dict[str, Any]:
     """A training of two steps an epoch and five validation batches, all of one shape."""
-    return {**tiny_args, "data": ten_pictures, "batch": 1, "epochs": 2, "imgsz": 64, "conf": 1e-6}
+    return {**tiny_args, "data": ten_pictures, "batch": 1, "epochs": 2, "imgsz": 64, "conf": 0.3}
 
 
 @pytest.fixture(autouse=True)
@@ -258,7 +258,7 @@ VAL: dict[str, Any] = {"imgsz": 64, "batch": 2, "workers": 0, "device": "cpu", "
 
 def validate(model: Any, data: str, validator: Any = None, **more: Any) -> tuple[dict[str, float], list[Any]]:
     watch = Watch(model)
-    metrics = model.val(validator, data=data, **{**VAL, "conf": 1e-6, **more})
+    metrics = model.val(validator, data=data, **{**VAL, "conf": 0.3, **more})
     return metrics.results_dict, watch.seen
 
 
