@@ -48,7 +48,7 @@ def ten_pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def args(tiny_args: dict[str, Any], ten_pictures: str) -> dict[str, Any]:
     """A training of two steps an epoch and five validation batches, all of one shape."""
-    return {**tiny_args, "data": ten_pictures, "batch": 1, "epochs": 2, "imgsz": 64, "conf": 0.3}
+    return {**tiny_args, "data": ten_pictures, "batch": 1, "epochs": 2, "imgsz": 64, "conf": 1e-6}
 
 
 @pytest.fixture(autouse=True)
