@@ -17,8 +17,7 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import ASSETS, YAML
 
-from tests.counting import AttentionCalls, run_out_of_memory_once
-from tests.engine.test_options import LAYERS
+from tests.counting import LAYERS, AttentionCalls, run_out_of_memory_once
 from tests.patching.test_patch import load_without_plugin, patched_layers
 from yolo_flash import (
     BackendNotSupportedError,
