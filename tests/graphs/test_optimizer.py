@@ -606,7 +606,7 @@ def test_a_capture_that_fails_is_not_tried_again() -> None:
 
 
 def test_graphs_need_a_card() -> None:
-    with pytest.raises(RuntimeError, match="need an NVIDIA GPU, the device is cpu"):
+    with pytest.raises(RuntimeError, match="a CUDA graph needs an NVIDIA GPU, the device is cpu"):
         SmallGraph(list, list, torch.device("cpu"))
 
 
