@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -28,6 +29,12 @@ from ultralytics.utils import LOGGER, YAML  # noqa: E402
 settings.update(
     {"datasets_dir": f"{_HOME.name}/datasets", "runs_dir": f"{_HOME.name}/runs", "weights_dir": f"{_HOME.name}/weights"}
 )
+
+
+def pytest_collection_finish() -> None:
+    """Leave out of every collection what was imported: Ultralytics collects garbage several times a run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from ultralytics.utils import ASSETS
 
 from yolo_flash import patch_model
 
+LAYERS = 3  # of attention in the tiny model
 OPERATORS = {  # spelled out: the plugin's own list is under test
     "area_attention": "triton_area",
     "_scaled_dot_product_flash_attention_for_cpu": "sdpa_flash",

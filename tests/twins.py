@@ -18,8 +18,7 @@ from ultralytics import YOLO
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
-from tests.counting import AttentionCalls, randomise, settle
-from tests.engine.test_options import LAYERS
+from tests.counting import LAYERS, AttentionCalls, randomise, settle
 from tests.engine.test_tasks import EnoughError
 from tests.patching.test_patch import patched_layers
 from yolo_flash import patch_model

@@ -296,7 +296,7 @@ def test_coco8_without_a_network_is_a_stand_in_with_a_loud_warning(
 ) -> None:
     assert offline.training_data(name) == str(folders / "coco8-stand-in" / "data.yaml")
     (warning,) = log
-    assert "TRAINING ON A STAND-IN" in warning
+    assert "A STAND-IN TAKES ITS PLACE" in warning
     assert str(folders / "coco8-stand-in") in warning, "names the stand-in"
     assert f"connect to the network once, or unpack coco8.zip into {folders / 'datasets'}" in warning
     assert "YOLO_OFFLINE is set" in warning, "says why"
@@ -417,12 +417,18 @@ def test_a_run_is_noted_behind_a_linked_home_too(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "TRAINED_ON_A_STAND_IN.txt").is_file()
 
 
+def test_a_validation_takes_the_stand_in_too(folders: Path, tiny_model: str, log: list[str]) -> None:
+    main.main(["val", f"model={tiny_model}", "data=coco8.yaml", "imgsz=32", "batch=2", "device=cpu", "plots=false"])
+    assert sum("A STAND-IN TAKES ITS PLACE" in message for message in log) == 1
+    assert not (folders / "datasets").exists()
+
+
 def test_a_real_run_on_the_stand_in(folders: Path, tiny_args: dict[str, Any], tmp_path: Path, log: list[str]) -> None:
     args = {**tiny_args, "data": "coco8.yaml", "val": False}
     main.main(["train", *(f"{key}={value}" for key, value in args.items())])
     run = tmp_path / "runs" / "train"
     assert (run / "TRAINED_ON_A_STAND_IN.txt").is_file()
     assert YAML.load(run / "args.yaml")["model"] == "yolo12n.yaml"
-    assert sum("TRAINING ON A STAND-IN" in message for message in log) == 1
+    assert sum("A STAND-IN TAKES ITS PLACE" in message for message in log) == 1
     assert any("training yolo12n.yaml from scratch" in message for message in log)
     assert not (folders / "datasets").exists()

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,6 +35,12 @@ T4 = Machine(
 )
 
 
+@pytest.fixture(autouse=True)
+def _without_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ultralytics asks `pip show`, a process of a second, whether it is installed twice."""
+    monkeypatch.setattr("ultralytics.utils.checks.check_multiple_install", lambda: None)
+
+
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -45,21 +50,6 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def t4(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "detect", lambda device: T4)
-
-
-def run_json(*args: str, config: Path | None = None) -> Any:
-    """What a new process writes on standard output, read as JSON."""
-    environment = os.environ | ({} if config is None else {"YOLO_CONFIG_DIR": str(config)})
-    done = subprocess.run(
-        [sys.executable, "-m", "yolo_flash", "checks", "--json", *args],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=60,
-        env=environment,
-        check=True,
-    )
-    return json.loads(done.stdout)
 
 
 def rows(text: str) -> list[tuple[str, str]]:
@@ -201,12 +191,19 @@ def test_the_log_is_back_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> Non
     assert LOGGER.disabled is False
 
 
-def test_json_stands_alone_on_standard_output() -> None:
-    assert run_json("device=cpu")["machine"]["kind"] == "cpu"
-
-
-def test_a_new_user_gets_json_alone_from_the_first_command(tmp_path: Path) -> None:
-    assert run_json("device=cpu", config=tmp_path)["machine"]["kind"] == "cpu"
+def test_json_stands_alone_on_standard_output(tmp_path: Path) -> None:
+    """Also from the first command of a new user, for whom Ultralytics writes its settings and says so."""
+    done = subprocess.run(
+        [sys.executable, "-m", "yolo_flash", "checks", "--json", "device=cpu"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+        env=os.environ | {"YOLO_CONFIG_DIR": str(tmp_path)},
+        check=True,
+    )
+    assert json.loads(done.stdout)["machine"]["kind"] == "cpu"
+    assert list(tmp_path.rglob("settings.json"))
 
 
 # Plan -----------------------------------------------------------------------------------------------------------------

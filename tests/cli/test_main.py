@@ -629,17 +629,16 @@ def test_graphs_that_were_asked_for_and_cannot_run_are_told(tiny_model: str, tin
     assert issubclass(yolo_flash.FlashGraphError, Exception)
 
 
-@pytest.mark.parametrize("line", ["plan imgsz=64 batch=2 device=cpu", "train cfg=my.txt"])
-def test_nothing_leans_on_assertions(line: str, tmp_path: Path) -> None:
+def test_nothing_leans_on_assertions(tmp_path: Path, log: list[str]) -> None:
     (tmp_path / "my.txt").write_text("epochs: 1")
-    outcomes = []
-    for options in ([], ["-O"]):
-        command = [sys.executable, *options, "-m", "yolo_flash", *line.split(), "flash.autotune=false"]
-        command = command if line.startswith("plan") else command[:-1]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert "Traceback" not in done.stderr
-        outcomes.append((done.returncode, done.stdout, done.stderr))
-    assert outcomes[0] == outcomes[1]
+    plan, wrong = ["plan", "imgsz=64", "batch=2", "device=cpu", "flash.autotune=false"], ["train", "cfg=my.txt"]
+    main.main(plan)
+    told = refusal(*wrong)
+    code = f"from yolo_flash.cli.main import main; main({plan}); main({wrong})"
+    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "\n".join(log) in done.stdout
+    assert done.stderr == f"yolo-flash: {told}\n"
 
 
 def test_there_is_no_assertion_that_python_would_drop() -> None:

@@ -17,8 +17,7 @@ import torch
 from ultralytics import YOLO
 
 import yolo_flash
-from tests.counting import AttentionCalls, settle
-from tests.engine.test_options import LAYERS
+from tests.counting import LAYERS, AttentionCalls, settle
 from tests.patching.test_patch import patched_layers
 from tests.planning.test_autotune import AREA, CPU, PSA
 from tests.twins import twins

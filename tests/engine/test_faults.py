@@ -30,8 +30,8 @@ from ultralytics.utils import ASSETS, YAML, downloads
 from ultralytics.utils.torch_utils import unset_deterministic
 
 import yolo_flash
-from tests.counting import AttentionCalls, in_threads
-from tests.engine.test_options import LAYERS, train
+from tests.counting import LAYERS, AttentionCalls, in_threads
+from tests.engine.test_options import train
 from tests.engine.test_telemetry import FORWARD, events, of
 from tests.patching.test_patch import patched_layers
 from yolo_flash import patch_model

@@ -11,9 +11,8 @@ import pytest
 import torch
 from ultralytics.utils import YAML
 
-from tests.counting import settle
+from tests.counting import LAYERS, settle
 from tests.datasets import create_dataset
-from tests.engine.test_options import LAYERS
 from tests.twins import Twin, predict_twins, train_twins
 from yolo_flash.backends import registry as backends_module
 

@@ -17,9 +17,8 @@ from torch import nn
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import ASSETS, YAML
 
-from tests.counting import AttentionCalls, run_out_of_memory_once, settle
+from tests.counting import LAYERS, AttentionCalls, run_out_of_memory_once, settle
 from tests.engine.test_faults import checkpoint
-from tests.engine.test_options import LAYERS
 from tests.engine.test_telemetry import interrupted
 from tests.graphs.test_fixed_loss import a_batch, a_model, of_criterion, of_fixed
 from tests.twins import SGD, Twin, check_steps, train_twins, twins

@@ -19,7 +19,7 @@ import torch
 from ultralytics import YOLO
 from ultralytics.utils import YAML
 
-from tests.counting import AttentionCalls, train_compiled
+from tests.counting import LAYERS, AttentionCalls, train_compiled
 from tests.engine.test_telemetry import FORWARD, events, interrupted, of
 from tests.patching.test_patch import patched_layers
 from yolo_flash import AttentionSpec, FlashConfig, patch_model
@@ -28,8 +28,6 @@ from yolo_flash.dispatch.dispatcher import Dispatcher
 from yolo_flash.engine.telemetry import Telemetry
 from yolo_flash.machine import detect
 from yolo_flash.planning.plan import PlanRow
-
-LAYERS = 3  # of the tiny model
 
 
 def train(config: str, args: dict[str, Any], **settings: Any) -> tuple[Any, AttentionCalls]:

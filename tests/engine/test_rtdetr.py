@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from ultralytics import RTDETR
 from ultralytics.nn.tasks import RTDETRDetectionModel
-from ultralytics.utils import ASSETS
+from ultralytics.utils import ASSETS, YAML
 
 from tests.counting import AttentionCalls
 from tests.engine.test_trainer import Phases
@@ -88,10 +88,18 @@ def test_small_images_have_fewer_queries_than_300() -> None:
     assert sizes["model.23.decoder.layers.5.self_attn"] == (2, 96 + 24 + 6, None)
 
 
+def tiny() -> str:
+    """A model with one layer of attention in its encoder and two in its decoder."""
+    backbone = [[-1, 1, "Conv", [c, 3, 2]] for c in (16, 16, 32)] + [[-1, 1, "AIFI", [32, 2]]]
+    head = [[-1, 1, "Conv", [32, 1, 1]], [[2, 4], 1, "RTDETRDecoder", ["nc", 32, 12, 4, 2, 2]]]
+    YAML.save("rtdetr-tiny.yaml", {"nc": 80, "backbone": backbone, "head": head})
+    return "rtdetr-tiny.yaml"
+
+
 def trained(flash: bool, tiny_args: dict[str, Any], **settings: Any) -> tuple[Any, Phases, list[float]]:
     """A model after one epoch, what ran in it, and the losses of its steps."""
     torch.manual_seed(0)
-    model = RTDETR("rtdetr-resnet50.yaml")
+    model = RTDETR(tiny())
     if flash:
         patch_model(model, **settings)
     losses: list[float] = []
@@ -107,23 +115,23 @@ def test_a_run_is_fused_in_every_phase_and_has_the_losses_of_stock(tiny_args: di
     model, phases, losses = trained(True, tiny_args, backend="sdpa_flash")
     steps = len(losses)
     assert steps >= 2
-    assert phases.calls["train batch"] == phases.calls["train batch backward"] == 7 * steps
-    assert phases.calls["ema validation"] == 7
-    assert phases.calls["final"] >= 7
+    assert phases.calls["train batch"] == phases.calls["train batch backward"] == 3 * steps
+    assert phases.calls["ema validation"] == 3
+    assert phases.calls["final"] >= 3
     assert all(type(block) is FlashMultiheadAttention for block in targets(model.model).values())
 
     rows = [json.loads(line) for line in (Path(model.trainer.save_dir) / "flash.jsonl").read_text().splitlines()]
     kernels = next(row for row in rows if row["event"] == "kernels")["counts"]
     operator = "aten::_scaled_dot_product_flash_attention_for_cpu"
-    assert kernels[operator] == kernels[f"{operator}_backward"] == 7
+    assert kernels[operator] == kernels[f"{operator}_backward"] == 3
     assert not any("Please report" in line for line in log)
 
     with AttentionCalls() as calls:
         model.predict(ASSETS / "bus.jpg", imgsz=64, verbose=False)
-    assert calls.forward["sdpa_flash"] >= 7
+    assert calls.forward["sdpa_flash"] >= 3
     with AttentionCalls() as calls:
         model.val(**{k: v for k, v in {**tiny_args, "imgsz": 64}.items() if k not in ("epochs", "workers")})
-    assert calls.forward["sdpa_flash"] >= 7
+    assert calls.forward["sdpa_flash"] >= 3
 
     load_without_plugin(Path(model.trainer.best))
     unpatch_model(model)
@@ -158,14 +166,14 @@ def test_queries_that_change_from_step_to_step_are_looked_up(monkeypatch: pytest
 @few_queries
 def test_verify_notices_a_mask_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_masks(monkeypatch)
-    facts = verify("rtdetr-resnet50.yaml", imgsz=64, device="cpu", backend="sdpa_flash")
-    decoder = {f"model.23.decoder.layers.{i}.self_attn" for i in range(6)}
+    facts = verify(tiny(), imgsz=64, device="cpu", backend="sdpa_flash")
+    decoder = {f"model.5.decoder.layers.{i}.self_attn" for i in range(2)}
     assert {(entry["layer"], entry["mode"]) for entry in facts["layers"] if not entry["ok"]} == {
         (name, "train") for name in decoder
     }
     assert {(entry["layer"], entry["mode"]) for entry in facts["layers"] if entry["ok"]} == {
-        ("model.6.ma", "train"),
-        ("model.6.ma", "predict"),
+        ("model.3.ma", "train"),
+        ("model.3.ma", "predict"),
         *((name, "predict") for name in decoder),
     }
     assert all(row["ok"] for row in facts["model"])  # whose training step has no labels, and so no mask

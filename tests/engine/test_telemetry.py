@@ -17,7 +17,7 @@ import pytest
 import torch
 from ultralytics import YOLO
 
-from tests.counting import run_out_of_memory_once
+from tests.counting import LAYERS, run_out_of_memory_once
 from yolo_flash import AttentionSpec, FlashConfig, patch_model
 from yolo_flash.backends import registry as backends_module
 from yolo_flash.backends.profiled import attention_kernels
@@ -30,12 +30,13 @@ from yolo_flash.planning.memory import score_bytes
 from yolo_flash.utils import profiler
 from yolo_flash.utils.memory import readable
 
+pytestmark = pytest.mark.usefixtures("tiny_model")  # writes tiny.yaml
 OPERATOR = "_scaled_dot_product_flash_attention_for_cpu"
 FORWARD = f"aten::{OPERATOR}"
 
 
 def train(args: dict[str, Any], backend: str = "sdpa_flash", **settings: Any) -> YOLO:
-    model = patch_model(YOLO("yolo12n.yaml"), backend=backend, **settings)
+    model = patch_model(YOLO("tiny.yaml"), backend=backend, **settings)
     model.train(**args)
     return model
 
@@ -62,23 +63,23 @@ def test_flash_jsonl_holds_run_plan_kernels_and_epochs(tiny_args: dict[str, Any]
     plan = of(rows, "plan")
     for mode in ("train", "val"):
         layers = {row["layer"] for row in plan if row["mode"] == mode}
-        assert len(layers) == 8
+        assert len(layers) == LAYERS
     first = plan[0]
     assert (first["block"], first["backend"], first["why"]) == ("AAttn", "sdpa_flash", "asked for")
-    assert first["spec"] | {"batch": 8, "seq_len_q": 4, "head_dim": 32, "dtype": "float32"} == first["spec"]
+    assert first["spec"] | {"batch": 8, "seq_len_q": 16, "head_dim": 32, "dtype": "float32"} == first["spec"]
     assert first["refused"]["sdpa_cudnn"][0].startswith("runs on NVIDIA cards")
     assert first["ms"] == first["error"] == {}
 
-    assert [row["counts"] for row in of(rows, "kernels")] == [{FORWARD: 8, f"{FORWARD}_backward": 8}]
+    assert [row["counts"] for row in of(rows, "kernels")] == [{FORWARD: LAYERS, f"{FORWARD}_backward": LAYERS}]
 
     epochs = of(rows, "epoch")
     assert [row["epoch"] for row in epochs] == [1, 2]
     for row in epochs:
         assert row["images_per_second"] > 0
         assert 0.1 < row["peak_allocated_gib"] <= row["peak_reserved_gib"] < 64
-        assert row["backends"] == {"sdpa_flash": 8}
+        assert row["backends"] == {"sdpa_flash": LAYERS}
         assert row["fallbacks"] == {}
-    assert any(f"one step ran 8 x {OPERATOR}, 8 x {OPERATOR}_backward" in line for line in log)
+    assert any(f"one step ran {LAYERS} x {OPERATOR}, {LAYERS} x {OPERATOR}_backward" in line for line in log)
     assert len([line for line in log if "images/s, peak" in line and "of score matrices avoided" in line]) == 2
 
 
@@ -111,7 +112,7 @@ def interrupted(args: dict[str, Any], model: YOLO) -> Path:
 
 @pytest.mark.parametrize("begun", ["stock", "patched"])
 def test_resume_keeps_results_csv_readable(begun: str, tiny_args: dict[str, Any]) -> None:
-    first = YOLO("yolo12n.yaml") if begun == "stock" else patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    first = YOLO("tiny.yaml") if begun == "stock" else patch_model(YOLO("tiny.yaml"), backend="sdpa_flash")
     last = interrupted({**tiny_args, "plots": True}, first)
     model = patch_model(YOLO(str(last)), backend="sdpa_flash")
     model.train(resume=True)
@@ -143,8 +144,8 @@ def test_a_profile_that_contradicts_the_plan_is_a_warning(
     silent = backends_module.Backend("sdpa_flash", flash.limits, math.run, flash.reproducible, flash.operators)
     monkeypatch.setitem(backends_module.BACKENDS, "sdpa_flash", silent)
     rows = events(train(tiny_args))
-    assert of(rows, "kernels")[0]["counts"] == {"aten::_scaled_dot_product_attention_math": 8}
-    warning = "the plan says sdpa_flash for 8 layers, but the profiled step called it 0 times"
+    assert of(rows, "kernels")[0]["counts"] == {"aten::_scaled_dot_product_attention_math": LAYERS}
+    warning = f"the plan says sdpa_flash for {LAYERS} layers, but the profiled step called it 0 times"
     assert len([line for line in log if warning in line]) == 1
 
 
@@ -227,7 +228,7 @@ def test_kernels_are_profiled_only_where_the_profiler_lets_go(lets_go: bool, mon
 def test_a_stock_run_says_that_nothing_fused_ran(tiny_args: dict[str, Any], log: list[str]) -> None:
     rows = events(train(tiny_args, backend="stock"))
     assert of(rows, "kernels") == [{"event": "kernels", "counts": {}, "graphs": False, "observed": True}]
-    assert of(rows, "epoch")[0]["backends"] == {"stock": 8}
+    assert of(rows, "epoch")[0]["backends"] == {"stock": LAYERS}
     assert any("one step ran no fused attention" in line for line in log)
     assert any("attention: 0 MiB of score matrices avoided" in line for line in log)
     assert not any("the plan says" in line for line in log)
@@ -240,7 +241,7 @@ def test_a_fallback_is_counted_from_then_on(tiny_args: dict[str, Any], monkeypat
     def fails_in_the_second_epoch(packed: Any, spec: AttentionSpec) -> Any:
         if spec.training:
             calls.append(1)
-            if len(calls) > 2 * 8:
+            if len(calls) > 2 * LAYERS:
                 raise RuntimeError("unable to find an engine")
         assert flash.forward is not None
         return flash.forward(packed, spec)
@@ -250,25 +251,25 @@ def test_a_fallback_is_counted_from_then_on(tiny_args: dict[str, Any], monkeypat
     monkeypatch.setattr("yolo_flash.dispatch.rules._cpu_rules", lambda spec: iter([("sdpa_flash", "for this test")]))
     model = train({**tiny_args, "epochs": 2}, backend="auto")
     first, second = of(events(model), "epoch")
-    assert (first["backends"], first["fallbacks"]) == ({"sdpa_flash": 8}, {})
-    assert second["backends"] == {"stock": 8}
+    assert (first["backends"], first["fallbacks"]) == ({"sdpa_flash": LAYERS}, {})
+    assert second["backends"] == {"stock": LAYERS}
     assert "unable to find an engine" in second["fallbacks"]["sdpa_flash"]
     assert model.trainer.batch_size == tiny_args["batch"]  # the trainer did not take it for out of memory
 
 
 def test_an_out_of_memory_halving_discards_the_profile_and_profiles_again(tiny_args: dict[str, Any]) -> None:
-    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    model = patch_model(YOLO("tiny.yaml"), backend="sdpa_flash")
     run_out_of_memory_once(model)
     model.train(**{**tiny_args, "batch": 4, "imgsz": 64})
     rows = events(model)
     kinds = [row["event"] for row in rows if row["event"] != "plan"]
     assert kinds == ["run", "graphs", "kernels", "epoch"]
-    assert of(rows, "kernels")[0]["counts"][FORWARD] == 8
-    assert len(of(rows, "plan")) == 2 * 16  # planned again for the halved batch
+    assert of(rows, "kernels")[0]["counts"][FORWARD] == LAYERS
+    assert len(of(rows, "plan")) == 2 * 2 * LAYERS  # planned again for the halved batch
 
 
 def test_a_file_that_cannot_be_written_costs_one_warning(tiny_args: dict[str, Any], log: list[str]) -> None:
-    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    model = patch_model(YOLO("tiny.yaml"), backend="sdpa_flash")
     model.add_callback(  # a folder in the file's place
         "on_pretrain_routine_start", lambda trainer: (Path(trainer.save_dir) / "flash.jsonl").mkdir()
     )
@@ -280,7 +281,7 @@ def test_a_file_that_cannot_be_written_costs_one_warning(tiny_args: dict[str, An
 def test_the_memory_of_graphs_counts_as_allocated(tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch counts it as reserved alone: a user would take the rest for free."""
     monkeypatch.setattr(telemetry, "peak_memory_gib", lambda device: (1.0, 4.5))
-    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash", graphs="off")
+    model = patch_model(YOLO("tiny.yaml"), backend="sdpa_flash", graphs="off")
     held = iter((0.0, 2.0, 9.0))
 
     def capture(trainer: Any) -> None:
@@ -306,7 +307,7 @@ def test_a_profiler_that_cannot_be_made_is_not_waited_for(monkeypatch: pytest.Mo
 
 
 def test_no_profiler_is_left_when_a_step_raises(tiny_args: dict[str, Any]) -> None:
-    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    model = patch_model(YOLO("tiny.yaml"), backend="sdpa_flash")
 
     def break_off(trainer: Any) -> None:
         raise KeyboardInterrupt
@@ -375,7 +376,7 @@ def test_the_profiler_writes_nothing_of_its_own_to_the_terminal_and_speaks_again
     variable: dict[str, str],
 ) -> None:
     script = """if True:
-        import os, sys
+        import os
         from torch.profiler import ProfilerActivity, profile
         from yolo_flash.utils.profiler import hushed
         before = os.environ.get("KINETO_LOG_LEVEL")
@@ -386,13 +387,13 @@ def test_the_profiler_writes_nothing_of_its_own_to_the_terminal_and_speaks_again
             with hushed():
                 running.stop()
             assert os.environ.get("KINETO_LOG_LEVEL") == before
-        if "then" in sys.argv:
-            with profile(activities=[ProfilerActivity.CPU]):
-                pass
+        os.write(1, b"then")
+        with profile(activities=[ProfilerActivity.CPU]):
+            pass
     """
 
-    def said(code: str, *args: str) -> str:
-        command = [sys.executable, "-c", code, *args]
+    def said(code: str) -> str:
+        command = [sys.executable, "-c", code]
         run: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
         done = subprocess.run(command, timeout=60, **run)
         assert done.returncode == 0, done.stdout
@@ -400,5 +401,6 @@ def test_the_profiler_writes_nothing_of_its_own_to_the_terminal_and_speaks_again
 
     environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"} | variable
     stock = "import torch.profiler as p\nwith p.profile(activities=[p.ProfilerActivity.CPU]): pass"
-    assert said(script) == ""
-    assert said(script, "then").count("profiler_start") == said(stock).count("profiler_start")
+    hushed, then = said(script).split("then", 1)
+    assert hushed == ""
+    assert then.count("profiler_start") == said(stock).count("profiler_start")

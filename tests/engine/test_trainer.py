@@ -17,7 +17,7 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import ASSETS, YAML
 
-from tests.counting import AttentionCalls, run_out_of_memory_once
+from tests.counting import LAYERS, AttentionCalls, run_out_of_memory_once
 from tests.patching.test_patch import load_without_plugin, patched_layers
 from yolo_flash import (
     BackendNotSupportedError,
@@ -33,6 +33,8 @@ from yolo_flash.engine.model import patch_from_sources
 from yolo_flash.engine.trainer import trainer_class
 from yolo_flash.patching.blocks import FlashBlock
 from yolo_flash.patching.fallback import AttentionCall
+
+pytestmark = pytest.mark.usefixtures("tiny_model")  # writes tiny.yaml
 
 
 class Phases(AttentionCalls):
@@ -73,28 +75,29 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("start", ["yaml", "pt"])
 def test_every_phase_of_a_run_is_fused(start: str, weights: str, tiny_args: dict[str, Any]) -> None:
-    model = patch_model(YOLO("yolo12n.yaml" if start == "yaml" else weights), backend="sdpa_flash")
+    layers = LAYERS if start == "yaml" else 8
+    model = patch_model(YOLO("tiny.yaml" if start == "yaml" else weights), backend="sdpa_flash")
     with Phases() as phases:
         phases.follow(model)
         model.train(**tiny_args)
-        assert phases.calls["train batch"] == phases.calls["train batch backward"] == 8 * 2  # layers x batches
-        assert phases.calls["ema validation"] == 8
-        assert phases.calls["final"] >= 8
-        assert patched_layers(model.model) == 8
+        assert phases.calls["train batch"] == phases.calls["train batch backward"] == layers * 2  # layers x batches
+        assert phases.calls["ema validation"] == layers
+        assert phases.calls["final"] >= layers
+        assert patched_layers(model.model) == layers
         assert type(model) is not YOLO
 
         before = sum(phases.calls.values())
         model.predict(ASSETS / "bus.jpg", imgsz=32, verbose=False)
-        assert sum(phases.calls.values()) >= before + 8
+        assert sum(phases.calls.values()) >= before + layers
 
         before = sum(phases.calls.values())
         val_args = {**tiny_args, "batch": 4}
         model.val(**{k: v for k, v in val_args.items() if k not in ("epochs", "workers")})
-        assert sum(phases.calls.values()) >= before + 8
+        assert sum(phases.calls.values()) >= before + layers
 
         phases.calls.clear()
         model.train(**tiny_args)  # a second run, now from the checkpoint of the first
-        assert phases.calls["train batch"] == 8 * 2
+        assert phases.calls["train batch"] == layers * 2
 
     unpatch_model(model)
     assert type(model) is YOLO
@@ -179,7 +182,7 @@ def test_log_false_writes_no_plan_and_changes_no_result(tiny_args: dict[str, Any
     for quiet in (True, False):
         log.clear()
         torch.manual_seed(0)
-        model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash", log=not quiet)
+        model = patch_model(YOLO("tiny.yaml"), backend="sdpa_flash", log=not quiet)
         model.train(**tiny_args)
         assert any("attention layers on" in line for line in log) is not quiet
         results.append(model.state_dict())
@@ -199,7 +202,7 @@ def test_the_plan_is_that_of_the_forward(config: str, tiny_args: dict[str, Any])
 
 
 def test_checkpoints_are_stock(tiny_args: dict[str, Any]) -> None:
-    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    model = patch_model(YOLO("tiny.yaml"), backend="sdpa_flash")
     model.train(**tiny_args)
     for name in ("best.pt", "last.pt"):
         path = Path(model.trainer.save_dir) / "weights" / name
@@ -218,12 +221,12 @@ def test_a_user_given_trainer_keeps_its_methods(tiny_args: dict[str, Any]) -> No
             type(self).steps += 1
             super().optimizer_step()
 
-    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    model = patch_model(YOLO("tiny.yaml"), backend="sdpa_flash")
     with AttentionCalls() as calls:
         model.train(trainer=MyTrainer, **tiny_args, nbs=2)  # an optimizer step a batch
     assert isinstance(model.trainer, MyTrainer)
     assert model.trainer.steps > 0
-    assert calls.backward["sdpa_flash"] == 16
+    assert calls.backward["sdpa_flash"] == 2 * LAYERS
 
 
 def test_every_trainer_of_ultralytics_takes_the_mixin() -> None:
@@ -245,7 +248,7 @@ def test_every_trainer_of_ultralytics_takes_the_mixin() -> None:
 
 @pytest.mark.parametrize("through", ["python", "resume path"])
 def test_resume_keeps_the_patch(through: str, tiny_args: dict[str, Any]) -> None:
-    first = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    first = patch_model(YOLO("tiny.yaml"), backend="sdpa_flash")
 
     class InterruptedRunError(Exception):
         pass
@@ -257,7 +260,7 @@ def test_resume_keeps_the_patch(through: str, tiny_args: dict[str, Any]) -> None
     first.add_callback("on_train_epoch_start", interrupt)
     with pytest.raises(InterruptedRunError):
         first.train(**{**tiny_args, "epochs": 3})
-    assert patched_layers(first.model) == 8
+    assert patched_layers(first.model) == LAYERS
     last = first.trainer.last
 
     second = patch_model(YOLO(str(last)), backend="sdpa_flash")
@@ -265,22 +268,22 @@ def test_resume_keeps_the_patch(through: str, tiny_args: dict[str, Any]) -> None
         phases.follow(second)
         second.train(resume=True if through == "python" else str(last))
     assert second.trainer.start_epoch == 1
-    assert phases.calls["train batch"] == 8 * 2 * 2  # layers x batches x remaining epochs
-    assert phases.calls["ema validation"] == 8 * 2
+    assert phases.calls["train batch"] == LAYERS * 2 * 2  # layers x batches x remaining epochs
+    assert phases.calls["ema validation"] == LAYERS * 2
 
 
 def test_out_of_memory_halving_keeps_the_patch(tiny_args: dict[str, Any]) -> None:
-    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    model = patch_model(YOLO("tiny.yaml"), backend="sdpa_flash")
     run_out_of_memory_once(model)
     with AttentionCalls() as calls:
         model.train(**{**tiny_args, "batch": 4, "imgsz": 64})
     assert model.trainer.batch_size == 2
-    assert calls.backward["sdpa_flash"] == 8 * 2
+    assert calls.backward["sdpa_flash"] == LAYERS * 2
     assert model.trainer.flash_plan[0].decision.spec.batch == 2 * 4  # planned again for the halved batch
 
 
 def test_nan_recovery_keeps_the_patch(tiny_args: dict[str, Any], log: list[str]) -> None:
-    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    model = patch_model(YOLO("tiny.yaml"), backend="sdpa_flash")
     poisoned: list[int] = []
     patched_emas: list[int] = []
 
@@ -294,18 +297,18 @@ def test_nan_recovery_keeps_the_patch(tiny_args: dict[str, Any], log: list[str])
     with AttentionCalls() as calls:
         model.train(**{**tiny_args, "epochs": 2})
     assert any("recovering from last.pt" in line for line in log)
-    assert set(patched_emas) == {8}
-    assert calls.backward["sdpa_flash"] == 8 * 2 * 3  # the poisoned epoch was trained again
+    assert set(patched_emas) == {LAYERS}
+    assert calls.backward["sdpa_flash"] == LAYERS * 2 * 3  # the poisoned epoch was trained again
 
 
 def test_an_impossible_explicit_choice_raises_before_the_first_step(tiny_args: dict[str, Any]) -> None:
-    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_cudnn")
+    model = patch_model(YOLO("tiny.yaml"), backend="sdpa_cudnn")
     steps: list[int] = []
     model.add_callback("on_train_batch_start", lambda trainer: steps.append(1))
     with pytest.raises(BackendNotSupportedError, match="runs on NVIDIA cards"):
         model.train(**tiny_args)
     assert not steps
-    assert patched_layers(model.model) == 8
+    assert patched_layers(model.model) == LAYERS
 
 
 def test_no_targets_trains_with_one_warning(tiny_args: dict[str, Any], log: list[str]) -> None:
@@ -317,43 +320,43 @@ def test_no_targets_trains_with_one_warning(tiny_args: dict[str, Any], log: list
 
 def test_a_flash_section_of_a_cfg_file(tiny_args: dict[str, Any], tmp_path: Path) -> None:
     YAML.save(tmp_path / "mine.yaml", {**tiny_args, "flash": {"backend": "sdpa_flash", "log": False}})
-    model = patch_model(YOLO("yolo12n.yaml"), log=True)
+    model = patch_model(YOLO("tiny.yaml"), log=True)
     with AttentionCalls() as calls:
         model.train(cfg=str(tmp_path / "mine.yaml"))
-    assert calls.backward["sdpa_flash"] == 16
+    assert calls.backward["sdpa_flash"] == 2 * LAYERS
     assert model.trainer.flash == FlashConfig(backend="sdpa_flash", log=True)
     assert "flash" not in YAML.load(Path(model.trainer.save_dir) / "args.yaml")
 
 
 def test_a_wrong_section_spoils_its_own_run_only(tiny_args: dict[str, Any], tmp_path: Path) -> None:
     YAML.save(tmp_path / "bad.yaml", {**tiny_args, "flash": {"layers": {"model.99": "stock"}}})
-    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    model = patch_model(YOLO("tiny.yaml"), backend="sdpa_flash")
     with pytest.raises(FlashConfigError, match=r"model\.99"):
         model.train(cfg=str(tmp_path / "bad.yaml"))
     with AttentionCalls() as calls:
         model.train(**tiny_args)
-    assert calls.backward["sdpa_flash"] == 16
+    assert calls.backward["sdpa_flash"] == 2 * LAYERS
 
 
 def test_an_object_of_the_command_line_takes_another_section(tiny_args: dict[str, Any], tmp_path: Path) -> None:
     YAML.save(tmp_path / "mine.yaml", {**tiny_args, "flash": {"backend": "sdpa_flash"}})
-    model = patch_from_sources(YOLO("yolo12n.yaml"), {"cli": {}, "section": None})
+    model = patch_from_sources(YOLO("tiny.yaml"), {"cli": {}, "section": None})
     with AttentionCalls() as calls:
         model.train(cfg=str(tmp_path / "mine.yaml"))
-    assert calls.backward["sdpa_flash"] == 16
+    assert calls.backward["sdpa_flash"] == 2 * LAYERS
 
 
 def test_the_trainer_class_of_a_finished_run_can_be_given_again(tiny_args: dict[str, Any]) -> None:
-    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_math")
+    model = patch_model(YOLO("tiny.yaml"), backend="sdpa_math")
     model.train(**tiny_args)
-    again = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    again = patch_model(YOLO("tiny.yaml"), backend="sdpa_flash")
     with AttentionCalls() as calls:
         again.train(trainer=type(model.trainer), **tiny_args)
-    assert calls.backward["sdpa_flash"] == 16
+    assert calls.backward["sdpa_flash"] == 2 * LAYERS
 
 
 def test_a_trainer_that_is_no_class_trains_stock_and_says_so(tiny_args: dict[str, Any], log: list[str]) -> None:
-    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    model = patch_model(YOLO("tiny.yaml"), backend="sdpa_flash")
     with AttentionCalls() as calls:
         model.train(trainer=functools.partial(DetectionTrainer), **tiny_args)
     assert not calls.backward
@@ -388,12 +391,12 @@ def test_a_kernel_error_in_the_backward_does_not_halve_the_batch(
     tiny_args: dict[str, Any], log: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cudnn_with_a_failing_backward(monkeypatch)
-    model = patch_model(YOLO("yolo12n.yaml"))
+    model = patch_model(YOLO("tiny.yaml"))
     with AttentionCalls() as calls:
         model.train(**{**tiny_args, "batch": 4, "epochs": 2})
     assert model.trainer.batch_size == 4
     # In the first step below the backward that raises, and unfused attention answers; in the second in its place.
-    assert calls.backward["sdpa_flash"] == 8 + 8
+    assert calls.backward["sdpa_flash"] == LAYERS + LAYERS
     assert len([line for line in log if "sdpa_cudnn failed" in line and "unable to find an engine" in line]) == 1
 
 
@@ -401,7 +404,7 @@ def test_an_explicit_backend_that_raises_in_the_backward_ends_the_run(
     tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cudnn_with_a_failing_backward(monkeypatch)
-    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_cudnn")
+    model = patch_model(YOLO("tiny.yaml"), backend="sdpa_cudnn")
     with pytest.raises(
         FlashKernelError, match=r"sdpa_cudnn raised in the backward .*flash\.backend=auto, or flash\.layers=.*avoids it"
     ):
@@ -412,24 +415,24 @@ def test_disabled_by_the_section_or_the_environment(
     tiny_args: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     YAML.save(tmp_path / "off.yaml", {**tiny_args, "flash": {"enabled": False, "backend": "sdpa_flash"}})
-    model = patch_model(YOLO("yolo12n.yaml"))
+    model = patch_model(YOLO("tiny.yaml"))
     with AttentionCalls() as calls:
         model.train(cfg=str(tmp_path / "off.yaml"))
     assert not calls.forward
-    assert patched_layers(model.model) == 8  # the section was that run's
+    assert patched_layers(model.model) == LAYERS  # the section was that run's
     monkeypatch.setenv("YOLO_FLASH", "0")
-    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    model = patch_model(YOLO("tiny.yaml"), backend="sdpa_flash")
     with AttentionCalls() as calls:
         model.train(cfg=str(tmp_path / "off.yaml"))
     assert not calls.forward
 
 
 def test_several_data_sets_train_in_this_process_with_the_plugin(tiny_args: dict[str, Any]) -> None:
-    model = patch_model(YOLO("yolo12n.yaml"), backend="sdpa_flash")
+    model = patch_model(YOLO("tiny.yaml"), backend="sdpa_flash")
     with AttentionCalls() as calls:
         results = model.train(**{**tiny_args, "data": [tiny_args["data"]] * 2})
     assert len(results) == 2
-    assert calls.backward["sdpa_flash"] == 2 * 16
+    assert calls.backward["sdpa_flash"] == 2 * 2 * LAYERS
 
 
 def test_distillation_patches_student_and_teacher(weights: str, tiny_args: dict[str, Any]) -> None:

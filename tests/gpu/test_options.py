@@ -9,8 +9,8 @@ import torch
 from ultralytics import YOLO
 from ultralytics.utils import YAML
 
-from tests.counting import AttentionCalls, train_compiled
-from tests.engine.test_options import LAYERS, train
+from tests.counting import LAYERS, AttentionCalls, train_compiled
+from tests.engine.test_options import train
 from tests.engine.test_telemetry import events, of
 from tests.patching.test_patch import patched_layers
 from yolo_flash import patch_model

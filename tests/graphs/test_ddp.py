@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,9 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, (str(folder),), nprocs=WORLD)
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    multiprocessing.set_forkserver_preload(["yolo_flash.graphs.ddp"])  # imported once for all ranks
+    mp.start_processes(work, (str(folder),), nprocs=WORLD, start_method=method)
     return [torch.load(Path(folder, f"rank{rank}.pt")) for rank in range(WORLD)]
 
 

@@ -246,3 +246,19 @@ def test_a_loss_that_differs_is_noticed_and_left_outside(model: Any, monkeypatch
     monkeypatch.setattr(torch, "nonzero_static", gone)
     step, why_not = capture_step(model, batch, targets, capacity, capture=Captured)  # type: ignore[arg-type]
     assert (step.loss, why_not) == (None, "NotImplementedError: nonzero_static")
+
+
+@loss_in_graphs
+def test_a_capture_that_fails_with_its_loss_is_one_of_the_network_alone(model: Any) -> None:
+    class Refuses(Captured):
+        def __init__(self, model: Any, images: Tensor, loss: Any, extra: Any) -> None:
+            if loss is not None:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            super().__init__(model, images, loss, extra)
+
+    batch = BATCHES["some"]
+    capacity = Capacity().grown(needed(batch, 3, (SIDE, SIDE), model.criterion))
+    targets = pad_targets(batch, 3, capacity.boxes)
+    step, why_not = capture_step(model, batch, targets, capacity, capture=Refuses)  # type: ignore[arg-type]
+    assert step.loss is None
+    assert why_not == "RuntimeError: operation not permitted when stream is capturing"

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils._pytree import tree_leaves
 from ultralytics import YOLO
+from ultralytics.utils import YAML
 from ultralytics.utils.loss import E2ELoss, v8SegmentationLoss
 from ultralytics.utils.ops import xywh2xyxy
 
@@ -360,15 +361,27 @@ def train(args: dict[str, Any], config: str, graphs: str, data: str, **more: Any
     return model, items
 
 
-@pytest.mark.parametrize("config", ["yolo12n-seg.yaml", "yolo26n-seg.yaml"])
+def tiny_segmenter(head: str = "Segment") -> str:
+    """A model that trains in a third of the time of those that are shipped; `Segment26` is end to end."""
+    layers = [[-1, 1, "Conv", [c, 3, 2]] for c in (16, 16, 32, 64, 128)] + [[-1, 1, "C2PSA", [128]]]
+    of_head = [[[2, 3, 5], 1, head, ["nc", 32, 32]]]
+    more = {"end2end": True, "reg_max": 1} if head == "Segment26" else {}
+    YAML.save(
+        "tiny-seg.yaml", {"nc": 80, "scales": {"n": [1.0, 1.0, 1024]}, "backbone": layers, "head": of_head, **more}
+    )
+    return "tiny-seg.yaml"
+
+
+@pytest.mark.parametrize("head", ["Segment", "Segment26"])
 def test_a_training_with_its_loss_from_graphs_is_an_unpatched_one(
-    config: str, tiny_args: dict[str, Any], tmp_path: Path, made: list[Replay], log: list[str]
+    head: str, tiny_args: dict[str, Any], tmp_path: Path, made: list[Replay], log: list[str]
 ) -> None:
-    data = create_dataset(tmp_path / "data", "segment")
+    data, config = create_dataset(tmp_path / "data", "segment"), tiny_segmenter(head)
     _, wanted = train(tiny_args, config, "", data)
     model, found = train(tiny_args, config, "on", data)
     (replay,) = made
     assert isinstance(replay.loss, FixedShapeLoss)
+    assert (type(replay.loss.criterion) is E2ELoss) is (head == "Segment26")
     assert replay.calls == [2] * 3
     assert len(found) == len(wanted) == 4
     assert all(items[1] > 0 for items in wanted)
@@ -382,7 +395,7 @@ def test_a_mask_for_each_box_leaves_the_loss_outside(
     tiny_args: dict[str, Any], tmp_path: Path, made: list[Replay], log: list[str]
 ) -> None:
     data = create_dataset(tmp_path / "data", "segment")
-    train(tiny_args, "yolo12n-seg.yaml", "on", data, overlap_mask=False)
+    train(tiny_args, tiny_segmenter(), "on", data, overlap_mask=False)
     (replay,) = made
     assert replay.loss is None
     assert len(replay.calls) == 3

@@ -606,7 +606,7 @@ def test_a_capture_that_fails_is_not_tried_again() -> None:
 
 
 def test_graphs_need_a_card() -> None:
-    with pytest.raises(RuntimeError, match="need an NVIDIA GPU, the device is cpu"):
+    with pytest.raises(RuntimeError, match="a CUDA graph needs an NVIDIA GPU, the device is cpu"):
         SmallGraph(list, list, torch.device("cpu"))
 
 
@@ -698,10 +698,11 @@ def with_a_scaler(trainer: Any) -> None:
 
 
 @pytest.mark.usefixtures("tiny_model")
-@pytest.mark.parametrize(("name", "nbs"), [("AdamW", 2), ("SGD", 2), ("MuSGD", 2), ("SGD", 4)])
+@pytest.mark.parametrize(("name", "nbs"), [("AdamW", 2), ("MuSGD", 2), ("SGD", 4)])
 def test_a_training_saves_what_it_saves_without(name: str, nbs: int, tiny_args: dict[str, Any]) -> None:
     """Losses and last.pt, to the bit; `nbs=4` accumulates over two batches once it is warm."""
-    args = {**tiny_args, "epochs": 4, "optimizer": name, "nbs": nbs, "warmup_epochs": 1.0, "deterministic": True}
+    epochs = 3 if nbs == 2 else 4
+    args = {**tiny_args, "epochs": epochs, "optimizer": name, "nbs": nbs, "warmup_epochs": 1.0, "deterministic": True}
     found, losses = [], []
     if ULTRALYTICS < (8, 4, 180):  # whose first run in a process is another one, with and without the plugin
         YOLO("tiny.yaml").train(**tiny_args)
@@ -717,10 +718,10 @@ def test_a_training_saves_what_it_saves_without(name: str, nbs: int, tiny_args: 
         model.train(**args, trainer=FusedTrainer if name == "AdamW" else None)
         steps = model.trainer.flash_run.optimizer.direct
         assert (steps > 2) is direct
-    assert len(losses[0]) == 8
+    assert len(losses[0]) == 2 * epochs
     assert losses[0] == losses[1]
     assert_equal(found[0].epochs, found[1].epochs)
-    assert len(found[0].epochs) == 4
+    assert len(found[0].epochs) == epochs
     told = of(events(model), "optimizer")
     assert told == []  # of the run without
 

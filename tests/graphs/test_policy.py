@@ -15,8 +15,8 @@ from torch import Tensor
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
-from ultralytics.utils import DEFAULT_CFG
-from ultralytics.utils.loss import v8DetectionLoss
+from ultralytics.utils import DEFAULT_CFG, YAML
+from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 
 from tests.counting import run_out_of_memory_once
 from tests.engine.test_telemetry import events, of
@@ -92,8 +92,8 @@ def clock_of(monkeypatch: pytest.MonkeyPatch, eager: float, replayed: float) -> 
     monkeypatch.setattr(policy_module, "_now", lambda: next(left))
 
 
-def train(args: dict[str, Any], config: str = "tiny.yaml", **settings: Any) -> Any:
-    model = patch_model(YOLO(config), **settings)
+def train(args: dict[str, Any], **settings: Any) -> Any:
+    model = patch_model(YOLO("tiny.yaml"), **settings)
     model.train(**args)
     return model
 
@@ -125,11 +125,14 @@ def test_losses_are_those_of_eager_steps(tiny_args: dict[str, Any], replays: lis
 
 # The loss -------------------------------------------------------------------------------------------------------------
 @loss_in_graphs
-@pytest.mark.parametrize("config", ["yolo12n.yaml", "yolo26n.yaml"])
+@pytest.mark.parametrize("end_to_end", [False, True])
 def test_the_loss_of_detection_is_in_the_graphs(
-    config: str, tiny_args: dict[str, Any], replays: list[Replay], log: list[str]
+    end_to_end: bool, tiny_args: dict[str, Any], replays: list[Replay], log: list[str]
 ) -> None:
-    model = train({**tiny_args, "epochs": 2}, config, graphs="on")
+    if end_to_end:  # as YOLO26
+        YAML.save("tiny.yaml", {**YAML.load("tiny.yaml"), "end2end": True, "reg_max": 1})
+    model = train({**tiny_args, "epochs": 2}, graphs="on")
+    assert (type(model.trainer.model.criterion) is E2ELoss) is end_to_end
     (replay,) = replays
     assert isinstance(replay.loss, FixedShapeLoss)
     assert len(replay.calls) == 3
@@ -318,7 +321,7 @@ def test_nothing_of_it_reaches_the_model_a_copy_or_a_checkpoint(
 
 def before_a_replay() -> tuple[DetectionModel, GraphPolicy, Any, dict[str, Any]]:
     """A model whose next forward is to be a replay, its policy and trainer, and the batch."""
-    model = DetectionModel("yolo12n.yaml", verbose=False).train()
+    model = DetectionModel("tiny.yaml", verbose=False).train()
     graphs, trainer = GraphPolicy("on"), a_trainer(model)
     graphs.prepare(trainer)
     batch = {"img": torch.rand(2, 3, 32, 32)}

@@ -20,6 +20,7 @@ from ultralytics.utils import YAML
 from ultralytics.utils.torch_utils import init_seeds
 
 from tests.engine.test_telemetry import events, of
+from tests.graphs.test_assignment import by_the_host
 from tests.graphs.test_limits import a_trainer
 from tests.graphs.test_policy import Replay, replays  # noqa: F401  a fixture
 from tests.versions import few_queries, needs_triton
@@ -72,6 +73,13 @@ BATCHES = {
     "more than are denoised": a_batch([0] * 11 + [1] * 4 + [2] * 12, 4),
     "one a query": a_batch([0] * 12, 5, images=2),
 }
+
+
+@pytest.fixture(autouse=True)
+def _matched_by_the_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter takes seconds for a step; that both assign alike is tested beside the kernel."""
+    if request.node.originalname != "test_the_kernel_assigns_in_a_step":
+        monkeypatch.setattr(rtdetr_loss.assignment, "assign", by_the_host)
 
 
 class Eager(Replay):
@@ -133,6 +141,10 @@ def compare(first: Any, batch: Batch, inside: bool, bound: float, seen: Batch | 
 @pytest.mark.parametrize("name", BATCHES)
 def test_losses_and_gradients_are_those_of_an_eager_step(name: str, inside: bool) -> None:
     compare(a_model(), BATCHES[name], inside, 1e-5)
+
+
+def test_the_kernel_assigns_in_a_step() -> None:
+    compare(a_model(), BATCHES["an image without"], True, 1e-5)
 
 
 @pytest.mark.usefixtures("precise")
@@ -322,6 +334,20 @@ def test_a_loss_that_differs_stays_outside(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(MatchedLoss, "match", short)
     with pytest.raises(torch.OutOfMemoryError):
         captured(model, batch)
+
+
+def test_a_capture_that_fails_with_its_loss_is_one_of_the_network_alone() -> None:
+    class Refuses(Eager):
+        def __init__(self, model: Any, images: Tensor, loss: Any, *inputs: Any) -> None:
+            if loss is not None:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            super().__init__(model, images, loss, *inputs)
+
+    batch = BATCHES["some"]
+    targets = pad_targets(batch, 3, 16)
+    step, why_not = rtdetr.capture_step(a_model(), batch, targets, Capacity(16), Refuses)  # type: ignore[arg-type]
+    assert step.loss is None
+    assert why_not == "RuntimeError: operation not permitted when stream is capturing"
 
 
 def test_a_decoder_that_denoises_nothing_is_refused() -> None:

@@ -258,7 +258,7 @@ VAL: dict[str, Any] = {"imgsz": 64, "batch": 2, "workers": 0, "device": "cpu", "
 
 def validate(model: Any, data: str, validator: Any = None, **more: Any) -> tuple[dict[str, float], list[Any]]:
     watch = Watch(model)
-    metrics = model.val(validator, data=data, **{**VAL, "conf": 1e-6, **more})
+    metrics = model.val(validator, data=data, **{**VAL, "conf": 0.3, **more})
     return metrics.results_dict, watch.seen
 
 
@@ -332,7 +332,10 @@ def test_predictions_are_compared_where_nobody_waits_for_the_device(
         return looked[-1]
 
     monkeypatch.setattr(FlashValidatorMixin, "_compares_as_stock", look)
-    monkeypatch.setattr(DetectionValidator, "plot_predictions", lambda *args: None)  # of weights that no training made
+    for drawing in ("ConfusionMatrix.plot", "plot_pr_curve", "plot_mc_curve"):
+        monkeypatch.setattr(f"ultralytics.utils.metrics.{drawing}", lambda *args, **kwargs: None)
+    for drawing in ("plot_predictions", "plot_val_samples"):
+        monkeypatch.setattr(DetectionValidator, drawing, lambda *args: None)
     stock, ours = (settled() for _ in range(2))
     wanted = validate(stock, ten_pictures, **more)
     assert looked == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 import json
 import multiprocessing
 import re
@@ -384,25 +385,32 @@ def test_stock_that_does_not_fit_is_remembered() -> None:
     assert not trial_cache.load([PSA], detect(CPU))
 
 
-def _store_many(folder: str, number: int) -> None:
-    trial_cache.USER_CONFIG_DIR = Path(folder)
-    for i in range(50):
-        trial_cache.store({AREA: {"stock": Trial(ms=float(number), note="x" * 100 * i)}}, detect(CPU))
+def _store_until(done: Any, number: int) -> None:
+    for i in itertools.count():
+        trial_cache.store({AREA: {"stock": Trial(ms=float(number), note="x" * 100 * (i % 50))}}, detect(CPU))
+        if done.is_set():
+            break
 
 
-def test_two_processes_may_write_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    folder = tmp_path / "config"
-    processes = [context.Process(target=_store_many, args=(str(folder), number)) for number in (1, 2)]
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the platform cannot fork")
+def test_two_processes_may_write_at_once() -> None:
+    context = multiprocessing.get_context("fork")
+    done = context.Event()
+    processes = [context.Process(target=_store_until, args=(done, number)) for number in (1, 2)]
     for process in processes:
         process.start()
-    reads = 0
-    while any(process.is_alive() for process in processes):
-        if found := trial_cache.load([AREA], detect(CPU)):  # never half of a file
-            assert found[AREA]["stock"].ms in (1.0, 2.0)
-            reads += 1
+    read: list[float | None] = []
+    try:
+        while len(set(read)) < 2 or len(read) < 100:  # of both, and never half of a file
+            assert all(process.is_alive() for process in processes)
+            if found := trial_cache.load([AREA], detect(CPU)):
+                read.append(found[AREA]["stock"].ms)
+    finally:
+        done.set()
+    for process in processes:
+        process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    assert reads
+    assert set(read) == {1.0, 2.0}
     assert [file.suffix for file in trial_cache.folder().iterdir()] == [".json"]
 
 

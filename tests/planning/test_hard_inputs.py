@@ -90,7 +90,7 @@ def test_a_dominating_key_whose_neighbours_are_mixed_in_is_refused(monkeypatch: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tokens", [1, 2, 16, 64, 128, 192, 400, 441])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 441])
 def test_what_is_careful_is_not_refused(tokens: int, dtype: torch.dtype) -> None:
     for spec in (
         AREA,

@@ -48,6 +48,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _tiny26(_empty_folder: None) -> None:
+    """Write `tiny26.yaml`: attention and head of YOLO26, verified in a third of the time of yolo26n."""
+    layers = [[-1, 1, "Conv", [c, 3, 2]] for c in (16, 16, 32, 64, 256)] + [[-1, 1, "C2PSA", [256]]] * 2
+    model = {"nc": 80, "end2end": True, "reg_max": 1, "scales": {"n": [1.0, 1.0, 1024]}}
+    YAML.save("tiny26.yaml", {**model, "backbone": layers, "head": [[[3, 6], 1, "Detect", ["nc"]]]})
+
+
 def break_backend(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     monkeypatch.setitem(BACKENDS, "sdpa_flash", dataclasses.replace(BACKENDS["sdpa_flash"], forward=run, backward=None))
 
@@ -94,7 +102,7 @@ def test_a_healthy_model_passes(model: str, layers: int, log: list[str]) -> None
 
 
 def test_every_layer_is_seen_in_the_outputs_of_fresh_weights() -> None:
-    facts = verify("yolo26n.yaml", imgsz=64, device="cpu", backend="sdpa_math")
+    facts = verify("tiny26.yaml", imgsz=64, device="cpu", backend="sdpa_math")
     sight = [entry["without_attention"] for entry in facts["layers"] if entry["mode"] == "predict"]
     assert len(sight) == 2
     assert min(sight) > 0.01
@@ -102,15 +110,15 @@ def test_every_layer_is_seen_in_the_outputs_of_fresh_weights() -> None:
 
 
 def test_attention_that_the_outputs_do_not_show_is_told() -> None:
-    model = YOLO("yolo26n.yaml")
+    model = YOLO("tiny26.yaml")
     for name, parameter in model.named_parameters():
-        if name.endswith("model.10.m.0.attn.proj.bn.weight"):
+        if name.endswith("model.5.m.0.attn.proj.bn.weight"):
             parameter.data.zero_()
     facts = verify(model, imgsz=64, device="cpu", backend="sdpa_flash")
     assert facts["ok"]
     blind = [note for note in facts["notes"] if "without its attention" in note]
     assert len(blind) == 1
-    assert blind[0].startswith("model.10.m.0.attn: ")
+    assert blind[0].startswith("model.5.m.0.attn: ")
 
 
 @pytest.mark.parametrize("model", ["yolo11n-seg.yaml", "yolo11n-cls.yaml"])
@@ -123,7 +131,7 @@ def test_other_tasks_compare_raw_outputs(model: str) -> None:
 
 def test_stock_against_stock_proves_nothing_and_says_what_to_type(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main.main(["verify", "model=yolo26n.yaml", "imgsz=64", "device=cpu", "--json"])
+        main.main(["verify", "model=tiny26.yaml", "imgsz=64", "device=cpu", "--json"])
     assert end.value.code == 1
     facts = json.loads(capsys.readouterr().out)
     assert {entry["backend"] for entry in facts["layers"]} == {"stock"}
@@ -135,14 +143,14 @@ def test_stock_against_stock_proves_nothing_and_says_what_to_type(capsys: pytest
 
 
 def test_all_compares_every_backend_that_can_run_each_layer(log: list[str]) -> None:
-    main.main(["verify", "model=yolo26n.yaml", "imgsz=64", "device=cpu", "all=true"])
+    main.main(["verify", "model=tiny26.yaml", "imgsz=64", "device=cpu", "all=true"])
     rows = re.findall(r"\n  (train|predict) +(model\.\S+) +(\w+) +\d\.\de-\d\d +\d\.\de-\d\d  ok ", log[-1])
     layers = sorted({layer for _, layer, _ in rows})
     assert len(layers) == 2
     able = ("stock", "sdpa_math", "sdpa_flash")
     assert rows == [(mode, layer, name) for mode in ("train", "predict") for layer in layers for name in able]
     assert log[-1].endswith("2 attention layers compute what stock computes")
-    facts = verify("yolo26n.yaml", imgsz=64, device="cpu", all=True, backend="sdpa_flash")
+    facts = verify("tiny26.yaml", imgsz=64, device="cpu", all=True, backend="sdpa_flash")
     assert [entry["of_plan"] for entry in facts["layers"]] == [True, False] * 4  # stock is what both are compared with
 
 
@@ -156,7 +164,7 @@ def test_with_all_a_backend_that_raises_or_is_wrong_is_off_though_no_run_would_t
         return 1.05 * out, v
 
     break_backend(monkeypatch, scaled)
-    facts = verify("yolo26n.yaml", imgsz=64, device="cpu", all=True)
+    facts = verify("tiny26.yaml", imgsz=64, device="cpu", all=True)
     wrong_rows = [(entry["mode"], entry["planned"]) for entry in facts["layers"] if not entry["ok"]]
     assert wrong_rows == [("train", "sdpa_flash")] * 2 + [("predict", "sdpa_flash")] * 2
     assert sum("no such kernel" in sentence for sentence in facts["off"]) == 2
@@ -174,7 +182,7 @@ def test_the_backend_is_the_one_that_was_measured_here(autotuned: bool, monkeypa
         return dict.fromkeys(specs, trials)
 
     monkeypatch.setattr(autotune, "measure", measure)
-    facts = verify("yolo26n.yaml", imgsz=64, device="cpu", autotune=autotuned)
+    facts = verify("tiny26.yaml", imgsz=64, device="cpu", autotune=autotuned)
     assert {entry["backend"] for entry in facts["layers"]} == {"sdpa_flash" if autotuned else "stock"}
     assert facts["ok"] is autotuned
     assert [(spec.training, spec.deterministic) for spec in asked] == (
@@ -194,7 +202,7 @@ def test_what_an_earlier_run_measured_near_this_size_decides_without_measuring(
     ]
     trials = {"stock": Trial(ms=2.0, ms_low=1.9, ms_high=2.1), "sdpa_flash": Trial(ms=1.0, ms_low=0.9, ms_high=1.1)}
     trial_cache.store(dict.fromkeys(earlier, trials), detect(torch.device("cpu")))
-    facts = verify("yolo26n.yaml", imgsz=64, device="cpu")
+    facts = verify("tiny26.yaml", imgsz=64, device="cpu")
     assert facts["ok"], facts["off"]
     assert {entry["backend"] for entry in facts["layers"]} == {"sdpa_flash"}
 
@@ -203,7 +211,7 @@ def test_what_ran_is_observed_and_not_taken_from_the_plan(monkeypatch: pytest.Mo
     math_run = BACKENDS["sdpa_math"].forward
     assert math_run is not None
     break_backend(monkeypatch, math_run)
-    facts = verify("yolo26n.yaml", imgsz=64, device="cpu", backend="sdpa_flash")
+    facts = verify("tiny26.yaml", imgsz=64, device="cpu", backend="sdpa_flash")
     assert {entry["backend"] for entry in facts["layers"]} == {"sdpa_math"}
     assert {entry["planned"] for entry in facts["layers"]} == {"sdpa_flash"}
     assert not any(entry["ok"] for entry in facts["layers"])
@@ -214,7 +222,7 @@ def test_what_ran_is_observed_and_not_taken_from_the_plan(monkeypatch: pytest.Mo
 def test_a_profiler_of_the_user_is_left_alone() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
         assert executed.observe(lambda: 5) == (5, None)
-        facts = verify("yolo26n.yaml", imgsz=64, device="cpu", backend="sdpa_flash")
+        facts = verify("tiny26.yaml", imgsz=64, device="cpu", backend="sdpa_flash")
     assert (facts["ok"], facts["fused"]) == (False, False)  # stock might have run: nothing is proved
     (sentence,) = facts["off"]
     assert "what ran could not be observed" in sentence
@@ -243,14 +251,14 @@ def test_a_checkpoint_of_a_real_training_is_verified_as_it_is(tiny_model: str, t
 def test_a_precision_is_what_ultralytics_takes() -> None:
     for amp in ("maybe", 1, "float16"):
         with pytest.raises(ValueError, match=f"amp must be True, False, fp16, bf16 or fp32, found {amp!r}"):
-            verify("yolo26n.yaml", imgsz=64, device="cpu", amp=amp)  # type: ignore[arg-type]
+            verify("tiny26.yaml", imgsz=64, device="cpu", amp=amp)  # type: ignore[arg-type]
     with pytest.raises(SystemExit, match="verify: amp must be True, False, fp16, bf16 or fp32, found 'maybe'"):
-        main.main(["verify", "model=yolo26n.yaml", "device=cpu", "amp=maybe"])
-    assert verify("yolo26n.yaml", imgsz=64, device="cpu", amp="BF16", backend="sdpa_flash")["dtype"] == "float32"
+        main.main(["verify", "model=tiny26.yaml", "device=cpu", "amp=maybe"])
+    assert verify("tiny26.yaml", imgsz=64, device="cpu", amp="BF16", backend="sdpa_flash")["dtype"] == "float32"
 
 
 def test_a_checkpoint_and_pictures(coco8: str, log: list[str], tmp_path: Path) -> None:
-    model = YOLO("yolo26n.yaml")
+    model = YOLO("tiny26.yaml")
     model.model.train()(torch.rand(2, 3, 64, 64))
     model.ckpt = {}
     model.save("best.pt")
@@ -272,7 +280,7 @@ def test_pictures_are_letterboxed_as_in_a_prediction() -> None:
     assert what == f"1 of {ASSETS / 'zidane.jpg'}"
     assert images.shape == (3, 3, 64, 64)
     assert torch.equal(images[0], images[2])  # repeated
-    model = YOLO("yolo26n.yaml")
+    model = YOLO("tiny26.yaml")
     seen: list[Tensor] = []
     model.model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model.predict(ASSETS / "zidane.jpg", imgsz=64, rect=False, device="cpu", verbose=False)
@@ -326,8 +334,8 @@ def test_swapped_heads_are_noticed_in_the_layer_that_has_them(
         return (out.flip(2).contiguous() if spec.seq_len_q == 16 else out), v
 
     break_backend(monkeypatch, swapped)
-    facts = off(capsys, "model=yolo26n.yaml", "imgsz=128", "flash.layers=model.22.*:stock")
-    assert list(wrong(facts, "train")) == list(wrong(facts, "predict")) == ["model.10.m.0.attn"]
+    facts = off(capsys, "model=tiny26.yaml", "imgsz=128", "flash.layers=model.6.*:stock")
+    assert list(wrong(facts, "train")) == list(wrong(facts, "predict")) == ["model.5.m.0.attn"]
     assert {entry["backend"] for entry in facts["layers"]} == {"sdpa_flash", "stock"}
 
 
@@ -342,7 +350,7 @@ def test_a_wrong_backward_is_noticed_by_the_gradient_that_is_wrong(
         return HEALTHY(torch.cat(parts, dim=-1), spec)
 
     break_backend(monkeypatch, wrong_backward)
-    facts = off(capsys, "model=yolo26n.yaml")
+    facts = off(capsys, "model=tiny26.yaml")
     layers = wrong(facts, "train")
     assert len(layers) == 2
     for what in layers.values():
@@ -374,11 +382,11 @@ def test_a_backend_that_raises_is_off_though_auto_replaces_it(monkeypatch: pytes
 
     break_backend(monkeypatch, fail)
     monkeypatch.setattr("yolo_flash.dispatch.rules._cpu_rules", lambda spec: iter([("sdpa_flash", "a test")]))
-    facts = verify("yolo26n.yaml", imgsz=64, device="cpu")
+    facts = verify("tiny26.yaml", imgsz=64, device="cpu")
     assert "sdpa_flash raised in this run: RuntimeError: no such kernel" in facts["off"]
     assert "the plan says sdpa_flash, and sdpa_math ran" in facts["off"][0]
-    with pytest.raises(SystemExit, match=r"sdpa_flash raised in model\.10"):
-        main.main(["verify", "model=yolo26n.yaml", *FORCED])
+    with pytest.raises(SystemExit, match=r"sdpa_flash raised in model\.5"):
+        main.main(["verify", "model=tiny26.yaml", *FORCED])
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------
@@ -440,7 +448,7 @@ def _numpy_state() -> str:
 # Nothing is changed ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("patched", [False, True])
 def test_the_model_and_the_process_stay_as_they_were(patched: bool) -> None:
-    model = YOLO("yolo26n.yaml")
+    model = YOLO("tiny26.yaml")
     if patched:
         patch_model(model, backend="sdpa_flash")
     before = copy.deepcopy(model.state_dict())
@@ -457,7 +465,7 @@ def test_the_model_and_the_process_stay_as_they_were(patched: bool) -> None:
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    verify("yolo26n.yaml", imgsz=64, device="cpu")  # building a model takes random numbers
+    verify("tiny26.yaml", imgsz=64, device="cpu")  # building a model takes random numbers
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert _numpy_state() == states[2]
@@ -467,7 +475,7 @@ def test_the_model_and_the_process_stay_as_they_were(patched: bool) -> None:
 
 def test_it_runs_without_gradients_enabled() -> None:
     with torch.inference_mode():
-        assert verify("yolo26n.yaml", imgsz=64, device="cpu", backend="sdpa_flash")["ok"]
+        assert verify("tiny26.yaml", imgsz=64, device="cpu", backend="sdpa_flash")["ok"]
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
@@ -495,10 +503,10 @@ def test_what_cannot_be_verified_is_told(typed: str, told: str) -> None:
 def test_pictures_that_cannot_be_read_and_data_without_val(tmp_path: Path) -> None:
     Path("broken.jpg").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"source=broken\.jpg: none of 1 files could be read"):
-        verify("yolo26n.yaml", "broken.jpg", imgsz=64, device="cpu")
+        verify("tiny26.yaml", "broken.jpg", imgsz=64, device="cpu")
     YAML.save("nothing.yaml", {"path": str(tmp_path), "train": "a", "val": "b", "names": {0: "x"}})
     with pytest.raises(FileNotFoundError):
-        verify("yolo26n.yaml", "nothing.yaml", imgsz=64, device="cpu")
+        verify("tiny26.yaml", "nothing.yaml", imgsz=64, device="cpu")
 
 
 def test_too_little_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,4 +515,4 @@ def test_too_little_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(run, "run_model", fail)
     with pytest.raises(ValueError, match=r"out of memory on .*smaller imgsz= or batch="):
-        verify("yolo26n.yaml", imgsz=64, device="cpu")
+        verify("tiny26.yaml", imgsz=64, device="cpu")

@@ -118,7 +118,7 @@ def without_amp_weights() -> contextlib.AbstractContextManager[object]:
 
 
 def training_data(data: Any) -> Any:
-    """The data set to train on: `data` itself wherever Ultralytics can find or download it.
+    """The data set to train on, or to validate: `data` itself wherever Ultralytics can find or download it.
 
     Returns:
         For `<name>.yaml`, `<YOLO_FLASH_DATASETS>/<name>/data.yaml` if that file exists; for a coco8 that is neither on
@@ -138,8 +138,8 @@ def training_data(data: Any) -> Any:
     yaml = create_standin(STANDIN_FOLDER)
     LOGGER.warning(
         f"yolo-flash: coco8 is not on this machine and cannot be downloaded ({why_not()}). "
-        f"TRAINING ON A STAND-IN: eight pictures cut from the two photographs that ultralytics ships, in "
-        f"{STANDIN_FOLDER}. It shows that training works; its mAP means nothing. "
+        f"A STAND-IN TAKES ITS PLACE: eight pictures cut from the two photographs that ultralytics ships, in "
+        f"{STANDIN_FOLDER}. It shows that things work; its mAP means nothing. "
         f"The real set: connect to the network once, or unpack coco8.zip into {DATASETS_DIR}."
     )
     return str(yaml)

@@ -50,11 +50,9 @@ def to_ultralytics(block: Any, layer: str) -> bool:
     Raises:
         CheckpointError: The block is neither as the authors' releases have it nor as Ultralytics has it.
     """
-    if set(block._modules) == set(STOCK):
+    if not _of_authors(block, layer):
         _check(block, layer, {"qkv": 3}, pe=7)
         return _fold_bias(block.pe)
-    if set(block._modules) != set(AUTHORS):
-        raise CheckpointError(f"{layer} has {', '.join(block._modules)}: neither {_and(AUTHORS)} nor {_and(STOCK)}.")
     _check(block, layer, {"qk": 2, "v": 1}, pe=5)
     for what in ("eps", "momentum", "num_batches_tracked", "track_running_stats", "affine"):
         found = [getattr(part.bn, what) for part in (block.qk, block.v)]
@@ -88,10 +86,8 @@ def to_authors(block: Any, layer: str) -> bool:
         CheckpointError: The block is neither as the authors' releases have it nor as Ultralytics has it, or its 7x7
             `pe` uses the outer ring, which the authors' 5x5 does not have.
     """
-    if set(block._modules) == set(AUTHORS):
+    if _of_authors(block, layer):
         return False
-    if set(block._modules) != set(STOCK):
-        raise CheckpointError(f"{layer} has {', '.join(block._modules)}: neither {_and(STOCK)} nor {_and(AUTHORS)}.")
     _check(block, layer, {"qkv": 3}, pe=7)
     if block.pe.conv.bias is not None:
         raise CheckpointError(f"{layer}: pe has a bias, as in the authors' v1.0; their v1.1 has none.")
@@ -113,6 +109,14 @@ def to_authors(block: Any, layer: str) -> bool:
     _set_modules(block, {"qk": qk, "v": v, "proj": block.proj, "pe": block.pe})
     vars(block).pop("all_head_dim", None)  # which the authors' class does not have
     return True
+
+
+def _of_authors(block: Any, layer: str) -> bool:
+    """Whether the convolutions of a block are the authors', and not Ultralytics'; raises where they are neither's."""
+    found = set(block._modules)
+    if found not in (set(AUTHORS), set(STOCK)):
+        raise CheckpointError(f"{layer} has {', '.join(block._modules)}: neither {_and(AUTHORS)} nor {_and(STOCK)}.")
+    return found == set(AUTHORS)
 
 
 def _check(block: Any, layer: str, projections: dict[str, int], pe: int) -> None:

@@ -11,6 +11,7 @@ from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
+from ..assets import offline
 from ..backends.registry import is_approximate, label
 from ..config import FlashConfig, known_keys
 from ..dispatch.dispatcher import Dispatcher
@@ -61,8 +62,10 @@ class FlashModelMixin(StockPickle, Model):
         return super().predict(source, stream, *args, **kwargs)
 
     def val(self, validator: Any = None, **kwargs: Any) -> Any:
-        """As `YOLO.val`, with the network from CUDA graphs unless `flash.graphs=off`."""
+        """As `YOLO.val`, of a data set that is there, with the network from CUDA graphs unless `flash.graphs=off`."""
         stock: Any = type(self)._stock
+        if "data" in kwargs and self.task == "detect":
+            kwargs["data"] = offline.training_data(kwargs["data"])
         if stock.val is Model.val and self._flash_config.enabled:  # that of YOLOE takes prompts
             base, config = validator or self._smart_load("validator"), self._flash_config
 

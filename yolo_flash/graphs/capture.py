@@ -16,6 +16,8 @@ from . import fixed_loss
 from .fixed_loss import Capacity, FixedShapeLoss
 from .graphed_step import GraphedStep, no_trace, without_cached_casts
 
+Loss = Callable[[Any], tuple[Tensor, Tensor]]  # of the outputs of a network: losses and loss items
+
 LABELS = ("batch_idx", "cls", "bboxes")  # keys of a batch that the loss reads
 
 LOSS_ERROR = 1e-3  # of the loss in fixed shapes and its gradients, at most; 0 where sums take the same order
@@ -187,9 +189,7 @@ def loss_error(model: Any, loss: FixedShapeLoss, batch: dict[str, Any], targets:
         losses, items = model.criterion(inputs, batch)
         return losses, torch.stack(list(items.values()))
 
-    wanted = with_gradients(criterion, outputs)
-    found = with_gradients(lambda inputs: loss(inputs, *extra), outputs)
-    return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
+    return distance(lambda inputs: loss(inputs, *extra), criterion, outputs)
 
 
 def _labelled(batch: dict[str, Any], targets: Tensor) -> tuple[dict[str, Any], Tensor]:
@@ -215,7 +215,13 @@ def _labelled(batch: dict[str, Any], targets: Tensor) -> tuple[dict[str, Any], T
     return {**batch, **made}, targets
 
 
-def with_gradients(loss: Callable[[Any], tuple[Tensor, Tensor]], outputs: Any) -> list[Tensor]:
+def distance(loss: Loss, stock: Loss, outputs: Any) -> float:
+    """The largest relative error of a loss, its items and its gradients against those of another."""
+    wanted, found = (with_gradients(function, outputs) for function in (stock, loss))
+    return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def with_gradients(loss: Loss, outputs: Any) -> list[Tensor]:
     """Losses, loss items, and the gradients of the outputs."""
     leaves, structure = pytree.tree_flatten(outputs)
     leaves = [leaf.detach().requires_grad_() if isinstance(leaf, Tensor) else leaf for leaf in leaves]

@@ -33,6 +33,11 @@ OF_OPTIMIZER = frozenset({"zero_grad", "_init_group", "grad_scale", "found_inf"}
 
 _OPTIONS = ("foreach", "fused", "amsgrad", "maximize", "capturable", "differentiable", "use_muon", "nesterov")
 _NUMBERS = ("lr", "weight_decay", "momentum", "dampening", "eps")
+HELPERS = (  # functions of modules that a step calls
+    (torch.nn.utils, "clip_grad_norm_"),
+    (ultralytics_muon, "muon_update"),
+    (ultralytics_muon, "zeropower_via_newtonschulz5"),
+)
 HOOKS = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
 
 
@@ -192,10 +197,8 @@ def functions(optimizer: Any) -> list[Any]:
         *(getattr(GradScaler, name) for name in sorted(OF_SCALER)),
         kind.step,
         kind.zero_grad,
-        torch.nn.utils.clip_grad_norm_,
         nn.Module.parameters,
-        ultralytics_muon.muon_update,
-        ultralytics_muon.zeropower_via_newtonschulz5,
+        *(getattr(space, name) for space, name in HELPERS),
     ]
 
 

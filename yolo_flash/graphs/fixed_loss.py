@@ -134,14 +134,16 @@ def needed(batch: dict[str, Any], images: int, side: tuple[int, int], criterion:
     return Capacity(int(counts.max()), len(index), pairs, ranked)
 
 
-def pad_targets(batch: dict[str, Any], images: int, boxes: int) -> Tensor:
-    """Targets of a batch, padded to `[images, boxes, 5]`: class and normalised xywh, in the order of the batch."""
-    index = batch["batch_idx"].long().view(-1)
-    padded = torch.zeros(images, boxes, 5)
-    if len(index):
-        counts = torch.bincount(index, minlength=images)
-        within = torch.arange(len(index)) - (counts.cumsum(0) - counts)[index]
-        padded[index, within] = torch.cat((batch["cls"].float().view(-1, 1), batch["bboxes"].float()), 1)
+def pad_targets(batch: dict[str, Any], images: int, boxes: int, no_class: int = 0) -> Tensor:
+    """Targets of a batch, padded to `[images, boxes, 5]`: class and normalised xywh, in the order of the batch.
+
+    Padding has `no_class`, and a box without size.
+    """
+    counts = torch.bincount(batch["batch_idx"].long().view(-1), minlength=images)
+    flat = torch.cat((batch["cls"].float().view(-1, 1), batch["bboxes"]), 1)
+    padded = flat.new_zeros(images, boxes, 5)
+    padded[..., 0] = no_class
+    padded[torch.arange(boxes) < counts[:, None]] = flat
     return padded
 
 

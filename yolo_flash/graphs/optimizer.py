@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import lr_scheduler
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.optim import muon
 
 from ..utils.errors import first_line
 from ..utils.stock_code import foreign, foreign_in_class, is_own
 from .direct_step import (
+    HELPERS,
     HOOKS,
     OF_MODULES,
     OF_OPTIMIZER,
@@ -30,11 +30,6 @@ from .direct_step import (
 )
 
 _DEVICES = ("cuda",)
-_HELPERS = (
-    (torch.nn.utils, "clip_grad_norm_"),
-    (muon, "muon_update"),
-    (muon, "zeropower_via_newtonschulz5"),
-)
 _SHAPES = ((6, 3, 1, 1), (2, 5))  # of a twin's parameters
 _FACTORS = (1.0, 100.0, float("inf"), 0.01, 3.0)  # of its gradients: some are clipped, and some overflow
 
@@ -157,7 +152,7 @@ def _reasons(trainer: Any, stock: Callable[[], None]) -> Iterator[str]:
         yield f"{name}.step was replaced"
     if any(HOOKS) or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         yield f"a hook on the step of {name} would not be called"
-    for space, helper in _HELPERS:
+    for space, helper in HELPERS:
         if not is_own(getattr(space, helper)):
             yield f"{helper} is not torch's or Ultralytics' own"
     if found := foreign(trainer.model.modules(), OF_MODULES):

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..utils.errors import first_line
 from ..utils.memory import readable
 from .graphed_step import mended_generator
+from .limits import no_nvidia_gpu
 
 _CALM = 8  # calls in a row with the same key before the first capture: not in the steps that `auto` times
 
@@ -87,9 +88,8 @@ class SmallGraph:
         Raises:
             RuntimeError: There is no NVIDIA GPU, or the work cannot be captured.
         """
-        if device.type != "cuda" or torch.version.hip:
-            found = "ROCm" if device.type == "cuda" else device.type
-            raise RuntimeError(f"CUDA graphs need an NVIDIA GPU, the device is {found}")
+        if no_gpu := no_nvidia_gpu(device):
+            raise RuntimeError(f"a CUDA graph {no_gpu}")
         side = _side_stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.device(device), mended_generator(device), torch.cuda.stream(side):

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from ..utils.errors import first_line, is_out_of_memory
 from ..utils.numerics import relative_error
 from . import rtdetr_loss
-from .capture import LOSS_ERROR, NextCall, can_replay, next_loss, pinned, with_gradients
+from .capture import LOSS_ERROR, NextCall, can_replay, distance, next_loss, pinned
 from .fixed_loss import Capacity
 from .graphed_step import GraphedStep, no_trace, without_cached_casts
 from .host_constants import HostConstants
@@ -200,22 +200,19 @@ def capture_step(
     if _most(compared) > network.queries:  # such batches run eager
         compared = _made_up(len(images), capacity)
         network, drawn, labels = _compared(model, images, compared)
-    loss: MatchedLoss | None = None
-    extra: tuple[Tensor, ...] = ()
     if targets is not None and not why_not:
         try:
             loss = MatchedLoss(model.criterion, network.room)
             extra = compared, network.reconstructed(drawn, labels)
             off = _loss_error(network, loss, images, drawn, labels, extra)
-            if not off <= LOSS_ERROR:
-                why_not = f"in fixed shapes it is off by {off:.1e}"
+            if off <= LOSS_ERROR:
+                return capture(network, images, loss, extra, drawn[:3]), ""
+            why_not = f"in fixed shapes it is off by {off:.1e}"
         except Exception as error:  # of another Ultralytics, torch or Triton
             if is_out_of_memory(error):
                 raise
             why_not = first_line(error)
-    if why_not:
-        loss, extra = None, ()
-    return capture(network, images, loss, extra, drawn[:3]), why_not
+    return capture(network, images, None, (), drawn[:3]), why_not
 
 
 def replay_next_call(
@@ -312,6 +309,4 @@ def _loss_error(
         return total, torch.stack(list(items.values()))
 
     on_device = [tensor.to(device) for tensor in extra]
-    wanted = with_gradients(stock, outputs)
-    found = with_gradients(lambda inputs: loss(inputs, *on_device), outputs)
-    return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
+    return distance(lambda inputs: loss(inputs, *on_device), stock, outputs)

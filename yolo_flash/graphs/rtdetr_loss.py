@@ -10,6 +10,7 @@ measures the difference on a batch of the run.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ultralytics.models.utils.ops import HungarianMatcher
 from ultralytics.utils.loss import FocalLoss, VarifocalLoss
 
 from ..utils.stock_code import foreign
-from . import assignment
+from . import assignment, fixed_loss
 from .fixed_loss import Capacity
 from .signature import Signature
 
@@ -59,17 +60,7 @@ def needed_bytes(capacity: Capacity, images: int, side: tuple[int, int], criteri
     return images * capacity.boxes * 300 * _BYTES_A_CELL
 
 
-def pad_targets(batch: dict[str, Any], images: int, boxes: int) -> Tensor:
-    """Targets of a batch, padded to `[images, boxes, 5]`: class and normalised xywh, in the order of the batch.
-
-    Padding has class -1.
-    """
-    counts = torch.bincount(batch["batch_idx"].long().view(-1), minlength=images)
-    flat = torch.cat((batch["cls"].float().view(-1, 1), batch["bboxes"]), 1)
-    padded = flat.new_zeros(images, boxes, 5)
-    padded[..., 0] = -1
-    padded[torch.arange(boxes) < counts[:, None]] = flat
-    return padded
+pad_targets = functools.partial(fixed_loss.pad_targets, no_class=-1)
 
 
 class MatchedLoss:

@@ -88,7 +88,7 @@ def patch_modules(module: nn.Module, config: FlashConfig, dispatcher: Dispatcher
     choices = layer_choices(module, config)
     windows = layer_windows(module, config, choices)
     blocks = targets(module)
-    _tell_strangers(module)
+    _tell_strangers(known_blocks(module))
     dispatcher = dispatcher or Dispatcher(config)
     unpatch_modules(module)  # blocks that were changed since have to stay stock now
     for name, block in blocks.items():
@@ -153,18 +153,18 @@ def layer_windows(module: nn.Module, config: FlashConfig, choices: Mapping[str, 
     return {name: config.window_tokens(strides.get(name)) for name in wanted}
 
 
-def _tell_strangers(module: nn.Module) -> None:
-    """One log line, once a process, for all blocks that stay stock."""
-    strangers = {name: reason for name, block in known_blocks(module).items() if (reason := _strangeness(block))}
+def _tell_strangers(blocks: Mapping[str, nn.Module]) -> None:
+    """One log line, once a process, for all known blocks that stay stock."""
+    strangers = {name: reason for name, block in blocks.items() if (reason := _strangeness(block))}
     if not strangers:
         return
     name, reason = next(iter(strangers.items()))
     others = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
-    if is_authors(known_blocks(module)[name]):
+    if is_authors(blocks[name]):
         _warn_once(f"yolo-flash: {name}{others} will fail: {reason}.")
         return
     _warn_once(
-        f"yolo-flash: stock attention stays in {name}{others}: this {known_blocks(module)[name].__class__.__name__} "
+        f"yolo-flash: stock attention stays in {name}{others}: this {blocks[name].__class__.__name__} "
         f"(ultralytics {ultralytics.__version__}, torch {torch.__version__}) is not the one that this version knows: "
         f"{reason}. All else works; a newer yolo-flash may know it."
     )
