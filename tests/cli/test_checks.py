@@ -9,6 +9,8 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -166,6 +168,22 @@ def test_json_holds_the_same_facts_and_nothing_is_logged(
         for name in BACKENDS:
             reasons = verdicts[name]
             assert reasons == "ready" or (reasons and all(isinstance(reason, str) for reason in reasons))
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_notebook_is_not_cleared(loaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ultralytics would clear the cell that has our report, or write to standard output."""
+    calls: list[int] = []
+    notebook: Any = ModuleType("IPython")
+    notebook.display = SimpleNamespace(clear_output=lambda: calls.append(1))
+    if loaded:
+        monkeypatch.setitem(sys.modules, "IPython", notebook)
+    else:
+        monkeypatch.delitem(sys.modules, "IPython", raising=False)
+    checks("cpu")
+    assert calls == []
+    assert sys.modules.get("IPython") is (notebook if loaded else None)
+    assert ("IPython" in sys.modules) is loaded
 
 
 def test_json_and_the_returned_facts_agree(t4: None, capsys: pytest.CaptureFixture[str]) -> None:

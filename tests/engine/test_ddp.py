@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(("start", "backend"), [("yaml", "sdpa_flash"), ("pt", "auto")])
-def test_both_ranks_are_patched_by_one_plan(
+def test_both_ranks_are_patched(
     start: str,
     backend: str,
     tiny_model: str,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,10 +49,24 @@ def checks(device: str | int | None = None, as_json: bool = False) -> dict[str, 
             "backends": {name: _verdicts(spec, machine) for name, spec in typical_specs(machine).items()},
         }
         LOGGER.info(_text(facts, machine))
-        facts["ultralytics"] = collect_system_info()
+        with _no_notebook():
+            facts["ultralytics"] = collect_system_info()
     if as_json:
         print(json.dumps(facts, indent=2, default=str))
     return facts
+
+
+@contextlib.contextmanager
+def _no_notebook() -> Iterator[None]:
+    """Keep Ultralytics from IPython, where there is one: it clears the cell, or a terminal's line in front of JSON."""
+    modules: dict[str, Any] = sys.modules
+    kept = {name: module for name, module in modules.items() if name == "IPython"}
+    modules["IPython"] = None  # whose import then fails
+    try:
+        yield
+    finally:
+        del modules["IPython"]
+        modules.update(kept)
 
 
 def typical_specs(machine: Machine) -> dict[str, AttentionSpec]:
