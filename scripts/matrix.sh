@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The tests on the oldest supported and the newest torch and ultralytics, on every Python here; a table at the end.
 # Usage: bash scripts/matrix.sh [any argument of pytest; -n0 for one process]
-# ONLY="oldest-newest" runs these pairs torch-ultralytics alone, PYTHONS="python3.10 python3.12" these interpreters.
+# ONLY="oldest-newest" runs these pairs torch-ultralytics alone, PYTHONS="python3.10 python3.12" these interpreters;
+# those of pyenv, which PATH hides, are PYTHONS="$HOME/.pyenv/versions/3.*/bin/python".
 # Environments and logs stay in .matrix: a second run installs nothing, and what was the newest stays so until
 # `rm -r .matrix`. pip's torch for Linux is the CUDA build, 5 GB each; PIP_EXTRA_INDEX_URL may name CPU wheels.
 set -uo pipefail
