@@ -75,7 +75,7 @@ def both(name: str, spec: AttentionSpec, packed: Tensor, dout: Tensor, dimage: T
     backend: Any = BACKENDS[name]
     with torch.no_grad():
         out, _, *kept = backend.forward(packed, spec)
-        kept = [t for t in kept if isinstance(t, Tensor)]  # as autograd saves them
+        kept = [t for t in kept if not isinstance(t, int)]  # as the autograd node saves them
         return out, backend.backward(packed, kept, dout, dimage, spec)
 
 
