@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ from yolo_flash.utils.plotting import as_png, new_figure
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESULTS = DOCS / "results"
 STOCK, OURS = "#9a9a9a", COLORS["triton_area"]
-LARGE = "step-yolo12n-4096-b1.json"  # the one step that stock has no memory for
+NAMED = (1280, 2048, 4096, 8192, 14336)  # pixels, of the sizes in the picture
 RUNS = [f"run-{model}-bccd-h200.csv" for model in ("yolo12n", "yolo12s", "rtdetr-l")]
 
 
@@ -77,26 +77,26 @@ def pairs(axis: Any, title: str, groups: dict[str, list[Row]], arms: tuple[str, 
 
 
 def memory(axis: Any, rows: list[Row]) -> None:
-    """Peak memory of a step against the image size, with the size that stock has no memory for."""
-    large = json.loads((RESULTS / LARGE).read_text(encoding="utf-8"))
-    lost, card = large["job"]["imgsz"], large["machine"]["memory_gib"]
-    assert large["arms"]["unpatched"]["median"]["error"].startswith("out of memory")
+    """Peak memory of a step against the image size, and a cross at the first size that each has no memory for."""
     for arm, color, name in (("unpatched", STOCK, "stock Ultralytics"), ("triton_area", OURS, "yolo-flash")):
-        points = sorted((row["imgsz"], row["peak_gib"]) for row in rows if row["arm"] == arm)
+        mine = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["imgsz"])
+        points = [(row["imgsz"], row["peak_gib"]) for row in mine if not row["error"]]
         axis.plot(*zip(*points, strict=True), "o-", color=color, linewidth=2.5, markersize=7, label=name)
-        for size, gib in points:
+        for size, gib in (point for point in points if point[0] in NAMED):
             above = arm == "unpatched"
             place = {"xytext": (-4, 7) if above else (6, -13), "textcoords": "offset points"}
             axis.annotate(f"{gib:.1f}", (size, gib), fontsize=10, ha="right" if above else "left", **place)
-    axis.plot([lost], [card], "x", color=STOCK, markersize=11, markeredgewidth=3)
+        lost = next(row for row in mine if row["error"])
+        found = re.fullmatch(r"out of memory \((\d+) GiB\)", lost["error"])
+        card = float(found[1])  # a figure of another kind has no place here
+        axis.plot([lost["imgsz"]], [card], "x", color=color, markersize=11, markeredgewidth=3)
     place = {"textcoords": "offset points", "ha": "right", "va": "center"}
-    axis.annotate(f"out of memory ({card:.0f} GiB)", (lost, card), (-10, 0), fontsize=10, **place)
+    axis.annotate(f"out of memory\n({card:.0f} GiB)", (NAMED[2], card), (-10, 0), fontsize=10, **place)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
-    axis.set_xlim(1130, 5000)
-    axis.set_ylim(0.4, 1.5 * card)
-    sizes = sorted({row["imgsz"] for row in rows})
-    axis.set_xticks(sizes, map(str, sizes))
+    axis.set_xlim(1000, 19000)
+    axis.set_ylim(0.35, 1.5 * card)
+    axis.set_xticks(NAMED, map(str, NAMED))
     axis.set_yticks([1, 4, 16, 64], ["1", "4", "16", "64 GiB"])
     axis.minorticks_off()
     axis.set_xlabel("image size in pixels; yolo12n, batch 1")

@@ -1,4 +1,4 @@
-"""Whether the plugin changes what a training reaches: mAP of stock and ours over seeds; docs/results/accuracy-h100.md.
+"""Whether the plugin changes what a training reaches: mAP of stock and ours over seeds; docs/results/accuracy-h200.md.
 
     python scripts/study_accuracy.py run data.yaml folder [row ...] [epochs=30] [seeds=0,1,2] [arms=stock,auto]
                                      [parallel=6] [memory=72] [workers=2] [batch=16] [device=0] [seconds=550]
@@ -261,32 +261,29 @@ def resume(data: str, folder: Path, rows: list[str], given: dict[str, str]) -> N
     found: list[Row] = []
     for name, job in jobs.items():
         code = started[name].wait()
-        print(
-            f"{name}: exit {code} at {time.perf_counter() - begin:.0f} s" + (last_lines(job) if code else ""),
-            flush=True,
-        )
-        if code:
-            continue
-        told = json.loads(Path(job["file"]).read_text(encoding="utf-8"))[-1]
-        columns = Path(job["project"], Path(job["file"]).stem, "results.csv")
-        for line in csv.DictReader(columns.read_text(encoding="utf-8").splitlines()):
-            losses = [
-                sum(float(v) for k, v in line.items() if k.startswith(p) and k.endswith("loss"))
-                for p in ("train/", "val/")
-            ]
-            arm, facts = (
-                RESUMED[name][0 if int(line["epoch"]) <= half else -1],
-                {k: told[k] for k in RESUME_COLUMNS if k in told},
-            )
-            values = {
-                "epoch": int(line["epoch"]),
-                "map50_95": float(line["metrics/mAP50-95(B)"]),
-                "loss": losses[0],
-                "val_loss": losses[1],
-            }
-            found.append(facts | {"run": name, "arm": arm} | values)
+        why = f": {last_lines(job)}" if code else ""
+        print(f"{name}: exit {code} at {time.perf_counter() - begin:.0f} s{why}", flush=True)
+        if not code:
+            found += resumed_rows(name, job, half)
     write_file(folder / "resume.csv", as_csv(RESUME_COLUMNS, found))
     print(resume_table(found))
+
+
+def resumed_rows(name: str, job: Row, half: int) -> list[Row]:
+    """A row of every epoch of a run of `resume`, of both its arms, from the results.csv that they wrote."""
+    told = json.loads(Path(job["file"]).read_text(encoding="utf-8"))[-1]
+    shared = {key: told[key] for key in RESUME_COLUMNS if key in told} | {"run": name}
+    lines = Path(job["project"], Path(job["file"]).stem, "results.csv").read_text(encoding="utf-8").splitlines()
+    rows = []
+    for line in csv.DictReader(lines):
+        losses = {
+            part: sum(float(value) for key, value in line.items() if key.startswith(part) and key.endswith("loss"))
+            for part in ("train/", "val/")
+        }
+        epoch = int(line["epoch"])
+        values = {"map50_95": float(line["metrics/mAP50-95(B)"]), "loss": losses["train/"], "val_loss": losses["val/"]}
+        rows.append(shared | {"arm": RESUMED[name][0 if epoch <= half else -1], "epoch": epoch} | values)
+    return rows
 
 
 def main() -> None:

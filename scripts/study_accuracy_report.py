@@ -1,4 +1,4 @@
-"""Tables and pictures of the files of study_accuracy.py; docs/results/accuracy-h100.md.
+"""Tables and pictures of the files of study_accuracy.py; docs/results/accuracy-h200.md.
 
 python scripts/study_accuracy_report.py folder/accuracy.csv [picture.png]       or folder/resume.csv
 """
