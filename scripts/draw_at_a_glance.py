@@ -94,7 +94,7 @@ def memory(axis: Any, rows: list[Row]) -> None:
     axis.annotate(f"out of memory\n({card:.0f} GiB)", (NAMED[2], card), (-10, 0), fontsize=10, **place)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
-    axis.set_xlim(1000, 19000)
+    axis.set_xlim(880, 19000)
     axis.set_ylim(0.35, 1.5 * card)
     axis.set_xticks(NAMED, map(str, NAMED))
     axis.set_yticks([1, 4, 16, 64], ["1", "4", "16", "64 GiB"])
