@@ -29,7 +29,7 @@ from yolo_flash.graphs import boxes as boxes_module
 from yolo_flash.graphs import capture as capture_module
 from yolo_flash.graphs import fixed_loss
 from yolo_flash.graphs import policy as policy_module
-from yolo_flash.graphs.capture import NextCall
+from yolo_flash.graphs.capture import LABELS, NextCall
 from yolo_flash.graphs.fixed_loss import Capacity, FixedShapeLoss
 from yolo_flash.graphs.graphed_step import FlashGraphError, _Replay
 from yolo_flash.graphs.inference import InferenceGraphs
@@ -445,6 +445,18 @@ def test_a_batch_without_boxes_does_not_hide_another_loss(monkeypatch: pytest.Mo
     assert capture_module.loss_error(model, loss, *capture_module._labelled(empty, targets)) > 0.1
     assert empty["bboxes"].shape == (0, 4)
     assert not targets.any()
+
+
+def test_boxes_in_another_order_than_their_images_are_left_to_the_loss_of_stock(made: list[Replay]) -> None:
+    model, graphs, trainer, batch = with_criterion("on")
+    for _ in range(2):
+        step(graphs, trainer, batch)
+        model(batch)
+    (replay,) = made
+    assert replay.loss is not None
+    for order in ([0, 1], [1, 0]):
+        boxes = graphs.before_transfer(trainer, batch | {name: batch[name][order] for name in LABELS})
+        assert (boxes.needed is None) is (boxes.targets is None) is (order == [1, 0])
 
 
 def test_batches_that_all_have_too_many_boxes_leave_the_loss_outside(

@@ -54,12 +54,13 @@ class BoxRoom:
         """Look at the boxes of a full batch; the capacity grows for them until a loss is captured.
 
         Args:
-            batch: As the loader gives it; nothing is known of boxes that are not on the CPU.
+            batch: As the loader gives it; nothing is known of boxes that are not on the CPU, or not in the order of
+                their images: there stock losses differ from each other.
             criterion: Of the run.
             device: Of the run.
             captured: Whether there is a captured loss.
         """
-        if any(batch[name].device.type != "cpu" for name in LABELS):
+        if any(batch[name].device.type != "cpu" for name in LABELS) or (batch["batch_idx"].view(-1).diff() < 0).any():
             return BatchBoxes()
         needed = self.kind.losses.needed(batch, self.shape[0], self.shape[1:], criterion)
         if not self.capacity.holds(needed) and self._too_large(needed, criterion, device):
