@@ -117,8 +117,8 @@ def without_amp_weights() -> contextlib.AbstractContextManager[object]:
     return no_downloads() if out_of_reach("yolo26n.pt") else contextlib.nullcontext()
 
 
-def training_data(data: Any) -> Any:
-    """The data set to train on, or to validate: `data` itself wherever Ultralytics can find or download it.
+def data_within_reach(data: Any) -> Any:
+    """The data set of a run: `data` itself wherever Ultralytics can find or download it.
 
     Returns:
         For `<name>.yaml`, `<YOLO_FLASH_DATASETS>/<name>/data.yaml` if that file exists; for a coco8 that is neither on

@@ -113,7 +113,7 @@ def get_ready(job: RunJob, arm: str) -> Callable[[int], dict[str, Any]]:
         for event in [name for name in vars(Clocks) if name.startswith("on_")]:
             model.add_callback(event, getattr(clocks, event))
         with tempfile.TemporaryDirectory(prefix="yolo-flash-") as folder, offline.without_amp_weights():
-            data, begin = offline.training_data(job.data), time.perf_counter()
+            data, begin = offline.data_within_reach(job.data), time.perf_counter()
             model.train(data=data, imgsz=imgsz, project=folder, **job.arguments(arm))
         ends = clocks.ends[: job.epochs]  # the final evaluation is told as an epoch too
         epochs = [end - start for start, end in zip([begin, *ends], ends, strict=False)]

@@ -131,7 +131,7 @@ def bench_train(job: TrainJob) -> list[dict[str, Any]]:
     Raises:
         OSError: A file cannot be written, or the data set is not there.
     """
-    data = offline.training_data(job.data)  # also makes the stand-in, before several processes would
+    data = offline.data_within_reach(job.data)  # also makes the stand-in, before several processes would
     if str(data).endswith((".yaml", ".yml")) and "://" not in str(data):
         check_file(data, download=False)
     return bench(job if job.arms else dataclasses.replace(job, arms=job.default_arms()))
@@ -250,7 +250,7 @@ def get_ready(job: TrainJob, arm: str) -> Callable[[int], dict[str, Any]]:
     model = open_model(job.model)
     if arm in PLUGIN:
         patch_model(model, **PLUGIN[arm])
-    data = offline.training_data(job.data)
+    data = offline.data_within_reach(job.data)
     torch.zeros(1, device=job.torch_device())  # loads CUDA
 
     def measure(imgsz: int) -> dict[str, Any]:
