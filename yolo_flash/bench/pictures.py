@@ -1,4 +1,4 @@
-"""The pictures of `bench step`, `bench predict` and `bench train`, from the rows of their CSV files alone."""
+"""The pictures of `bench step`, `predict`, `train` and `run`, from the rows of their CSV files alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..backends.registry import COLORS as _OF_BACKENDS
+from ..backends.registry import COLORS
 from ..utils.files import Row
 from ..utils.plotting import as_png, new_figure
 from .rounds import VERSIONS
@@ -33,7 +33,7 @@ _OUT_OF_MEMORY = "out of memory"
 _Texts = dict[str, Callable[[float], str]]  # figure -> how its median is written
 
 # Those that are no backends differ from all backends in lightness.
-COLORS = _OF_BACKENDS | {"nchw": "#999933", "unpatched": "#000000", "auto": "#882255", "graphs": "#332288"}
+ARM_COLORS = COLORS | {"nchw": "#999933", "unpatched": "#000000", "auto": "#882255", "graphs": "#332288"}
 
 
 class Span(NamedTuple):
@@ -91,8 +91,8 @@ def draw_waterfall(rows: list[Row]) -> bytes | None:
     panels = {panel: mine for panel, mine in steps.items() if len(_arms(mine)) > 1}
     if not panels:
         return None
-    figure, axes = _stacked(panels)
-    for axis, (panel, mine) in zip(axes, panels.items(), strict=True):
+    figure, grid = _stacked(panels)
+    for (axis,), (panel, mine) in zip(grid, panels.items(), strict=True):
         time, unit = _time_figure(mine)
         spans = {arm: _span(mine, arm, time) for arm in _arms(mine)}
         longest = max(span.high for span in spans.values() if span)
@@ -101,7 +101,7 @@ def draw_waterfall(rows: list[Row]) -> bytes | None:
             if span is None:
                 _label(axis, 0.01 * longest, place, _error(mine, arm), color="#b00000")
                 continue
-            axis.barh(place, span.median, height=0.62, color=COLORS.get(arm, "#009e73"), zorder=2)
+            axis.barh(place, span.median, height=0.62, color=_color(arm), zorder=2)
             text = f"{span.median:.1f} ms"
             if before is not None:
                 saved = before - span.median
@@ -129,9 +129,7 @@ def draw_run_waterfall(rows: list[Row]) -> bytes | None:
     panels = {panel: mine for panel, mine in runs.items() if len(_arms(mine)) > 1}
     if not panels:
         return None
-    arms = [len(_arms(mine, RUN_TECHNIQUES)) for mine in panels.values()]
-    figure = new_figure(13, 0.7 + sum(0.95 + 0.46 * number for number in arms))
-    grid = figure.subplots(len(arms), 3, squeeze=False, height_ratios=[0.8 + 0.46 * number for number in arms])
+    figure, grid = _stacked(panels, 13, 3)
     columns = {
         "images_per_second": ("training, images/s; in brackets, against above", ",.0f"),
         "peak_gib": ("peak allocated in training, GiB", ".2f"),
@@ -148,7 +146,7 @@ def draw_run_waterfall(rows: list[Row]) -> bytes | None:
                     error = _error(mine, arm)[:36] if axis is axes[0] else "-"  # why is said once
                     _label(axis, 0.01 * longest, place, error, color="#b00000")
                     continue
-                axis.barh(place, span.median, height=0.62, color=COLORS[arm], zorder=2)
+                axis.barh(place, span.median, height=0.62, color=_color(arm), zorder=2)
                 axis.plot([span.low, span.high], [place, place], color="#a0a0a0", linewidth=1.5, zorder=3)
                 text = f"{span.median:{digits}}"
                 if before and column != "map50_95":  # a percentage of a mAP would say more than a few seeds can
@@ -222,6 +220,10 @@ def _arms(rows: list[Row], first: Iterable[str] = TECHNIQUES) -> list[str]:
     return list(dict.fromkeys([*(arm for arm in first if arm in found), *found]))
 
 
+def _color(arm: str) -> str:
+    return ARM_COLORS.get(arm, "#009e73")
+
+
 def _span(rows: list[Row], arm: str, figure: str) -> Span | None:
     values = [row[figure] for row in rows if row["arm"] == arm and row[figure] is not None]
     return Span(statistics.median(values), min(values), max(values)) if values else None
@@ -256,7 +258,7 @@ def _sizes(axis: Any, rows: list[Row], figure: str, label: str) -> None:
     for i, arm in enumerate(_arms(rows)):
         at_size = {size: [row for row in rows if row["imgsz"] == size] for size in sizes}
         spans = {size: span for size, mine in at_size.items() if (span := _span(mine, arm, figure))}
-        color = COLORS.get(arm, "#009e73")
+        color = _color(arm)
         axis.plot(
             list(spans),
             [span.median for span in spans.values()],
@@ -313,8 +315,8 @@ def _nested_bars(
     panels = _panels([row for row in rows if row["command"] == command], figure=whole)
     if not panels:
         return None
-    figure, axes = _stacked(panels)
-    for axis, (panel, mine) in zip(axes, panels.items(), strict=True):
+    figure, grid = _stacked(panels)
+    for (axis,), (panel, mine) in zip(grid, panels.items(), strict=True):
         arms = _arms(mine, first)
         longest = max(span.high for arm in arms if (span := _span(mine, arm, whole)))
         for place, arm in enumerate(arms):
@@ -322,7 +324,7 @@ def _nested_bars(
             if whole not in spans:
                 _label(axis, 0.01 * longest, place, _error(mine, arm), color="#b00000")
                 continue
-            color, (median, low, high) = COLORS.get(arm, "#009e73"), spans[whole]
+            color, (median, low, high) = _color(arm), spans[whole]
             axis.barh(place, median, height=0.62, color=color, alpha=0.35 if part in spans else 1, zorder=2)
             axis.plot([low, high], [place, place], color="black", linewidth=1, zorder=3)
             if part in spans:
@@ -334,12 +336,12 @@ def _nested_bars(
     return _with_heading(figure, panels)
 
 
-def _stacked(panels: dict[Panel, list[Row]]) -> tuple[Any, Any]:
-    """A figure with panels below each other, each as high as its arms need."""
+def _stacked(panels: dict[Panel, list[Row]], width: float = 9, columns: int = 1) -> tuple[Any, Any]:
+    """A figure with a row of axes for each panel, as high as its arms need."""
     arms = [len({row["arm"] for row in mine}) for mine in panels.values()]
-    figure = new_figure(9, 0.7 + sum(0.95 + 0.46 * number for number in arms))
-    axes = figure.subplots(len(arms), 1, squeeze=False, height_ratios=[0.8 + 0.46 * number for number in arms])
-    return figure, axes[:, 0]
+    figure = new_figure(width, 0.7 + sum(0.95 + 0.46 * number for number in arms))
+    heights = [0.8 + 0.46 * number for number in arms]
+    return figure, figure.subplots(len(arms), columns, squeeze=False, height_ratios=heights)
 
 
 def _label(axis: Any, x: float, y: float, text: str, color: str = "black") -> None:
