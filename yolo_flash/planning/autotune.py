@@ -57,7 +57,7 @@ def measure(specs: Iterable[AttentionSpec], device: torch.device) -> dict[Attent
     start = time.perf_counter()
     machine = detect(device)
     wanted = list(dict.fromkeys(specs))
-    trials: dict[AttentionSpec, dict[str, Trial]] = dict(trial_cache.load(wanted, machine))
+    trials = trial_cache.load(wanted, machine)
     missing = {spec: _missing(spec, device, machine, trials.get(spec, {})) for spec in wanted}
     new = [spec for spec in wanted if missing[spec]]
     first = 0.0
