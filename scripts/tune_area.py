@@ -82,13 +82,10 @@ class Variant(NamedTuple):
         return self.kernel, self.tiles, self.before, *area.constants_of(self.tiles, tokens, dim, dim_v, True).values()
 
 
-def table_tiles(kernel: area.Kernel, shape: Shape) -> Tiles:
-    return area.tiles_for(kernel, shape.tokens, shape.head_dim, shape.head_dim_v, torch.cuda.get_device_capability())
-
-
 def variants_of(kernel: area.Kernel, shape: Shape, before: str) -> list[Variant]:
     """The table's tiles first, then those of the other file, then the candidates."""
-    now = table_tiles(kernel, shape)
+    card = torch.cuda.get_device_capability()
+    now = area.tiles_for(kernel, shape.tokens, shape.head_dim, shape.head_dim_v, card)
     others = [Variant(kernel, shape, tiles) for tiles in CANDIDATES[kernel] if tiles != now]
     return [Variant(kernel, shape, now), *[Variant(kernel, shape, now, before)] * bool(before), *others]
 
