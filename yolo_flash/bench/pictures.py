@@ -8,12 +8,16 @@ import statistics
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..backends.registry import COLORS
 from ..utils.files import Row
 from ..utils.plotting import as_png, new_figure
 from .rounds import VERSIONS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TECHNIQUES = {  # of a training step, in the order in which each builds on the one before
     "nchw": "stock, NCHW",
@@ -248,7 +252,7 @@ def _signed(change: float, digits: str) -> str:
     return text.replace("-", "\N{MINUS SIGN}") if float(text) else text[1:]
 
 
-def _sizes(axis: Any, rows: list[Row], figure: str, label: str) -> None:
+def _sizes(axis: Axes, rows: list[Row], figure: str, label: str) -> None:
     """One figure against the image size, a line for each arm."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -336,7 +340,7 @@ def _nested_bars(
     return _with_heading(figure, panels)
 
 
-def _stacked(panels: dict[Panel, list[Row]], width: float = 9, columns: int = 1) -> tuple[Any, Any]:
+def _stacked(panels: dict[Panel, list[Row]], width: float = 9, columns: int = 1) -> tuple[Figure, Any]:
     """A figure with a row of axes for each panel, as high as its arms need."""
     arms = [len({row["arm"] for row in mine}) for mine in panels.values()]
     figure = new_figure(width, 0.7 + sum(0.95 + 0.46 * number for number in arms))
@@ -344,13 +348,13 @@ def _stacked(panels: dict[Panel, list[Row]], width: float = 9, columns: int = 1)
     return figure, figure.subplots(len(arms), columns, squeeze=False, height_ratios=heights)
 
 
-def _label(axis: Any, x: float, y: float, text: str, color: str = "black") -> None:
+def _label(axis: Axes, x: float, y: float, text: str, color: str = "black") -> None:
     """Text that begins at a point, readable on top of grid lines."""
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     axis.text(x, y, text, va="center", fontsize=9, color=color, bbox=box, zorder=4)
 
 
-def _horizontal(axis: Any, panel: Panel, names: list[str], longest: float) -> None:
+def _horizontal(axis: Axes, panel: Panel, names: list[str], longest: float) -> None:
     """What panels of horizontal bars share."""
     axis.set_title(panel.title, loc="left", fontsize=11)
     axis.set_yticks(range(len(names)), names, fontsize=9)
@@ -361,7 +365,7 @@ def _horizontal(axis: Any, panel: Panel, names: list[str], longest: float) -> No
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _with_heading(figure: Any, panels: dict[Panel, list[Row]]) -> bytes:
+def _with_heading(figure: Figure, panels: dict[Panel, list[Row]]) -> bytes:
     """The finished figure as PNG, with devices and versions above, each of them once."""
     rows = [row for mine in panels.values() for row in mine]
 
@@ -369,6 +373,6 @@ def _with_heading(figure: Any, panels: dict[Panel, list[Row]]) -> bytes:
         return " / ".join(dict.fromkeys(str(row[column]) for row in rows if row[column] is not None))
 
     versions = ", ".join(f"{name} {found(name)}" for name in VERSIONS if found(name))
-    figure.get_layout_engine().set(w_pad=0.1)
+    figure.set_layout_engine("constrained", w_pad=0.1)
     figure.suptitle(f"{found('device')}\n{versions}", fontsize=9, x=0.01, ha="left")
     return as_png(figure)
