@@ -191,7 +191,7 @@ def draw_train(rows: list[Row]) -> bytes | None:
         "peak_gib": lambda memory: f"{memory:.1f} GiB",
     }
     label = "iteration of a training, ms: with the data loader (light), without it (full)"
-    return _nested_bars(rows, "train", texts, (label, label), first=())
+    return _nested_bars(rows, "train", texts, (label,))
 
 
 def draw_runs(rows: list[Row]) -> bytes | None:
@@ -205,8 +205,7 @@ def draw_runs(rows: list[Row]) -> bytes | None:
         "epoch_s": lambda seconds: f"others {seconds:.2f}",
         "map50_95": lambda found: f"mAP {found:.3f}",
     }
-    label = "a whole training, s: process (light), first epoch (full)"
-    return _nested_bars(rows, "run", texts, (label, label), first=())
+    return _nested_bars(rows, "run", texts, ("a whole training, s: process (light), first epoch (full)",))
 
 
 def _panels(rows: list[Row], by_size: bool = True, figure: str = "wall_ms") -> dict[Panel, list[Row]]:
@@ -309,11 +308,11 @@ def _sizes(axis: Axes, rows: list[Row], figure: str, label: str) -> None:
 
 
 def _nested_bars(
-    rows: list[Row], command: str, texts: _Texts, labels: tuple[str, str], first: Iterable[str]
+    rows: list[Row], command: str, texts: _Texts, labels: tuple[str, ...], first: Iterable[str] = ()
 ) -> bytes | None:
     """A PNG with a bar for each arm, those of `first` above all others, by the first figure of `texts`.
 
-    The second figure is a bar within it; without any, the second of the labels is that of the axis.
+    The second figure is a bar within it; without any, the last of the labels is that of the axis.
     """
     whole, part = list(texts)[:2]
     panels = _panels([row for row in rows if row["command"] == command], figure=whole)
@@ -336,7 +335,7 @@ def _nested_bars(
             text = ", ".join(texts[name](span.median) for name, span in spans.items())
             _label(axis, high + 0.012 * longest, place, text)
         _horizontal(axis, panel, arms, 1.62 * longest)
-        axis.set_xlabel(labels[all(row[part] is None for row in mine)])
+        axis.set_xlabel(labels[-1 if all(row[part] is None for row in mine) else 0])
     return _with_heading(figure, panels)
 
 

@@ -107,7 +107,7 @@ class TimedJob(BaseJob):
 
     steps: int = 10
 
-    at_least: ClassVar[dict[str, int]] = {"batch": 1, "rounds": 1, "steps": 1}
+    at_least: ClassVar[dict[str, int]] = {**BaseJob.at_least, "steps": 1}
 
     def check_arm(self, arm: str) -> None:
         """As in `BaseJob`; `graphs` is no backend, and needs a GPU."""

@@ -280,7 +280,7 @@ def _sample(
         trials[name] = replace(trials[name], ms=statistics.median(ms), ms_low=min(ms), ms_high=max(ms), method=method)
 
 
-def _failed(name: str, error: Exception, device: torch.device, trial: Trial = _NEW) -> Trial:
+def _failed(name: str, error: Exception, device: torch.device, trial: Trial) -> Trial:
     """The trial of a backend that raised.
 
     Raises:
