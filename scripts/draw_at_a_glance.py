@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from yolo_flash.bench.pictures import COLORS
+from yolo_flash.bench.pictures import ARM_COLORS
 from yolo_flash.bench.rounds import NUMBERS
 from yolo_flash.bench.run import RunJob
 from yolo_flash.utils.files import Row, from_csv
@@ -16,7 +16,7 @@ from yolo_flash.utils.plotting import as_png, new_figure
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESULTS = DOCS / "results"
-STOCK, OURS = "#9a9a9a", COLORS["triton_area"]
+STOCK, OURS = "#9a9a9a", ARM_COLORS["triton_area"]
 NAMED = (1280, 2048, 4096, 8192, 14336)  # pixels, of the sizes in the picture
 RUNS = [f"run-{model}-bccd-h200.csv" for model in ("yolo12n", "yolo12s", "rtdetr-l")]
 

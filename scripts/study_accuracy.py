@@ -42,7 +42,8 @@ from ultralytics import YOLO
 from yolo_flash import __version__, patch_model
 from yolo_flash.assets import offline
 from yolo_flash.bench.rounds import checkout
-from yolo_flash.bench.run import Clocks
+from yolo_flash.bench.run import EpochClocks
+from yolo_flash.bench.train import follow
 from yolo_flash.utils.files import Row, as_csv, write_file
 from yolo_flash.utils.memory import GIB
 
@@ -61,7 +62,7 @@ ROWS: dict[str, Row] = {  # in the order of their length; gib is what a run may 
 
 
 # A process ------------------------------------------------------------------------------------------------------------
-class Follower(Clocks):
+class Follower(EpochClocks):
     """Keeps a row of every epoch."""
 
     def __init__(self, job: Row, device: torch.device) -> None:
@@ -106,8 +107,7 @@ def one(job: Row) -> None:
         patch_model(model, **settings)
     device = torch.device("cpu" if job["device"] == "cpu" else f"cuda:{job['device']}")
     follower = Follower(job, device)
-    for event in ("on_train_epoch_start", "on_train_epoch_end", "on_fit_epoch_end"):
-        model.add_callback(event, getattr(follower, event))
+    follow(model, follower)
 
     def killed(trainer: Any) -> None:
         if trainer.epoch + 1 == job["kill_after"]:

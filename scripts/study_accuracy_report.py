@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from yolo_flash.bench.pictures import COLORS
-from yolo_flash.utils.files import Row, columns_of, from_csv, write_file
+from yolo_flash.bench.pictures import ARM_COLORS
+from yolo_flash.utils.files import Row, from_csv, text_and_columns, write_file
 from yolo_flash.utils.plotting import as_png, new_figure
 
 NAMES = {"stock": "stock", "auto": "ours as it ships", "graphs": "ours from graphs", "eager": "ours, no graphs"}
@@ -40,7 +40,7 @@ quote. Peak is what was allocated, of training alone, the highest of any epoch a
 
 
 def read(file: Path, numbers: tuple[str, ...] = NUMBERS) -> list[Row]:
-    return from_csv(columns_of(file)[0], numbers) if file.exists() else []
+    return from_csv(text_and_columns(file)[0], numbers) if file.exists() else []
 
 
 def key_of(row: Row) -> tuple[Any, ...]:
@@ -163,10 +163,10 @@ def resume_table(rows: list[Row]) -> str:
 
 # Pictures -------------------------------------------------------------------------------------------------------------
 STYLE = {
-    "stock": COLORS["unpatched"],
-    "auto": COLORS["sdpa_cudnn"],
-    "graphs": COLORS["graphs"],
-    "eager": COLORS["triton_area"],
+    "stock": ARM_COLORS["unpatched"],
+    "auto": ARM_COLORS["sdpa_cudnn"],
+    "graphs": ARM_COLORS["graphs"],
+    "eager": ARM_COLORS["triton_area"],
 }
 
 
@@ -237,7 +237,7 @@ def main() -> None:
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
     file = Path(sys.argv[1])
-    if "run" in columns_of(file)[1]:
+    if "run" in text_and_columns(file)[1]:
         rows = read(file, RESUME_NUMBERS)
         text, picture = resume_table(rows), draw_resume
     else:

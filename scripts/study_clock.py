@@ -35,7 +35,7 @@ from ultralytics.models.utils import ops
 from yolo_flash import patch_model
 from yolo_flash.assets.models import open_model
 from yolo_flash.bench.process import until_ready
-from yolo_flash.bench.train import InMemory
+from yolo_flash.bench.train import InMemory, follow
 from yolo_flash.utils.profiler import events_of
 
 WITHIN = {"noisy labels": "network", "matching": "loss"}  # phase of RT-DETR -> the phase in which it lies
@@ -47,10 +47,8 @@ class Clock:
     """Follows a run and keeps the milliseconds of every phase of every step."""
 
     def __init__(self, arm: str) -> None:
-        self.graphs, self.loss_alone = (
-            arm in ("graphs", "outside", "stock-step"),
-            arm in ("unpatched", "eager", "outside"),
-        )
+        self.graphs = arm in ("graphs", "outside", "stock-step")
+        self.loss_alone = arm in ("unpatched", "eager", "outside")
         self.steps: defaultdict[str, list[float]] = defaultdict(list)
         self.now: dict[str, float] = {}
         self.epoch = -1
@@ -168,8 +166,7 @@ def one_arm(data: str, config: str, imgsz: int, batch: int, arm: str) -> dict[st
         model = patch_model(model, graphs="on" if clock.graphs else "off")
     if arm == "stock-step":
         model.add_callback("on_train_start", lambda trainer: setattr(trainer.flash_run.optimizer, "_mode", "off"))
-    for event in ("on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end"):
-        model.add_callback(event, getattr(clock, event))
+    follow(model, clock)
     device = 0 if torch.cuda.is_available() else "cpu"
     torch.zeros(1, device="cuda" if device == 0 else "cpu")  # loads CUDA
     print("ready", flush=True)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # a block may have that much shared memory on sm_..
-REGISTERS = 255  # a thread may have
 DIMS = ((32, 32), (32, 64), (36, 72), (64, 64), (128, 128))  # of a key and of a value: YOLO12; 10, 11 and 26; 10m
 SEQ_LENS = (400, 1600, 6400, 8191)  # one for each row of `tiles_for`, with rests that do and do not fill a tile
 POINTERS = {  # of each kernel, in order; the statistics are float32

@@ -29,7 +29,7 @@ from torch.profiler import DeviceType, ProfilerActivity, profile
 from ultralytics import YOLO
 
 from yolo_flash import patch_model
-from yolo_flash.bench.train import InMemory
+from yolo_flash.bench.train import InMemory, follow
 
 ARMS = [f"{gpus}:{arm}" for gpus in (1, 2) for arm in ("unpatched", "eager", "graphs")]
 EPOCHS, WARM_UP, WORKERS = 6, 2, 8
@@ -111,9 +111,7 @@ def one_arm(data: str, config: str, imgsz: int, batch: int, gpus: int, arm: str,
     model = YOLO(config)
     if arm != "unpatched":
         model = patch_model(model, graphs="on" if arm == "graphs" else "off")
-    follower = Follower(folder)
-    for event in ("on_train_start", "on_train_epoch_start", "on_train_epoch_end"):
-        model.add_callback(event, getattr(follower, event))
+    follow(model, Follower(folder))
     device = list(range(gpus)) if torch.cuda.is_available() else "cpu"
     model.train(
         data=data, imgsz=imgsz, batch=batch * gpus, epochs=2 * EPOCHS + 1, cache="ram", workers=WORKERS, device=device,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
@@ -23,6 +22,7 @@ from yolo_flash import BackendNotSupportedError, FlashConfig, __version__
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.machine import detect
 from yolo_flash.patching.patch import patch_modules
+from yolo_flash.utils.timing import clock_ms, events_ms
 
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 BLOCKS: dict[str, Callable[[int], nn.Module]] = {
@@ -37,14 +37,8 @@ TRAIN = [
 ]
 PREDICT = [
     *[("area 4", 2, 1, 40), ("area 1", 4, 1, 20), ("area 4", 12, 1, 40), ("area 4", 8, 1, 80), ("area 1", 4, 1, 64)],
-    *[
-        ("PSA", 2, 1, 20),
-        ("PSA", 6, 1, 20),
-        ("PSA", 4, 1, 40),
-        ("PSA", 2, 1, 80),
-        ("area 4", 2, 16, 40),
-        ("PSA", 2, 16, 20),
-    ],
+    *[("PSA", 2, 1, 20), ("PSA", 6, 1, 20), ("PSA", 4, 1, 40), ("PSA", 2, 1, 80)],
+    *[("area 4", 2, 16, 40), ("PSA", 2, 16, 20)],
 ]
 
 
@@ -57,18 +51,10 @@ def milliseconds(runs: dict[str, Callable[[], None]], repeats: int, on_gpu: bool
     for _ in range(repeats):
         for name, call in runs.items():
             if on_gpu:
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 torch.cuda._sleep(80_000_000)  # the launches queue up behind it, so that Python's time is not measured
-                start.record()
-                for _ in range(10):
-                    call()
-                end.record()
-                torch.cuda.synchronize()
-                times[name].append(start.elapsed_time(end) / 10)
+                times[name].append(events_ms(call, 10) / 10)
             else:
-                begin = time.perf_counter()
-                call()
-                times[name].append((time.perf_counter() - begin) * 1e3)
+                times[name].append(clock_ms(call, torch.device("cpu")))
     return times
 
 

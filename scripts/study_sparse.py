@@ -35,6 +35,7 @@ from yolo_flash.backends.registry import label
 from yolo_flash.config import FlashConfig
 from yolo_flash.machine import detect
 from yolo_flash.patching.patch import patch_modules
+from yolo_flash.utils.memory import extra_bytes
 from yolo_flash.utils.timing import clock_ms, events_ms, wait
 
 LAYERS = {"model.6, 4 areas": (64, 2, 4, 16), "model.8": (128, 4, 1, 32)}  # channels, heads, areas, stride of yolo12n
@@ -61,17 +62,12 @@ def measured(call: Callable[[], object], device: torch.device) -> dict[str, Any]
     call()
     wait(device)
     first = time.perf_counter() - start
-    call()
-    wait(device)
-    before = 0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    extra = extra_bytes(call, device)
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < 3 or (len(times) < 15 and time.perf_counter() - begin < 0.6):
         times.append(events_ms(call) if device.type == "cuda" else clock_ms(call, device))
-    peak = (torch.cuda.max_memory_allocated(device) - before) / 2**20 if device.type == "cuda" else None
+    peak = None if extra is None else extra / 2**20
     found = {"ms": statistics.median(times), "low": min(times), "high": max(times), "peak_mib": peak}
     return {name: None if value is None else round(value, 3) for name, value in found.items()} | {
         "calls": len(times),

@@ -25,17 +25,17 @@ from typing import Any
 
 import torch
 import ultralytics.engine.validator as validator_module
-from ultralytics import RTDETR, YOLO
 from ultralytics.utils.ops import Profile
 
 from yolo_flash import patch_model
 from yolo_flash.assets import offline
+from yolo_flash.assets.models import open_model
 from yolo_flash.bench.process import until_ready
-from yolo_flash.bench.train import InMemory
+from yolo_flash.bench.train import PLUGIN, InMemory, follow
 
 PHASES = ("preprocess", "inference", "loss", "postprocess")  # in the order in which the validator makes its profiles
 WARM_UP, MEASURED, ROUNDS = 3, 5, 2
-ARMS = {"unpatched": {}, "eager": {"graphs": "off"}, "graphs": {"graphs": "on"}, "auto": {"graphs": "auto"}}
+ARMS = ("unpatched", "eager", "graphs", "auto")
 
 
 class DoneError(Exception):
@@ -70,11 +70,6 @@ class Recorded(Profile):
 
 class Follower:
     """Follows the validations of a model by its callbacks."""
-
-    def __init__(self, model: Any) -> None:
-        self.names = ("on_val_start", "on_val_batch_start", "on_val_batch_end", "on_val_end")
-        for name in self.names:
-            model.add_callback(name, getattr(self, name))
 
     def on_val_start(self, validator: Any) -> None:
         validator.dataloader = Passes(validator.dataloader)
@@ -164,10 +159,11 @@ def one_arm(data: str, config: str, imgsz: int, batch: int, arm: str) -> None:
 def prepared(config: str, arm: str) -> tuple[Any, Follower]:
     """The model of an arm, with the same weights in all of them."""
     torch.manual_seed(0)
-    model = (RTDETR if "rtdetr" in config else YOLO)(config)
+    model, follower = open_model(config), Follower()
     if arm != "unpatched":
-        patch_model(model, **ARMS[arm])
-    return model, Follower(model)
+        patch_model(model, **PLUGIN[arm])
+    follow(model, follower)
+    return model, follower
 
 
 def table(section: str, found: dict[str, list[dict[str, Any]]]) -> str:

@@ -33,6 +33,7 @@ import yolo_flash.kernels
 from yolo_flash.bench.op_table import GPU_SHAPES, Shape
 from yolo_flash.kernels import area
 from yolo_flash.kernels.area import Tiles
+from yolo_flash.utils.timing import events_ms
 
 MORE_SHAPES = {  # pictures of 672 pixels, whose rest by any tile is large; and the odd head dims of YOLOv10m
     "12n-p4-672-b64": Shape(256, 441, 2, 32, 32),
@@ -81,13 +82,10 @@ class Variant(NamedTuple):
         return self.kernel, self.tiles, self.before, *area.constants_of(self.tiles, tokens, dim, dim_v, True).values()
 
 
-def table_tiles(kernel: area.Kernel, shape: Shape) -> Tiles:
-    return area.tiles_for(kernel, shape.tokens, shape.head_dim, shape.head_dim_v, torch.cuda.get_device_capability())
-
-
 def variants_of(kernel: area.Kernel, shape: Shape, before: str) -> list[Variant]:
     """The table's tiles first, then those of the other file, then the candidates."""
-    now = table_tiles(kernel, shape)
+    card = torch.cuda.get_device_capability()
+    now = area.tiles_for(kernel, shape.tokens, shape.head_dim, shape.head_dim_v, card)
     others = [Variant(kernel, shape, tiles) for tiles in CANDIDATES[kernel] if tiles != now]
     return [Variant(kernel, shape, now), *[Variant(kernel, shape, now, before)] * bool(before), *others]
 
@@ -165,12 +163,7 @@ def microseconds(launches: dict[Variant, Launch]) -> dict[Variant, float]:
     times: dict[Variant, list[float]] = {variant: [] for variant in launches}
     for _ in range(ROUNDS + 1):
         for variant, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            times[variant].append(start.elapsed_time(end) * 1000 / CALLS)
+            times[variant].append(events_ms(graph.replay) * 1000 / CALLS)
     return {variant: statistics.median(found[1:]) for variant, found in times.items()}
 
 

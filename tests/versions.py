@@ -9,7 +9,7 @@ import torch
 import ultralytics
 
 from yolo_flash.machine import dotted, release
-from yolo_flash.utils.compiler import TRITON
+from yolo_flash.utils.compiler import LEAST_TRITON
 
 TORCH, ULTRALYTICS = release(torch.__version__), release(ultralytics.__version__)
 
@@ -31,5 +31,5 @@ def needs_triton() -> None:
         found = version("triton")
     except PackageNotFoundError:
         pytest.skip("Triton has no wheel for this platform", allow_module_level=True)
-    if release(found) < TRITON:
-        pytest.skip(f"our kernels need triton >= {dotted(TRITON)}, found {found}", allow_module_level=True)
+    if release(found) < LEAST_TRITON:
+        pytest.skip(f"our kernels need triton >= {dotted(LEAST_TRITON)}, found {found}", allow_module_level=True)

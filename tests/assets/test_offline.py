@@ -294,7 +294,7 @@ def test_downloads_fail_at_once_within_the_context_and_work_after_it() -> None:
 def test_coco8_without_a_network_is_a_stand_in_with_a_loud_warning(
     name: str | Path, folders: Path, log: list[str]
 ) -> None:
-    assert offline.training_data(name) == str(folders / "coco8-stand-in" / "data.yaml")
+    assert offline.data_within_reach(name) == str(folders / "coco8-stand-in" / "data.yaml")
     (warning,) = log
     assert "A STAND-IN TAKES ITS PLACE" in warning
     assert str(folders / "coco8-stand-in") in warning, "names the stand-in"
@@ -305,7 +305,7 @@ def test_coco8_without_a_network_is_a_stand_in_with_a_loud_warning(
 
 def test_coco8_with_a_network_is_left_to_ultralytics(monkeypatch: pytest.MonkeyPatch, folders: Path) -> None:
     monkeypatch.setattr(offline, "can_download", lambda: True)
-    assert offline.training_data("coco8.yaml") == "coco8.yaml"
+    assert offline.data_within_reach("coco8.yaml") == "coco8.yaml"
     assert not folders.exists()
 
 
@@ -313,7 +313,7 @@ def test_coco8_with_a_network_is_left_to_ultralytics(monkeypatch: pytest.MonkeyP
 def test_coco8_on_disk_is_used_without_a_probe(place: str, folders: Path, no_probe: None) -> None:
     (folders / "datasets").mkdir(parents=True)
     (folders / place / "coco8" / "images" / "val").mkdir(parents=True)
-    assert offline.training_data("coco8.yaml") == "coco8.yaml"
+    assert offline.data_within_reach("coco8.yaml") == "coco8.yaml"
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_coco8_on_disk_is_used_without_a_probe(place: str, folders: Path, no_pro
     ],
 )
 def test_any_other_data_set_and_a_typo_stay_with_ultralytics(data: Any, no_probe: None, folders: Path) -> None:
-    assert offline.training_data(data) == data
+    assert offline.data_within_reach(data) == data
     assert not folders.exists()
 
 
@@ -343,13 +343,13 @@ def test_any_other_data_set_and_a_typo_stay_with_ultralytics(data: Any, no_probe
 def test_a_coco8_yaml_of_the_user_wins(name: str, no_probe: None) -> None:
     Path(name).parent.mkdir(exist_ok=True)
     YAML.save(name, {"path": "elsewhere", "train": "a", "val": "b", "names": ["x"]})
-    assert offline.training_data(name) == name
-    assert offline.training_data(str(Path(name).resolve())) == str(Path(name).resolve())
+    assert offline.data_within_reach(name) == name
+    assert offline.data_within_reach(str(Path(name).resolve())) == str(Path(name).resolve())
 
 
 def test_a_folder_of_the_user_called_coco8_wins(no_probe: None) -> None:
     Path("coco8").mkdir()
-    assert offline.training_data("coco8") == "coco8"
+    assert offline.data_within_reach("coco8") == "coco8"
 
 
 # YOLO_FLASH_DATASETS -------------------------------------------------------------------------------------------------
@@ -369,25 +369,25 @@ def test_a_set_in_the_folder_of_data_sets_is_used_and_told(
     data: str, name: str, datasets: Path, no_probe: None, log: list[str]
 ) -> None:
     local = str(datasets / name / "data.yaml")
-    assert offline.training_data(data) == local
+    assert offline.data_within_reach(data) == local
     assert log == [f"yolo-flash: data={data} is read from {local} (YOLO_FLASH_DATASETS)"]
 
 
 @pytest.mark.parametrize("data", ["dogs.yaml", "mine/pets.yaml", "/mine/pets.yaml"])
 def test_other_sets_do_not_come_from_the_folder(data: str, datasets: Path, no_probe: None) -> None:
-    assert offline.training_data(data) == data
+    assert offline.data_within_reach(data) == data
 
 
 def test_a_file_in_the_working_directory_wins_over_the_folder(datasets: Path, no_probe: None) -> None:
     Path("pets.yaml").touch()
-    assert offline.training_data("pets.yaml") == "pets.yaml"
+    assert offline.data_within_reach("pets.yaml") == "pets.yaml"
 
 
 def test_without_coco8_in_the_folder_the_stand_in_stays(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("YOLO_FLASH_DATASETS", str(tmp_path))
-    assert offline.training_data("coco8.yaml") == str(folders / "coco8-stand-in" / "data.yaml")
+    assert offline.data_within_reach("coco8.yaml") == str(folders / "coco8-stand-in" / "data.yaml")
 
 
 # The record in the run folder ----------------------------------------------------------------------------------------
@@ -413,7 +413,7 @@ def test_a_run_is_noted_behind_a_linked_home_too(tmp_path: Path, monkeypatch: py
     except OSError:
         pytest.skip("links cannot be made here")
     monkeypatch.setattr(offline, "STANDIN_FOLDER", link / "coco8-stand-in")
-    offline.note_standin(offline.training_data("coco8.yaml"), tmp_path)
+    offline.note_standin(offline.data_within_reach("coco8.yaml"), tmp_path)
     assert (tmp_path / "TRAINED_ON_A_STAND_IN.txt").is_file()
 
 

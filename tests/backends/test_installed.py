@@ -407,7 +407,7 @@ def test_a_broken_package_is_no_candidate_and_the_plan_says_why(
     found = autotune.candidates(AREA, machine)
     assert found == ["stock", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "triton_area"]
     assert len(none_imported) == 3  # once each; xformers only by name
-    broken = autotune._broken(AREA, machine, found)
+    broken = autotune._not_importable(AREA, machine, found)
     decision = select(AREA, machine, trials={"triton_area": Trial(ms=1.0), **broken})
     assert decision.backend == "triton_area"
     assert "libcudart.so.12" in decision.fate("flash_attn_4")
@@ -429,7 +429,7 @@ def test_candidates_are_what_can_be_imported_but_never_xformers(monkeypatch: pyt
 
 def test_what_an_earlier_run_has_measured_is_not_imported(none_imported: list[str]) -> None:
     assert "flash_attn_4" in autotune.candidates(AREA, with_packages("H100"), known=NAMES)
-    assert autotune._broken(AREA, with_packages("H100"), known=NAMES) == {}
+    assert autotune._not_importable(AREA, with_packages("H100"), known=NAMES) == {}
     assert none_imported == []
 
 

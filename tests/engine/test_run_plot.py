@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from yolo_flash.backends.registry import BACKENDS
-from yolo_flash.bench.pictures import COLORS
+from yolo_flash.bench.pictures import ARM_COLORS
 from yolo_flash.engine.run_plot import draw_run
 
 
@@ -39,7 +39,7 @@ def test_a_run_is_drawn(epochs: int, layers: int, tmp_path: Path) -> None:
         assert image.width > 1200
         assert 400 < image.height < 500
         colors = {color for _, color in image.convert("RGB").getcolors(2**24) or []}
-        red, green, blue = bytes.fromhex(COLORS["sdpa_efficient"][1:])
+        red, green, blue = bytes.fromhex(ARM_COLORS["sdpa_efficient"][1:])
         assert ((red, green, blue) in colors) == (layers > 0)
 
 
@@ -48,5 +48,5 @@ def test_nothing_is_drawn_before_the_first_epoch_has_ended(tmp_path: Path) -> No
 
 
 def test_every_backend_has_a_color_of_its_own() -> None:
-    assert list(COLORS) == [*BACKENDS, "nchw", "unpatched", "auto", "graphs"]
-    assert len(set(COLORS.values())) == len(COLORS)
+    assert list(ARM_COLORS) == [*BACKENDS, "nchw", "unpatched", "auto", "graphs"]
+    assert len(set(ARM_COLORS.values())) == len(ARM_COLORS)

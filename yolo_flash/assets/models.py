@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ultralytics import RTDETR, YOLO
 
 
-def open_model(model: str | Path) -> Any:
+def open_model(model: str | Path) -> RTDETR | YOLO:
     """Open a checkpoint or YAML: as `RTDETR` if its name says so, since `YOLO` knows no YAML of RT-DETR."""
     return RTDETR(model) if "rtdetr" in Path(model).stem.lower() else YOLO(model)

@@ -9,9 +9,9 @@ import queue
 import socket
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from ultralytics.utils import DATASETS_DIR, LOGGER, ROOT, SETTINGS, USER_CONFIG_DIR, downloads, env_bool
@@ -22,6 +22,9 @@ from .coco8_standin import create_standin
 DOWNLOAD_HOST = "github.com"  # data sets and weights of Ultralytics come from its releases
 PROBE_SECONDS = 3.0
 STANDIN_FOLDER = USER_CONFIG_DIR / "yolo-flash" / "coco8-stand-in"
+
+_downloads_lock = threading.Lock()
+_replaced: list[Callable[..., Any]] = []  # what stood in the place of `safe_download`, for each context under way
 
 
 def can_download() -> bool:
@@ -79,22 +82,18 @@ def _proxy_connects(proxy: SplitResult) -> bool:
 def no_downloads() -> Iterator[None]:
     """Within the context Ultralytics' downloads fail at once instead of being retried for minutes."""
     with _downloads_lock:
-        _downloads_off.append(downloads.safe_download)
+        _replaced.append(downloads.safe_download)
         downloads.safe_download = _fail
     try:
         yield
     finally:
         with _downloads_lock:  # trainings in two threads may overlap: the last to leave puts the original back
-            original = _downloads_off.pop()
-            if not _downloads_off:
+            original = _replaced.pop()
+            if not _replaced:
                 downloads.safe_download = original
 
 
-_downloads_lock = threading.Lock()
-_downloads_off: list[Any] = []
-
-
-def _fail(url: Any, *args: Any, **kwargs: Any) -> Any:
+def _fail(url: object, *args: object, **kwargs: object) -> NoReturn:
     raise ConnectionError(f"{url} not downloaded: {why_not()}")
 
 
@@ -117,8 +116,8 @@ def without_amp_weights() -> contextlib.AbstractContextManager[object]:
     return no_downloads() if out_of_reach("yolo26n.pt") else contextlib.nullcontext()
 
 
-def training_data(data: Any) -> Any:
-    """The data set to train on, or to validate: `data` itself wherever Ultralytics can find or download it.
+def data_within_reach(data: Any) -> Any:
+    """The data set of a run: `data` itself wherever Ultralytics can find or download it.
 
     Returns:
         For `<name>.yaml`, `<YOLO_FLASH_DATASETS>/<name>/data.yaml` if that file exists; for a coco8 that is neither on

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .spec import AttentionSpec
 
@@ -76,8 +75,8 @@ def call_separate(
     Where `multiple` does not divide head_dim, the operator gets copies padded with zero channels, which change no score
     and are cut off again.
     """
-    missing = -spec.head_dim % multiple
-    q, k, v = ((pad(t, (0, missing)) if missing else t).transpose(1, 2) for t in inputs[:3] if t is not None)
+    dim = spec.head_dim + -spec.head_dim % multiple
+    q, k, v = (widen(t, dim).transpose(1, 2) for t in inputs[:3])
     out: Tensor = op(q, k, v, *args, scale=spec.head_dim**-0.5, **keywords)[0]
     return out.transpose(1, 2)[..., : spec.head_dim].contiguous()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels import area, operators
 from ..machine import Machine, dotted, release
-from ..utils.compiler import TRITON
+from ..utils.compiler import LEAST_TRITON
 from .backend import Backend, always
 from .conditions import HALF, capability, fits
 from .spec import AttentionSpec
@@ -24,9 +24,9 @@ def limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
     yield from capability(machine, (8, 0))
     found = machine.packages.get("triton", "none")
     if not found[:1].isdigit():
-        yield f"needs triton >= {dotted(TRITON)}, its import gave {found}"
-    elif release(found) < TRITON:
-        yield f"needs triton >= {dotted(TRITON)}, found {found}"
+        yield f"needs triton >= {dotted(LEAST_TRITON)}, its import gave {found}"
+    elif release(found) < LEAST_TRITON:
+        yield f"needs triton >= {dotted(LEAST_TRITON)}, found {found}"
     yield from fits(spec, machine, HALF, area.HEAD_DIM_MAX)
 
 

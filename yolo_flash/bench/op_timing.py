@@ -16,11 +16,12 @@ from torch.profiler import DeviceType
 
 from ..backends.registry import BACKENDS
 from ..utils.errors import first_line
+from ..utils.files import Row
 from ..utils.memory import extra_bytes
 from ..utils.numerics import Results, reference, relative_error
 from ..utils.profiler import kernels_profiled
 from ..utils.timing import clock_ms, graph_ms
-from .op_table import BOTH, FORWARD, MODES, SHAPES, Row
+from .op_table import BOTH, FORWARD, MODES, SHAPES
 
 Call = Callable[[], Results]
 

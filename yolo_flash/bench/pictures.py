@@ -1,4 +1,4 @@
-"""The pictures of `bench step`, `bench predict` and `bench train`, from the rows of their CSV files alone."""
+"""The pictures of `bench step`, `predict`, `train` and `run`, from the rows of their CSV files alone."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import statistics
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..backends.registry import COLORS as _OF_BACKENDS
+from ..backends.registry import COLORS
 from ..utils.files import Row
 from ..utils.plotting import as_png, new_figure
 from .rounds import VERSIONS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TECHNIQUES = {  # of a training step, in the order in which each builds on the one before
     "nchw": "stock, NCHW",
@@ -33,7 +37,7 @@ _OUT_OF_MEMORY = "out of memory"
 _Texts = dict[str, Callable[[float], str]]  # figure -> how its median is written
 
 # Those that are no backends differ from all backends in lightness.
-COLORS = _OF_BACKENDS | {"nchw": "#999933", "unpatched": "#000000", "auto": "#882255", "graphs": "#332288"}
+ARM_COLORS = COLORS | {"nchw": "#999933", "unpatched": "#000000", "auto": "#882255", "graphs": "#332288"}
 
 
 class Span(NamedTuple):
@@ -91,8 +95,8 @@ def draw_waterfall(rows: list[Row]) -> bytes | None:
     panels = {panel: mine for panel, mine in steps.items() if len(_arms(mine)) > 1}
     if not panels:
         return None
-    figure, axes = _stacked(panels)
-    for axis, (panel, mine) in zip(axes, panels.items(), strict=True):
+    figure, grid = _stacked(panels)
+    for (axis,), (panel, mine) in zip(grid, panels.items(), strict=True):
         time, unit = _time_figure(mine)
         spans = {arm: _span(mine, arm, time) for arm in _arms(mine)}
         longest = max(span.high for span in spans.values() if span)
@@ -101,7 +105,7 @@ def draw_waterfall(rows: list[Row]) -> bytes | None:
             if span is None:
                 _label(axis, 0.01 * longest, place, _error(mine, arm), color="#b00000")
                 continue
-            axis.barh(place, span.median, height=0.62, color=COLORS.get(arm, "#009e73"), zorder=2)
+            axis.barh(place, span.median, height=0.62, color=_color(arm), zorder=2)
             text = f"{span.median:.1f} ms"
             if before is not None:
                 saved = before - span.median
@@ -129,9 +133,7 @@ def draw_run_waterfall(rows: list[Row]) -> bytes | None:
     panels = {panel: mine for panel, mine in runs.items() if len(_arms(mine)) > 1}
     if not panels:
         return None
-    arms = [len(_arms(mine, RUN_TECHNIQUES)) for mine in panels.values()]
-    figure = new_figure(13, 0.7 + sum(0.95 + 0.46 * number for number in arms))
-    grid = figure.subplots(len(arms), 3, squeeze=False, height_ratios=[0.8 + 0.46 * number for number in arms])
+    figure, grid = _stacked(panels, 13, 3)
     columns = {
         "images_per_second": ("training, images/s; in brackets, against above", ",.0f"),
         "peak_gib": ("peak allocated in training, GiB", ".2f"),
@@ -148,7 +150,7 @@ def draw_run_waterfall(rows: list[Row]) -> bytes | None:
                     error = _error(mine, arm)[:36] if axis is axes[0] else "-"  # why is said once
                     _label(axis, 0.01 * longest, place, error, color="#b00000")
                     continue
-                axis.barh(place, span.median, height=0.62, color=COLORS[arm], zorder=2)
+                axis.barh(place, span.median, height=0.62, color=_color(arm), zorder=2)
                 axis.plot([span.low, span.high], [place, place], color="#a0a0a0", linewidth=1.5, zorder=3)
                 text = f"{span.median:{digits}}"
                 if before and column != "map50_95":  # a percentage of a mAP would say more than a few seeds can
@@ -189,7 +191,7 @@ def draw_train(rows: list[Row]) -> bytes | None:
         "peak_gib": lambda memory: f"{memory:.1f} GiB",
     }
     label = "iteration of a training, ms: with the data loader (light), without it (full)"
-    return _nested_bars(rows, "train", texts, (label, label), first=())
+    return _nested_bars(rows, "train", texts, (label,))
 
 
 def draw_runs(rows: list[Row]) -> bytes | None:
@@ -203,8 +205,7 @@ def draw_runs(rows: list[Row]) -> bytes | None:
         "epoch_s": lambda seconds: f"others {seconds:.2f}",
         "map50_95": lambda found: f"mAP {found:.3f}",
     }
-    label = "a whole training, s: process (light), first epoch (full)"
-    return _nested_bars(rows, "run", texts, (label, label), first=())
+    return _nested_bars(rows, "run", texts, ("a whole training, s: process (light), first epoch (full)",))
 
 
 def _panels(rows: list[Row], by_size: bool = True, figure: str = "wall_ms") -> dict[Panel, list[Row]]:
@@ -220,6 +221,10 @@ def _arms(rows: list[Row], first: Iterable[str] = TECHNIQUES) -> list[str]:
     """The techniques in their order, then all others in that of the file."""
     found = [row["arm"] for row in rows]
     return list(dict.fromkeys([*(arm for arm in first if arm in found), *found]))
+
+
+def _color(arm: str) -> str:
+    return ARM_COLORS.get(arm, "#009e73")
 
 
 def _span(rows: list[Row], arm: str, figure: str) -> Span | None:
@@ -246,7 +251,7 @@ def _signed(change: float, digits: str) -> str:
     return text.replace("-", "\N{MINUS SIGN}") if float(text) else text[1:]
 
 
-def _sizes(axis: Any, rows: list[Row], figure: str, label: str) -> None:
+def _sizes(axis: Axes, rows: list[Row], figure: str, label: str) -> None:
     """One figure against the image size, a line for each arm."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -256,7 +261,7 @@ def _sizes(axis: Any, rows: list[Row], figure: str, label: str) -> None:
     for i, arm in enumerate(_arms(rows)):
         at_size = {size: [row for row in rows if row["imgsz"] == size] for size in sizes}
         spans = {size: span for size, mine in at_size.items() if (span := _span(mine, arm, figure))}
-        color = COLORS.get(arm, "#009e73")
+        color = _color(arm)
         axis.plot(
             list(spans),
             [span.median for span in spans.values()],
@@ -303,18 +308,18 @@ def _sizes(axis: Any, rows: list[Row], figure: str, label: str) -> None:
 
 
 def _nested_bars(
-    rows: list[Row], command: str, texts: _Texts, labels: tuple[str, str], first: Iterable[str]
+    rows: list[Row], command: str, texts: _Texts, labels: tuple[str, ...], first: Iterable[str] = ()
 ) -> bytes | None:
     """A PNG with a bar for each arm, those of `first` above all others, by the first figure of `texts`.
 
-    The second figure is a bar within it; without any, the second of the labels is that of the axis.
+    The second figure is a bar within it; without any, the last of the labels is that of the axis.
     """
     whole, part = list(texts)[:2]
     panels = _panels([row for row in rows if row["command"] == command], figure=whole)
     if not panels:
         return None
-    figure, axes = _stacked(panels)
-    for axis, (panel, mine) in zip(axes, panels.items(), strict=True):
+    figure, grid = _stacked(panels)
+    for (axis,), (panel, mine) in zip(grid, panels.items(), strict=True):
         arms = _arms(mine, first)
         longest = max(span.high for arm in arms if (span := _span(mine, arm, whole)))
         for place, arm in enumerate(arms):
@@ -322,7 +327,7 @@ def _nested_bars(
             if whole not in spans:
                 _label(axis, 0.01 * longest, place, _error(mine, arm), color="#b00000")
                 continue
-            color, (median, low, high) = COLORS.get(arm, "#009e73"), spans[whole]
+            color, (median, low, high) = _color(arm), spans[whole]
             axis.barh(place, median, height=0.62, color=color, alpha=0.35 if part in spans else 1, zorder=2)
             axis.plot([low, high], [place, place], color="black", linewidth=1, zorder=3)
             if part in spans:
@@ -330,25 +335,25 @@ def _nested_bars(
             text = ", ".join(texts[name](span.median) for name, span in spans.items())
             _label(axis, high + 0.012 * longest, place, text)
         _horizontal(axis, panel, arms, 1.62 * longest)
-        axis.set_xlabel(labels[all(row[part] is None for row in mine)])
+        axis.set_xlabel(labels[-1 if all(row[part] is None for row in mine) else 0])
     return _with_heading(figure, panels)
 
 
-def _stacked(panels: dict[Panel, list[Row]]) -> tuple[Any, Any]:
-    """A figure with panels below each other, each as high as its arms need."""
+def _stacked(panels: dict[Panel, list[Row]], width: float = 9, columns: int = 1) -> tuple[Figure, Any]:
+    """A figure with a row of axes for each panel, as high as its arms need."""
     arms = [len({row["arm"] for row in mine}) for mine in panels.values()]
-    figure = new_figure(9, 0.7 + sum(0.95 + 0.46 * number for number in arms))
-    axes = figure.subplots(len(arms), 1, squeeze=False, height_ratios=[0.8 + 0.46 * number for number in arms])
-    return figure, axes[:, 0]
+    figure = new_figure(width, 0.7 + sum(0.95 + 0.46 * number for number in arms))
+    heights = [0.8 + 0.46 * number for number in arms]
+    return figure, figure.subplots(len(arms), columns, squeeze=False, height_ratios=heights)
 
 
-def _label(axis: Any, x: float, y: float, text: str, color: str = "black") -> None:
+def _label(axis: Axes, x: float, y: float, text: str, color: str = "black") -> None:
     """Text that begins at a point, readable on top of grid lines."""
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     axis.text(x, y, text, va="center", fontsize=9, color=color, bbox=box, zorder=4)
 
 
-def _horizontal(axis: Any, panel: Panel, names: list[str], longest: float) -> None:
+def _horizontal(axis: Axes, panel: Panel, names: list[str], longest: float) -> None:
     """What panels of horizontal bars share."""
     axis.set_title(panel.title, loc="left", fontsize=11)
     axis.set_yticks(range(len(names)), names, fontsize=9)
@@ -359,7 +364,7 @@ def _horizontal(axis: Any, panel: Panel, names: list[str], longest: float) -> No
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _with_heading(figure: Any, panels: dict[Panel, list[Row]]) -> bytes:
+def _with_heading(figure: Figure, panels: dict[Panel, list[Row]]) -> bytes:
     """The finished figure as PNG, with devices and versions above, each of them once."""
     rows = [row for mine in panels.values() for row in mine]
 
@@ -367,6 +372,6 @@ def _with_heading(figure: Any, panels: dict[Panel, list[Row]]) -> bytes:
         return " / ".join(dict.fromkeys(str(row[column]) for row in rows if row[column] is not None))
 
     versions = ", ".join(f"{name} {found(name)}" for name in VERSIONS if found(name))
-    figure.get_layout_engine().set(w_pad=0.1)
+    figure.set_layout_engine("constrained", w_pad=0.1)
     figure.suptitle(f"{found('device')}\n{versions}", fontsize=9, x=0.01, ha="left")
     return as_png(figure)

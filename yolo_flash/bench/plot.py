@@ -1,4 +1,4 @@
-"""`yolo-flash bench plot`: pictures from the CSV files of `bench step`, `predict`, `train` and `op` alone."""
+"""`yolo-flash bench plot`: pictures from the CSV files of the other `bench` commands alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from pathlib import Path
 
 from ultralytics.utils import LOGGER, TQDM
 
-from ..utils.files import Row, columns_of, from_csv, write_file
+from ..utils.files import Row, from_csv, text_and_columns, write_file
 from . import op_table, rounds
 from .pictures import draw_predict, draw_run_waterfall, draw_runs, draw_sizes, draw_train, draw_waterfall
 from .run import RunJob
 from .train import TrainJob
+
+_KINDS: dict[str, tuple[Sequence[str], Sequence[str]]] = {  # all columns, and those of numbers
+    "train": ((*rounds.COLUMNS, *TrainJob.more_columns), (*rounds.NUMBERS, *TrainJob.more_numbers)),
+    "run": ((*rounds.COLUMNS, *RunJob.more_columns), (*rounds.NUMBERS, *RunJob.more_numbers)),
+    "step or predict": (rounds.COLUMNS, rounds.NUMBERS),
+    "op": (op_table.OP_COLUMNS, op_table.OP_NUMBERS),
+}
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,11 @@ def bench_plot(job: PlotJob) -> list[Path]:
         OSError: A file cannot be read, or the folder cannot be written.
         ValueError: A file is none of `bench`, or there is nothing to draw in all of them.
     """
-    samples: list[Row] = []
-    trainings: list[Row] = []
-    runs: list[Row] = []
-    op: list[Row] = []
+    rows: dict[str, list[Row]] = {kind: [] for kind in _KINDS}
     for name in job.files:
-        _read(Path(name), samples, trainings, runs, op)
+        kind, found = _read(Path(name))
+        rows[kind] += found
+    trainings, runs, samples, op = rows.values()
     drawers: dict[str, Callable[[], bytes | None]] = {
         "imgsz.png": lambda: draw_sizes(samples),
         "waterfall.png": lambda: draw_waterfall(samples),
@@ -78,20 +84,13 @@ def bench_plot(job: PlotJob) -> list[Path]:
     return written
 
 
-def _read(file: Path, samples: list[Row], trainings: list[Row], runs: list[Row], op: list[Row]) -> None:
-    """Add the rows of a file to those of its kind."""
-    kinds: tuple[tuple[Sequence[str], Sequence[str], list[Row]], ...] = (
-        ((*rounds.COLUMNS, *TrainJob.more_columns), (*rounds.NUMBERS, *TrainJob.more_numbers), trainings),
-        ((*rounds.COLUMNS, *RunJob.more_columns), (*rounds.NUMBERS, *RunJob.more_numbers), runs),
-        (rounds.COLUMNS, rounds.NUMBERS, samples),
-        (op_table.OP_COLUMNS, op_table.OP_NUMBERS, op),
-    )
+def _read(file: Path) -> tuple[str, list[Row]]:
+    """The kind of a file and its rows."""
     try:
-        text, found = columns_of(file)
-        for columns, numbers, rows in kinds:
+        text, found = text_and_columns(file)
+        for kind, (columns, numbers) in _KINDS.items():
             if set(columns) <= set(found):
-                rows += from_csv(text, numbers)
-                return
+                return kind, from_csv(text, numbers)
     except ValueError as error:
         raise ValueError(f"{file}: {error}.") from error
     missing = ", ".join(name for name in rounds.COLUMNS if name not in found)

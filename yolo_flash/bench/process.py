@@ -1,4 +1,4 @@
-"""How `bench step`, `predict` and `train` measure: a fresh process for every sample, one measuring at a time.
+"""How `bench step`, `predict`, `train` and `run` measure: a fresh process for every sample, one measuring at a time.
 
 The parent starts the processes of a round side by side. Each builds its arm, loads the libraries (by small images,
 where calls are measured), says that it is ready, and measures when its turn comes. Its last line of output is the
@@ -34,7 +34,7 @@ _READY, _GO = "ready", "go\n"  # what a process says that has warmed up, and wha
 
 @dataclass(frozen=True)
 class BaseJob:
-    """Settings that `bench step`, `predict` and `train` share.
+    """Settings that `bench step`, `predict`, `train` and `run` share.
 
     Attributes:
         model: A model, YAML or checkpoint.
@@ -107,7 +107,7 @@ class TimedJob(BaseJob):
 
     steps: int = 10
 
-    at_least: ClassVar[dict[str, int]] = {"batch": 1, "rounds": 1, "steps": 1}
+    at_least: ClassVar[dict[str, int]] = {**BaseJob.at_least, "steps": 1}
 
     def check_arm(self, arm: str) -> None:
         """As in `BaseJob`; `graphs` is no backend, and needs a GPU."""

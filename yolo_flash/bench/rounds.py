@@ -1,4 +1,4 @@
-"""The rounds of `bench step`, `predict` and `train`: sizes, rounds and arms in turn, and what is kept of them."""
+"""The rounds of `bench step`, `predict`, `train` and `run`: sizes, rounds and arms in turn, and what is kept."""
 
 from __future__ import annotations
 

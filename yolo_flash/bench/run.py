@@ -16,10 +16,8 @@ from ..assets import offline
 from ..assets.models import open_model
 from ..engine.model import patch_model
 from ..utils.memory import peak_memory_gib
-from .process import take_turn
-from .train import PLUGIN, SETTINGS, UNPATCHED, TrainJob
-
-_MAP = "metrics/mAP50-95(B)"
+from .process import UNPATCHED, take_turn
+from .train import PLUGIN, SETTINGS, TrainJob, follow
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class RunJob(TrainJob):
         return dataclasses.replace(self, seed=self.seed + number - 1)
 
 
-class Clocks:
+class EpochClocks:
     """Follows a training by the events of Ultralytics' trainer.
 
     Attributes:
@@ -109,11 +107,10 @@ def get_ready(job: RunJob, arm: str) -> Callable[[int], dict[str, Any]]:
         model = open_model(job.model)
         if arm in PLUGIN:
             patch_model(model, **PLUGIN[arm])
-        clocks = Clocks(job.torch_device())
-        for event in [name for name in vars(Clocks) if name.startswith("on_")]:
-            model.add_callback(event, getattr(clocks, event))
+        clocks = EpochClocks(job.torch_device())
+        follow(model, clocks)
         with tempfile.TemporaryDirectory(prefix="yolo-flash-") as folder, offline.without_amp_weights():
-            data, begin = offline.training_data(job.data), time.perf_counter()
+            data, begin = offline.data_within_reach(job.data), time.perf_counter()
             model.train(data=data, imgsz=imgsz, project=folder, **job.arguments(arm))
         ends = clocks.ends[: job.epochs]  # the final evaluation is told as an epoch too
         epochs = [end - start for start, end in zip([begin, *ends], ends, strict=False)]
@@ -124,7 +121,7 @@ def get_ready(job: RunJob, arm: str) -> Callable[[int], dict[str, Any]]:
             "epoch_s": statistics.median(epochs[1:]),
             "images_per_second": statistics.median(clocks.speeds[1:]),
             "peak_gib": max(clocks.peaks),
-            "map50_95": float(trainer.metrics[_MAP]),
+            "map50_95": float(trainer.metrics["metrics/mAP50-95(B)"]),
             "epoch_seconds": epochs,
         }
 

@@ -39,8 +39,6 @@ PLUGIN: dict[str, dict[str, Any]] = {
 TRAIN_ARMS = (*STOCK, *PLUGIN)
 WARMUP_EPOCHS = 2  # in which caches fill, kernels are compiled, the plugin profiles a step and graphs are captured
 _IN_MEMORY = 16  # batches at most
-
-
 SETTINGS = ("data", "epochs", "workers", "cache", "seed", "mosaic")  # columns of a CSV file beside the figures
 
 
@@ -131,7 +129,7 @@ def bench_train(job: TrainJob) -> list[dict[str, Any]]:
     Raises:
         OSError: A file cannot be written, or the data set is not there.
     """
-    data = offline.training_data(job.data)  # also makes the stand-in, before several processes would
+    data = offline.data_within_reach(job.data)  # also makes the stand-in, before several processes would
     if str(data).endswith((".yaml", ".yml")) and "://" not in str(data):
         check_file(data, download=False)
     return bench(job if job.arms else dataclasses.replace(job, arms=job.default_arms()))
@@ -220,6 +218,12 @@ class Clocks:
         }
 
 
+def follow(model: Any, follower: object) -> None:
+    """Have Ultralytics call the methods `on_...` of an object at the events of those names."""
+    for event in [name for name in dir(follower) if name.startswith("on_")]:
+        model.add_callback(event, getattr(follower, event))
+
+
 class InMemory:
     """A data loader whose batches are its first ones, again and again, without its work."""
 
@@ -250,13 +254,12 @@ def get_ready(job: TrainJob, arm: str) -> Callable[[int], dict[str, Any]]:
     model = open_model(job.model)
     if arm in PLUGIN:
         patch_model(model, **PLUGIN[arm])
-    data = offline.training_data(job.data)
+    data = offline.data_within_reach(job.data)
     torch.zeros(1, device=job.torch_device())  # loads CUDA
 
     def measure(imgsz: int) -> dict[str, Any]:
         clocks = Clocks(job)
-        for event in [name for name in vars(Clocks) if name.startswith("on_")]:
-            model.add_callback(event, getattr(clocks, event))
+        follow(model, clocks)
         with tempfile.TemporaryDirectory(prefix="yolo-flash-") as folder, offline.without_amp_weights():
             model.train(data=data, imgsz=imgsz, project=folder, **train_arguments(job, arm))
         return clocks.figures()

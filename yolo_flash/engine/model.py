@@ -65,7 +65,7 @@ class FlashModelMixin(StockPickle, Model):
         """As `YOLO.val`, of a data set that is there, with the network from CUDA graphs unless `flash.graphs=off`."""
         stock: Any = type(self)._stock
         if "data" in kwargs and self.task == "detect":
-            kwargs["data"] = offline.training_data(kwargs["data"])
+            kwargs["data"] = offline.data_within_reach(kwargs["data"])
         if stock.val is Model.val and self._flash_config.enabled:  # that of YOLOE takes prompts
             base, config = validator or self._smart_load("validator"), self._flash_config
 

@@ -56,7 +56,7 @@ class FlashTrainerMixin(_TrainerBase):
     def get_dataset(self) -> Any:
         """Name a data set that is there before Ultralytics waits for one that cannot be downloaded."""
         if self.args.task == "detect":
-            self.args.data = offline.training_data(self.args.data)
+            self.args.data = offline.data_within_reach(self.args.data)
         return super().get_dataset()
 
     def setup_model(self) -> Any:

@@ -6,10 +6,10 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from ..utils.compiler import TRITON
+from ..utils.compiler import LEAST_TRITON
 from ..utils.errors import first_line
 
-_LEAST = ".".join(map(str, TRITON))
+_LEAST = ".".join(map(str, LEAST_TRITON))
 _WARPS = 4  # of a program, which has the queries of one image in registers
 
 

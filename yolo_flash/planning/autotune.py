@@ -57,7 +57,7 @@ def measure(specs: Iterable[AttentionSpec], device: torch.device) -> dict[Attent
     start = time.perf_counter()
     machine = detect(device)
     wanted = list(dict.fromkeys(specs))
-    trials: dict[AttentionSpec, dict[str, Trial]] = dict(trial_cache.load(wanted, machine))
+    trials = trial_cache.load(wanted, machine)
     missing = {spec: _missing(spec, device, machine, trials.get(spec, {})) for spec in wanted}
     new = [spec for spec in wanted if missing[spec]]
     first = 0.0
@@ -66,7 +66,7 @@ def measure(specs: Iterable[AttentionSpec], device: torch.device) -> dict[Attent
     again = {name for spec in new if spec in trials for name in missing[spec]}
     if device.type == "cuda":
         with torch.cuda.device(device):
-            area.compile_ahead(map(_kernels_of, (spec for spec in new if "triton_area" in missing[spec])), device)
+            area.compile_ahead(map(_area_problem, (spec for spec in new if "triton_area" in missing[spec])), device)
     for spec in TQDM(new, desc="yolo-flash: measuring attention", disable=silent, leave=False):
         try:
             trials[spec] = _complete(spec, device, machine, missing[spec], trials.get(spec, {}))
@@ -90,17 +90,17 @@ def measure(specs: Iterable[AttentionSpec], device: torch.device) -> dict[Attent
         )
     elif wanted:
         LOGGER.info(f"yolo-flash: {len(wanted)} attention problems known from earlier, read in {seconds * 1e3:.0f} ms")
-    return {spec: {**of_spec, **_broken(spec, machine, of_spec)} for spec, of_spec in trials.items()}
+    return {spec: {**of_spec, **_not_importable(spec, machine, of_spec)} for spec, of_spec in trials.items()}
 
 
-def _broken(spec: AttentionSpec, machine: Machine, known: Container[str]) -> dict[str, Trial]:
+def _not_importable(spec: AttentionSpec, machine: Machine, known: Container[str]) -> dict[str, Trial]:
     """Of the backends without a trial, those whose package cannot be imported, which was tried when measuring."""
     others = [backend for backend in BACKENDS.values() if backend.name not in known and not backend.by_name]
     able = [backend for backend in others if not backend.not_supported_reasons(spec, machine)]
     return {backend.name: Trial(why_not=problem) for backend in able if (problem := backend.importable())}
 
 
-def _kernels_of(spec: AttentionSpec) -> area.Problem:
+def _area_problem(spec: AttentionSpec) -> area.Problem:
     return area.Problem(spec.seq_len_q, spec.head_dim, spec.head_dim_v, spec.dtype, spec.training)
 
 
@@ -280,7 +280,7 @@ def _sample(
         trials[name] = replace(trials[name], ms=statistics.median(ms), ms_low=min(ms), ms_high=max(ms), method=method)
 
 
-def _failed(name: str, error: Exception, device: torch.device, trial: Trial = _NEW) -> Trial:
+def _failed(name: str, error: Exception, device: torch.device, trial: Trial) -> Trial:
     """The trial of a backend that raised.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The inputs of a run, and what of them reaches each attention layer."""
+"""The inputs of a run: sizes, dtypes and memory formats."""
 
 from __future__ import annotations
 

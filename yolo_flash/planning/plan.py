@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from ..backends.registry import is_approximate, label
 from ..backends.spec import AttentionSpec, Window
-from ..dispatch.decision import Decision, Trial
-from ..dispatch.dispatcher import Dispatcher
+from ..dispatch.decision import Decision
+from ..dispatch.dispatcher import Dispatcher, Trials
 from ..machine import Machine
 from ..patching.blocks import FlashBlock, block_spec
 from ..patching.multihead import denoising_queries
@@ -51,7 +51,7 @@ def make_plan(
     dispatcher: Dispatcher,
     machine: Machine,
     run_inputs: Iterable[RunInput],
-    measure: Callable[[list[AttentionSpec]], Mapping[AttentionSpec, Mapping[str, Trial]]] | None = None,
+    measure: Callable[[list[AttentionSpec]], Trials] | None = None,
 ) -> list[PlanRow]:
     """Decide for every layer and mode.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-TRITON = (3, 3)  # before it the compiler aborts the process on Hopper
+LEAST_TRITON = (3, 3)  # before it the compiler aborts the process on Hopper
 
 F = TypeVar("F", bound=Callable[..., object])
 

@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+Row = dict[str, Any]  # column -> value
+
 
 def write_file(file: Path, content: bytes) -> None:
     """Replace a file atomically; several processes may do so at once.
@@ -22,9 +24,6 @@ def write_file(file: Path, content: bytes) -> None:
         draft.replace(file)
     finally:
         draft.unlink(missing_ok=True)
-
-
-Row = dict[str, Any]
 
 
 def as_csv(columns: Collection[str], rows: Iterable[Row]) -> bytes:
@@ -59,7 +58,7 @@ def from_csv(text: str, numbers: Collection[str]) -> list[Row]:
     return rows
 
 
-def columns_of(file: Path) -> tuple[str, list[str]]:
+def text_and_columns(file: Path) -> tuple[str, list[str]]:
     """The content of a CSV file, and the names of its columns; ValueError if the file is not text."""
     text = file.read_text(encoding="utf-8-sig")  # spreadsheets begin a file with a mark
     return text, next(csv.reader(io.StringIO(text, newline="")), [])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-def new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Figure:
     """An empty figure of that many inches, of 120 pixels each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # not pyplot, which is state of the whole process
     from matplotlib.figure import Figure
@@ -16,7 +19,7 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def as_png(figure: Any) -> bytes:
+def as_png(figure: Figure) -> bytes:
     """The figure as the content of a PNG file."""
     image = io.BytesIO()
     figure.savefig(image, format="png")

@@ -114,7 +114,7 @@ def _package(module: str | None) -> str:
     return (module or "").partition(".")[0]
 
 
-def _shadows(obj: Any, name: str, value: Any, is_function: bool = False) -> bool:
+def _shadows(obj: Any, name: str, value: Any, is_function: bool) -> bool:
     """Whether an instance attribute takes the place of a function, whose name it may be known to be."""
     if isinstance(value, MethodType):  # a fused Conv has its `forward_fuse` as forward
         function = value.__func__

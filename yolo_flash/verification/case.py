@@ -149,7 +149,7 @@ def load_images(source: str | Path | None, channels: int, imgsz: int, batch: int
         return torch.stack(layers).mean(0), "synthetic images"
     path: Any = str(source)
     if Path(path).suffix in (".yaml", ".yml"):
-        data = check_det_dataset(offline.training_data(path))
+        data = check_det_dataset(offline.data_within_reach(path))
         path = data.get("val") or data["train"]
     loader = LoadImagesAndVideos(path, batch=batch, channels=channels)
     try:
