@@ -32,6 +32,8 @@ for module in lacking:
     sys.modules[module] = None  # any import of it raises
 for function in [f for f in dir(os) if f in ("fork", "forkpty", "register_at_fork") or f.startswith("sched_")]:
     delattr(os, function)
+if hasattr(os, "process_cpu_count"):  # of Python 3.13: without sched_getaffinity it is this
+    os.process_cpu_count = os.cpu_count
 if system == "Windows":
     for function in ("getuid", "geteuid", "killpg", "setsid", "nice", "getloadavg", "sysconf"):
         delattr(os, function)
