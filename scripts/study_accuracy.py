@@ -128,8 +128,9 @@ def one(job: Row) -> None:
         "torch": torch.__version__,
         "ultralytics": ultralytics.__version__,
         "yolo_flash": __version__,
+        "commit": checkout(),
     }
-    rows = [row | shared | {"replayed": replayed.get(row["epoch"]), "commit": checkout()} for row in follower.rows]
+    rows = [row | shared | {"replayed": replayed.get(row["epoch"])} for row in follower.rows]
     write_file(Path(job["file"]), json.dumps(rows).encode())
 
 

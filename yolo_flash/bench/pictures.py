@@ -285,10 +285,11 @@ def _sizes(axis: Axes, rows: list[Row], figure: str, label: str) -> None:
             top -= 0.075 if beside else 0.135
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    named: list[int] = []
+    named, last = [], -1.0
     for size, at in zip(sizes, places, strict=True):
-        if not named or at - places[sizes.index(named[-1])] > 0.035:  # else it would stand on the one before
+        if at - last > 0.035:  # else it would stand on the one before
             named.append(size)
+            last = at
     axis.set_xticks(named, [str(size) for size in named])
     if min(b - a for a, b in pairwise(places)) < 0.13:  # else the numbers would touch
         axis.tick_params(axis="x", rotation=60)
