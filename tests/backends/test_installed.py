@@ -19,7 +19,7 @@ from ultralytics import YOLO
 from tests.machines import MACHINES
 from tests.packages import NAMES, Calls, forget, installed_package
 from tests.patching.test_blocks import LAYOUTS, channels, error, make, patched, reference, run
-from yolo_flash import AttentionSpec, BackendNotSupportedError, checks, patch_model
+from yolo_flash import AttentionSpec, BackendNotSupportedError, checks, patch_model, plan
 from yolo_flash.backends import installed
 from yolo_flash.backends.registry import BACKENDS
 from yolo_flash.cli import checks as report
@@ -221,6 +221,31 @@ def test_a_training_with_validation_runs_by_name(package: Calls, tiny_model: str
     assert len(package.forward) > len(package.backward)
     network = torch.load(model.trainer.last, weights_only=False)["model"]
     assert not any("yolo_flash" in type(module).__module__ for module in network.modules())
+
+
+@pytest.mark.measures
+def test_a_package_asked_for_by_name_that_is_wrong_is_an_error_before_the_first_step(
+    package: Calls, tiny_model: str, tiny_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernels may be newer than all that we have tried: only a trial tells."""
+    if package.name == "xformers":
+        pytest.skip("runs kernels of other backends, and has no trials")
+    right = Calls.differentiate
+
+    def wrong(self: Calls, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = right(self, *args)
+        return 1.1 * dq, dk, dv
+
+    monkeypatch.setattr(Calls, "differentiate", wrong)
+    model = patch_model(YOLO(tiny_model), backend=package.name, autotune=True)
+    reason = rf"backend={package.name} cannot run .*: wrong: .* is off by 0\.\d+, .* is allowed\. These can: auto, "
+    with pytest.raises(BackendNotSupportedError, match=reason):
+        model.train(**tiny_args)
+    trials = len(package.backward)
+    assert trials > 0
+    rows = plan(patch_model(YOLO(tiny_model), backend=package.name, autotune=False), imgsz=64, batch=2, device="cpu")
+    assert {row.decision.backend for row in rows} == {package.name}
+    assert len(package.backward) == trials
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
@@ -538,3 +563,11 @@ def test_the_replaced_kernels_have_limits_of_their_own() -> None:
     assert "FA3, which this process has activated and which needs compute capability 9.0, " in told("B200", "FA3")
     assert told("B200", "FA4", AREA._replace(head_dim_v=136)) == "needs head_dim <= 128, the layer has 136"
     assert told("A100", "mine") == ""  # somebody's own: nothing is known of it
+    odd = AREA._replace(head_dim=36, head_dim_v=72)
+    assert told("H100", "FA4", odd) == (
+        "runs FA4, which this process has activated and whose gradient of queries is wrong on Hopper for head_dim 72 "
+        "(flash-attention pull request 2896, open)"
+    )
+    assert told("H100", "FA3", odd) == told("B200", "FA4", odd) == ""
+    assert told("H100", "FA4", odd._replace(training=False)) == ""
+    assert told("H100", "FA4", odd._replace(head_dim_v=90)) == ""  # in rows of 96 either way

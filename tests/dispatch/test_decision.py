@@ -164,6 +164,15 @@ def test_an_explicit_choice_raises_with_reasons_and_with_what_would_work() -> No
     )
 
 
+def test_an_explicit_choice_that_was_wrong_in_its_trial_raises_but_lack_of_memory_there_is_no_verdict() -> None:
+    spec, card = SPECS["area fp16 train"], MACHINES["H100"]
+    wrong = Trial(error=0.3, why_not="wrong: gradient is off by 0.3, 0.001 is allowed")
+    with pytest.raises(BackendNotSupportedError, match=rf"backend={F} cannot run .*: wrong: gradient is off by 0\.3, "):
+        select(spec, card, choice=F, trials={F: wrong})
+    too_large = Trial(why_not="not measured: one image takes about 9 GiB", no_memory=True)
+    assert select(spec, card, choice=F, trials={F: too_large, T: wrong}).backend == F
+
+
 def test_an_unknown_name_gets_the_nearest() -> None:
     with pytest.raises(BackendNotSupportedError, match=r"no backend 'sdpa_flesh'\. Did you mean 'sdpa_flash'"):
         select(SPECS["area fp16 train"], MACHINES["H100"], choice="sdpa_flesh")
@@ -271,7 +280,7 @@ def test_under_autobatch_nothing_takes_more_memory_than_the_rules_would() -> Non
 
 
 def test_without_a_time_the_rules_decide_and_an_explicit_choice_needs_no_trial() -> None:
-    failed = {name: Trial(why_not="not measured: one image takes about 90 GiB") for name in (S, F)}
+    failed = {name: Trial(why_not="not measured: one image takes about 90 GiB", no_memory=True) for name in (S, F)}
     assert select(SPECS["area fp16 train"], MACHINES["H100"], trials=failed).backend == T
     assert select(SPECS["area fp16 train"], MACHINES["H100"], F, trials=failed).backend == F
 

@@ -21,6 +21,7 @@ from tests.counting import LAYERS, run_out_of_memory_once
 from yolo_flash import AttentionSpec, FlashConfig, patch_model
 from yolo_flash.backends import registry as backends_module
 from yolo_flash.backends.profiled import attention_kernels
+from yolo_flash.backends.sparse import OPERATOR as SPARSE
 from yolo_flash.dispatch.dispatcher import Dispatcher
 from yolo_flash.engine import step_profile as profile_module
 from yolo_flash.engine import telemetry
@@ -349,6 +350,20 @@ def test_a_profile_counts_each_call_once() -> None:
     operators, kernels = attention_kernels(profiler.events_of(profile))
     assert operators == {FORWARD: 3, f"{FORWARD}_backward": 3}
     assert not kernels
+
+
+def test_marks_of_the_host_beside_the_kernels_of_a_card_are_no_kernels() -> None:
+    """`record_function` may be shown a second time as an event of the GPU: no kernel of that name comes from graphs."""
+    cpu, gpu = profile_module.DeviceType.CPU, profile_module.DeviceType.CUDA
+    told = [(SPARSE, cpu, 0), (SPARSE, gpu, 5), ("flash_fwd_kernel", gpu, 6), ("gemm", gpu, 9)]
+
+    def event(name: str, device: Any, start: int) -> SimpleNamespace:
+        values = {"name": name, "device_type": device, "start_thread_id": 1, "start_ns": start, "duration_ns": 2}
+        return SimpleNamespace(**{key: lambda value=value: value for key, value in values.items()})
+
+    operators, kernels = attention_kernels(event(*of) for of in told)
+    assert operators == {SPARSE: 1}
+    assert kernels == {"flash_fwd_kernel": 1}
 
 
 @pytest.mark.parametrize(("pool_gib", "events"), [(1.0, []), (1.0, ["an operator"]), (None, [])])

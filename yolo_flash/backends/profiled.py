@@ -25,8 +25,9 @@ def attention_kernels(events: Iterable[Any]) -> tuple[Counter[str], Counter[str]
     kernels: Counter[str] = Counter()
     for event in events:
         name = event.name()
-        if name in names and event.device_type() != DeviceType.CUDA:  # where marks of the host are shown once more
-            calls.append((event.start_thread_id(), name, event.start_ns(), event.start_ns() + event.duration_ns()))
+        if name in names:
+            if event.device_type() != DeviceType.CUDA:  # where marks of the host are shown once more, beside kernels
+                calls.append((event.start_thread_id(), name, event.start_ns(), event.start_ns() + event.duration_ns()))
         elif event.device_type() == DeviceType.CUDA and _ATTENTION_KERNEL.search(name):
             kernels[name] += 1
     operators: Counter[str] = Counter()

@@ -144,7 +144,8 @@ def select(
         memory_limited: Take nothing that needs more memory than what the rules would take.
 
     Raises:
-        BackendNotSupportedError: The choice is a name and that backend cannot run. `auto` never raises.
+        BackendNotSupportedError: The choice is a name, and that backend cannot run, or was wrong or raised in its
+            trial. `auto` never raises.
     """
     refused: dict[str, tuple[str, ...]] = {}
     for name, backend in BACKENDS.items():
@@ -173,12 +174,15 @@ def select(
         else:
             winner, why = next((rule for rule in rules if _free(rule[0], refused)), ("stock", "nothing else is left"))
             refused.pop(winner, None)  # stock, which could not be tried
-    elif not _free(choice, refused):
-        raise BackendNotSupportedError(
-            f"backend={label(choice)} cannot run {spec} on {machine}: {'; '.join(refused[choice])}. "
-            f"These can: {', '.join(['auto', *(name for name in BACKENDS if name not in refused)])}."
-        )
     else:
+        tried = trials.get(choice)
+        if tried and tried.why_not and not tried.no_memory:
+            refused[choice] = (*refused.get(choice, ()), tried.why_not)
+        if not _free(choice, refused):
+            raise BackendNotSupportedError(
+                f"backend={label(choice)} cannot run {spec} on {machine}: {'; '.join(refused[choice])}. "
+                f"These can: {', '.join(['auto', *(name for name in BACKENDS if name not in refused)])}."
+            )
         winner, why = choice, "asked for"
     return Decision(spec, winner, why, refused, BACKENDS[winner].reproducible(spec, machine), trials, by_rules)
 

@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 from ultralytics.utils.torch_utils import unwrap_model
 
-from ..backends.registry import is_approximate, label
+from ..backends.registry import BACKENDS, is_approximate, label
 from ..backends.spec import AttentionSpec, Window
 from ..dispatch.decision import Decision
 from ..dispatch.dispatcher import Dispatcher, Trials
-from ..machine import Machine
+from ..machine import PACKAGES, Machine
 from ..patching.blocks import FlashBlock, block_spec
 from ..patching.multihead import denoising_queries
 from ..patching.patch import BLOCKS, layer_choices, layer_windows, targets
@@ -60,14 +60,14 @@ def make_plan(
         dispatcher: Has the settings and the backends that failed so far; learns the trials.
         machine: The device to plan for; without `measure` it need not be the one at hand.
         run_inputs: One for each mode.
-        measure: Gives trials of specs, called with those of layers for which no backend was asked for; if None, the
-            rules decide.
+        measure: Gives trials of specs, called with those of layers for which no backend was asked for, or one of a
+            package, whose kernels change without us; if None, the rules decide.
 
     Returns:
         A row for each mode and layer, layers in the order of the model.
 
     Raises:
-        BackendNotSupportedError: A backend asked for by name cannot run a layer.
+        BackendNotSupportedError: A backend asked for by name cannot run a layer, or was wrong or raised in its trial.
     """
     model = unwrap_model(model)
     blocks, choices = targets(model), layer_choices(model, dispatcher.config)
@@ -93,13 +93,18 @@ def make_plan(
             )
             if spec is not None:
                 problems.append((layer, cls._stock.__name__, run_input, spec))
-    undecided = [spec for layer, *_, spec in problems if choices[layer] == "auto"]
-    if measure is not None and undecided:
-        dispatcher.learn(measure(undecided), machine)
+    to_try = [spec for layer, *_, spec in problems if _is_tried(choices[layer])]
+    if measure is not None and to_try:
+        dispatcher.learn(measure(to_try), machine)
     return [
         PlanRow(layer, block_name, run_input.mode, dispatcher.select(spec, choices[layer], machine), run_input.note)
         for layer, block_name, run_input, spec in problems
     ]
+
+
+def _is_tried(choice: str) -> bool:
+    """Whether the limits do not tell all: `auto` needs times, and the kernels of a package change without us."""
+    return choice == "auto" or (choice in PACKAGES and not BACKENDS[choice].by_name)
 
 
 def describe(rows: list[PlanRow], machine: Machine) -> str:
