@@ -62,9 +62,9 @@ def narrow(t: Tensor, dim: int) -> Tensor:
     return t if t.shape[-1] == dim else t[..., :dim]
 
 
-def round_up(dim: int, multiple: int) -> int:
-    """The least multiple of a number that is not below a head_dim."""
-    return -(-dim // multiple) * multiple
+def multiple_of_8(dim: int) -> int:
+    """The least multiple of 8 that is not below a head_dim."""
+    return -(-dim // 8) * 8
 
 
 def call_separate(
@@ -75,7 +75,7 @@ def call_separate(
     Where `multiple` does not divide head_dim, the operator gets copies padded with zero channels, which change no score
     and are cut off again.
     """
-    dim = round_up(spec.head_dim, multiple)
+    dim = spec.head_dim + -spec.head_dim % multiple
     q, k, v = (widen(t, dim).transpose(1, 2) for t in inputs[:3])
     out: Tensor = op(q, k, v, *args, scale=spec.head_dim**-0.5, **keywords)[0]
     return out.transpose(1, 2)[..., : spec.head_dim].contiguous()

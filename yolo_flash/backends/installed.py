@@ -14,8 +14,8 @@ from ..kernels import installed, operators
 from ..machine import PACKAGES, Machine, dotted, release
 from ..utils.errors import first_line
 from .backend import Backend, on_cpu
-from .calls import Inputs, call_packed, call_separate, narrow, round_up, widen
-from .conditions import HALF, capability, fits
+from .calls import Inputs, call_packed, call_separate, multiple_of_8, narrow, widen
+from .conditions import HALF, capability, fa4_gradient, fits
 from .spec import AttentionSpec
 
 HOW = {  # to get the package of a backend
@@ -25,16 +25,6 @@ HOW = {  # to get the package of a backend
     "xformers": "pip install xformers",
 }
 _ONE_HEAD_DIM = ("flash_attn_2", "flash_attn_3")  # of queries, keys and values
-
-
-def _multiple(name: str, spec: AttentionSpec) -> int:
-    """What the head_dim of queries and keys has to be a multiple of, up to which zero channels are added.
-
-    On Hopper the backward of flash-attn-4 4.0.0b36 writes the gradient of queries in rows of head_dim rounded up to 16,
-    and reads them in rows of head_dim rounded up to 32: where the two differ, the gradient is wrong, without an error
-    (flash-attention pull request 2896, open).
-    """
-    return 32 if name == "flash_attn_4" and spec.training else 8
 
 
 def _operator(name: str, spec: AttentionSpec) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -49,7 +39,7 @@ def _operator(name: str, spec: AttentionSpec) -> Callable[..., tuple[Tensor, Ten
 
 def forward(name: str, packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:
     """`Backend.forward` by a package."""
-    dims = round_up(spec.head_dim, _multiple(name, spec)), round_up(spec.head_dim_v, 8)
+    dims = multiple_of_8(spec.head_dim), multiple_of_8(spec.head_dim_v)
     if name in _ONE_HEAD_DIM:
         dims = max(dims), max(dims)
     return call_packed(packed, spec, *dims, _operator(name, spec))
@@ -73,7 +63,7 @@ def backward(name: str, packed: Tensor, kept: Sequence[Any], dout: Tensor, dv: T
 
 def separate(name: str, inputs: Inputs, spec: AttentionSpec) -> Tensor:
     """`Backend.separate` by a package."""
-    return call_separate(inputs, spec, _multiple(name, spec), _operator(name, spec))
+    return call_separate(inputs, spec, 8, _operator(name, spec))
 
 
 # Limits ---------------------------------------------------------------------------------------------------------------
@@ -103,6 +93,7 @@ def _flash_attn_4(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
         yield from capability(machine, (9, 0))
         hopper = machine.capability is None or machine.capability < (10, 0)
         yield from fits(spec, machine, HALF, 256 if hopper else 128)
+        yield from fa4_gradient(spec.head_dim, spec, machine)
         if spec.training and spec.deterministic and machine.capability is not None and machine.capability[0] == 12:
             yield f"has no deterministic backward at compute capability {dotted(machine.capability)}"
     yield from _limits("flash_attn_4", spec, machine)

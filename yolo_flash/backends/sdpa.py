@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..machine import Machine, cudnn_release, dotted
 from .backend import Backend, always, on_cpu
-from .calls import Inputs, bias_of, call_packed, call_separate, packed_gradient, round_up
-from .conditions import HALF, capability, fits, packed_mask
+from .calls import Inputs, bias_of, call_packed, call_separate, multiple_of_8, packed_gradient
+from .conditions import HALF, capability, fa4_gradient, fits, packed_mask
 from .spec import AttentionSpec
 
 aten = torch.ops.aten
@@ -57,17 +57,19 @@ def flash_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
         yield f"torch {machine.torch} was built without the flash kernels"
     yield from capability(machine, (8, 0))
     yield from _aotriton(machine)
-    yield from _activated(spec, machine)
+    yield from _activated(machine)
     replaced = machine.flash_impl == "FA4" and machine.capability is not None and machine.capability >= (10, 0)
     yield from fits(spec, machine, HALF, 128 if replaced else 256)
     if spec.mask:
         yield f"takes no mask, {spec.seq_len_q} queries x {spec.seq_len_k} keys are masked"
     largest = max(spec.head_dim, spec.head_dim_v)
+    if machine.flash_impl == "FA4":
+        yield from fa4_gradient(largest, spec, machine)
     if spec.training and 192 < largest <= 224 and machine.capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
         yield f"no backward for head_dim {largest} at compute capability {dotted(machine.capability)}"
 
 
-def _activated(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
+def _activated(machine: Machine) -> Iterator[str]:
     """What torch's replacements of its flash kernels refuse, see `Machine.flash_impl`."""
     majors = {"FA3": (9,), "FA4": (9, 10)}.get(machine.flash_impl or "")
     if majors and machine.capability is not None and machine.capability[0] not in majors:
@@ -76,12 +78,6 @@ def _activated(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
             f"runs {machine.flash_impl}, which this process has activated and which needs compute capability {needed}, "
             f"{machine.name} has {dotted(machine.capability)}"
         )
-    largest, hopper = max(spec.head_dim, spec.head_dim_v), machine.capability == (9, 0)
-    if machine.flash_impl == "FA4" and hopper and spec.training and round_up(largest, 16) % 32:
-        yield (
-            f"runs FA4, which this process has activated and whose gradient of queries is wrong on Hopper for head_dim "
-            f"{largest} (flash-attention pull request 2896, open)"
-        )
 
 
 def flash(packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:
@@ -89,7 +85,7 @@ def flash(packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:
     dim = max(spec.head_dim, spec.head_dim_v)  # the kernels know one head_dim for all three
     if packed.device.type == "cpu":
         return call_packed(packed, spec, dim, dim, flash_for_cpu)
-    dim = round_up(dim, 8)
+    dim = multiple_of_8(dim)
     return call_packed(packed, spec, dim, dim, aten._scaled_dot_product_flash_attention.default)
 
 
@@ -161,7 +157,7 @@ def _aotriton(machine: Machine) -> Iterator[str]:
 
 def efficient(packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:
     """Memory-efficient attention."""
-    dims = round_up(spec.head_dim, 8), round_up(spec.head_dim_v, 8)
+    dims = multiple_of_8(spec.head_dim), multiple_of_8(spec.head_dim_v)
     return call_packed(packed, spec, *dims, aten._scaled_dot_product_efficient_attention.default, None, spec.training)
 
 
@@ -228,7 +224,7 @@ def cudnn_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
 
 def cudnn(packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:
     """Attention of cuDNN."""
-    dims = round_up(spec.head_dim, 8), round_up(spec.head_dim_v, 8)
+    dims = multiple_of_8(spec.head_dim), multiple_of_8(spec.head_dim_v)
     return call_packed(packed, spec, *dims, aten._scaled_dot_product_cudnn_attention.default, None, spec.training)
 
 
