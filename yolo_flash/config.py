@@ -39,8 +39,9 @@ class FlashConfig:
         enabled: Use the plugin at all; false leaves every model stock. `YOLO_FLASH=0` in the environment does the same.
         backend: The backend of every attention layer: auto, the fastest exact one that the device can run, or one by
             its name, which is an error where that one cannot run. flash_attn_2, flash_attn_3, flash_attn_4 and xformers
-            are packages that have to be installed. sparse_window is approximate, for very large images, and never taken
-            by auto: a query sees the keys near it alone.
+            are packages that have to be installed; a training holds the first three against float64 before its first
+            step, also where they are asked for by name. sparse_window is approximate, for very large images, and never
+            taken by auto: a query sees the keys near it alone.
         layers: Layers that shall differ from `backend`: a pattern of their names to the backend. The plan in the log
             names the stages, and a pattern that matches nothing is an error that lists all layers. The last pattern
             that matches a layer wins.

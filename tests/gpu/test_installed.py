@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -128,7 +127,9 @@ def test_trials_find_the_wrong_gradient_that_flash_attn_4_gives_without_an_error
     unlimited = dataclasses.replace(BACKENDS["flash_attn_4"], limits=lambda spec, machine: iter(()))
     monkeypatch.setitem(BACKENDS, "flash_attn_4", unlimited)
     trial = autotune.judge(spec, device, ["stock", "flash_attn_4"])["flash_attn_4"]
-    assert re.match(r"wrong: .* is off by 1\.\d, .* is allowed", trial.why_not), trial.why_not
+    assert trial.why_not.startswith("wrong: "), trial
+    assert trial.error is not None
+    assert trial.error > 0.1
 
 
 def test_a_deterministic_backward_gives_the_same_bits_every_time(name: str) -> None:
