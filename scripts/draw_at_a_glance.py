@@ -11,7 +11,7 @@ from typing import Any
 from yolo_flash.bench.pictures import ARM_COLORS
 from yolo_flash.bench.rounds import NUMBERS
 from yolo_flash.bench.run import RunJob
-from yolo_flash.utils.files import Row, from_csv
+from yolo_flash.utils.files import Row, from_csv, write_file
 from yolo_flash.utils.plotting import as_png, new_figure
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -113,4 +113,4 @@ def told(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    Path(*sys.argv[1:2] or [DOCS / "at-a-glance.png"]).write_bytes(draw())
+    write_file(Path(*sys.argv[1:2] or [DOCS / "at-a-glance.png"]), draw())

@@ -57,19 +57,17 @@ def flash_limits(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
         yield f"torch {machine.torch} was built without the flash kernels"
     yield from capability(machine, (8, 0))
     yield from _aotriton(machine)
-    yield from _activated(machine)
+    yield from _activated(spec, machine)
     replaced = machine.flash_impl == "FA4" and machine.capability is not None and machine.capability >= (10, 0)
     yield from fits(spec, machine, HALF, 128 if replaced else 256)
     if spec.mask:
         yield f"takes no mask, {spec.seq_len_q} queries x {spec.seq_len_k} keys are masked"
     largest = max(spec.head_dim, spec.head_dim_v)
-    if machine.flash_impl == "FA4":
-        yield from fa4_gradient(largest, spec, machine)
     if spec.training and 192 < largest <= 224 and machine.capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
         yield f"no backward for head_dim {largest} at compute capability {dotted(machine.capability)}"
 
 
-def _activated(machine: Machine) -> Iterator[str]:
+def _activated(spec: AttentionSpec, machine: Machine) -> Iterator[str]:
     """What torch's replacements of its flash kernels refuse, see `Machine.flash_impl`."""
     majors = {"FA3": (9,), "FA4": (9, 10)}.get(machine.flash_impl or "")
     if majors and machine.capability is not None and machine.capability[0] not in majors:
@@ -78,6 +76,8 @@ def _activated(machine: Machine) -> Iterator[str]:
             f"runs {machine.flash_impl}, which this process has activated and which needs compute capability {needed}, "
             f"{machine.name} has {dotted(machine.capability)}"
         )
+    if machine.flash_impl == "FA4":
+        yield from fa4_gradient(max(spec.head_dim, spec.head_dim_v), spec, machine)
 
 
 def flash(packed: Tensor, spec: AttentionSpec) -> tuple[Any, ...]:

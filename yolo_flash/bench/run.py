@@ -48,7 +48,7 @@ class RunJob(TrainJob):
     }
     more_numbers: ClassVar[tuple[str, ...]] = ("process_s", "first_epoch_s", "epoch_s", "map50_95")
     more_columns: ClassVar[tuple[str, ...]] = (*SETTINGS, *more_numbers)
-    at_least: ClassVar[dict[str, int]] = {"batch": 1, "rounds": 1, "epochs": 2, "workers": 0, "seed": 0}
+    at_least: ClassVar[dict[str, int]] = {**TrainJob.at_least, "epochs": 2}
 
     def default_arms(self) -> tuple[str, ...]:
         """Stock, and the plugin as users have it."""

@@ -88,7 +88,7 @@ class TrainJob(BaseJob):
         *("iterations", "iteration_ms", "without_loader_ms", "wait_ms", "reserved_gib"),
     )
     more_columns: ClassVar[tuple[str, ...]] = (*SETTINGS, *more_numbers)
-    at_least: ClassVar[dict[str, int]] = {"batch": 1, "rounds": 1, "epochs": WARMUP_EPOCHS + 1, "workers": 0, "seed": 0}
+    at_least: ClassVar[dict[str, int]] = {**BaseJob.at_least, "epochs": WARMUP_EPOCHS + 1, "workers": 0, "seed": 0}
 
     def __post_init__(self) -> None:
         """As in `BaseJob`; one GPU, and a mosaic and cache that Ultralytics knows."""

@@ -186,7 +186,7 @@ def plan(
         One row a layer and mode. `model.trainer.flash_plan` holds the plan of the last training run.
 
     Raises:
-        BackendNotSupportedError: A backend asked for by name cannot run a layer.
+        BackendNotSupportedError: A backend asked for by name cannot run a layer, or was wrong or raised in its trial.
         ValueError: The model is not patched, or there is no such precision.
 
     Examples:
