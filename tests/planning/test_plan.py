@@ -160,6 +160,15 @@ def test_a_plan_with_an_impossible_explicit_choice_raises() -> None:
         make_plan(model, Dispatcher(FlashConfig(backend="sdpa_flash")), MACHINES["H100"], [run_input])
 
 
+@pytest.mark.parametrize("name", ["sdpa_cudnn", "flash_attn_4"])
+def test_a_backend_that_cannot_run_is_told_before_anything_is_measured(name: str) -> None:
+    model = YOLO("yolo12n.yaml").model
+    run_input = RunInput("train", 16, 640, 640, torch.float16, nhwc=True)
+    dispatcher = Dispatcher(FlashConfig(layers={"model.8.*": name}))
+    with pytest.raises(BackendNotSupportedError, match=f"backend={name} cannot run"):
+        make_plan(model, dispatcher, MACHINES["CPU"], [run_input], lambda specs: pytest.fail("measured"))
+
+
 def test_a_plan_of_a_stock_model_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="call patch_model first"):
         plan(YOLO("yolo12n.yaml"))

@@ -95,6 +95,9 @@ def make_plan(
                 problems.append((layer, cls._stock.__name__, run_input, spec))
     to_try = [spec for layer, *_, spec in problems if _is_tried(choices[layer])]
     if measure is not None and to_try:
+        for layer, *_, spec in problems:
+            if choices[layer] != "auto":
+                dispatcher.select(spec, choices[layer], machine)  # what cannot run is told before seconds of measuring
         dispatcher.learn(measure(to_try), machine)
     return [
         PlanRow(layer, block_name, run_input.mode, dispatcher.select(spec, choices[layer], machine), run_input.note)
